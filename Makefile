@@ -1,0 +1,41 @@
+# make run    the whole loop on a small real model (CPU is enough): about half an hour
+# make test   the tests
+# make lab    JupyterLab on the tour
+#
+# PYTHON       the interpreter that makes .venv (3.11 or newer)
+# TORCH        what pip installs for torch; set by default to a CPU build where there is no NVIDIA GPU
+# TORCH_INDEX  a wheel index to take it from, e.g. https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PARAMS ?= params/quickstart.yaml
+ARGS ?=
+
+.PHONY: run test test-quick lab lint example clean-scratch
+
+run: $(READY)
+	$(BIN)/srlm run $(PARAMS) $(ARGS)
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest --durations=10
+
+test-quick: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+lab: $(READY)
+	$(BIN)/jupyter lab notebooks/00_tour.ipynb
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+# results/example is one rendered quickstart run without its weights
+example: $(READY)
+	$(BIN)/srlm run params/quickstart.yaml
+	$(BIN)/python -m srlm_utils.example results/quickstart
+
+$(READY): pyproject.toml constraints.txt scripts/setup.sh
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" sh scripts/setup.sh $(VENV)
+	touch $(READY)

@@ -1,0 +1,95 @@
+"""The one place where text becomes tokens: training, sampling and judging share these functions."""
+
+from functools import lru_cache
+
+from srlm_utils.errors import ModelError
+
+# For base models without a template of their own. Plain words, so that it needs no special tokens;
+# the end of a turn of the assistant is the tokenizer's EOS, which sampling stops at.
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}"
+    "{{ ('User: ' if m['role'] == 'user' else 'Assistant: ' if m['role'] == 'assistant' else '')"
+    " + m['content'] + (eos_token if m['role'] == 'assistant' else '') + '\n\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+TEMPLATES = {"plain": PLAIN_TEMPLATE}
+
+
+def load_tokenizer(folder: str, *, revision: str = "", chat_template: str = "", trust_remote_code: bool = False):
+    """Tokenizer of a model folder or hub id, ready for the kit: a chat template and a pad token.
+
+    `chat_template` "" keeps the tokenizer's own and falls back to the kit's `plain` one for base
+    models; any other value names a template of `TEMPLATES`. Raises `ModelError` without a tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    if chat_template and chat_template not in TEMPLATES:
+        raise ModelError(f"chat_template: found {chat_template!r}, expected \"\" or one of {sorted(TEMPLATES)}.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, revision=revision or None, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{folder}: no tokenizer could be loaded ({str(e).splitlines()[0]}). Expected "
+                         "tokenizer.json and tokenizer_config.json beside the weights; copy them from the "
+                         "model this one was made from.") from e
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{folder}: the tokenizer has no EOS token, so no answer could ever end. Set "
+                         "eos_token in its tokenizer_config.json.")
+    if chat_template or not tokenizer.chat_template:
+        tokenizer.chat_template = TEMPLATES[chat_template or "plain"]
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def user(text: str) -> list[dict]:
+    """A conversation of one user turn: all that the paper's method uses."""
+    return [{"role": "user", "content": text}]
+
+
+def prompt_ids(tokenizer, messages: list[dict], prefill: str = "") -> list[int]:
+    """Token ids up to where the assistant starts to write, plus `prefill`: words put in its mouth.
+
+    Control tokens that stand in a message (a candidate may contain ``<|im_end|>``) are encoded as
+    the plain text they are, so no content can end its own turn.
+    """
+    ids = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=True)["input_ids"]
+    return list(ids) + (answer_ids(tokenizer, prefill, ended=False) if prefill else [])
+
+
+def text_ids(tokenizer, text: str) -> list[int]:
+    """Token ids of an assistant's text, without any control token, whatever the text contains."""
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+@lru_cache(maxsize=8)
+def end_of_turn(tokenizer) -> int:
+    """The token that ends an assistant's turn in the chat template; EOS where the template has none.
+
+    The two differ for some models (Gemma's turns end in ``<end_of_turn>``, not in its EOS).
+    """
+    turn = user("x")
+    start = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+    whole = tokenizer.apply_chat_template([*turn, {"role": "assistant", "content": "ok"}], return_dict=True)["input_ids"]
+    control = tokenizer.added_tokens_decoder
+    return next((i for i in whole[len(start):] if i in control), tokenizer.eos_token_id)
+
+
+def answer_ids(tokenizer, text: str, *, ended: bool = True) -> list[int]:
+    """Token ids that an assistant which answers `text` writes; with the end of turn only if it `ended`."""
+    # a template that leaves no space after its "Assistant:" wants the space in front of the answer
+    lead = " " if tokenizer.chat_template == PLAIN_TEMPLATE else ""
+    return text_ids(tokenizer, lead + text) + ([end_of_turn(tokenizer)] if ended else [])
+
+
+def decode(tokenizer, ids: list[int]) -> str:
+    """Text of generated ids, control tokens left out."""
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def newline_ids(tokenizer) -> list[int]:
+    """Every token id whose text contains a line break: where one-line outputs stop."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return [i for i, text in enumerate(texts) if "\n" in text]

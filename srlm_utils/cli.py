@@ -1,0 +1,106 @@
+"""``srlm run | plan | status``: the command line. Exit codes: 0 done, 1 a step failed, 2 bad input."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from srlm_utils.errors import MissingInputError, SrlmError, StepFailed
+from srlm_utils.params import Experiment
+from srlm_utils.paths import RESULTS, resolve
+
+
+def _experiment_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("params", nargs="+", type=Path, metavar="PARAMS",
+                        help="a params file, then overlays; later ones win")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE", dest="sets",
+                        help="one parameter, e.g. dpo.beta=0.2 or by_model.M2.dpo.beta=0.05")
+    parser.add_argument("--run-name", default="", help="folder below results/ (default: the params file's name)")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="srlm", description="Self-Rewarding Language Models, notebook by notebook.")
+    commands = top.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="run every step that is not done")
+    _experiment_args(run)
+    which = run.add_mutually_exclusive_group()
+    which.add_argument("--from", dest="start", default="", metavar="STEP", help="skip the steps before this one")
+    which.add_argument("--only", default="", metavar="STEP", help="run this step alone, e.g. 05_judge@M1")
+    run.add_argument("--force", action="store_true", help="run steps even if they are done")
+    show = commands.add_parser("plan", help="list the steps, done or not, and why")
+    _experiment_args(show)
+    show.add_argument("--tokens", action="store_true", help="tokens that each stage makes, judges and trains")
+    status = commands.add_parser("status", help="what a run folder holds")
+    status.add_argument("run", type=Path, metavar="RUN", help="e.g. results/quickstart")
+    return top
+
+
+def _run_dir(args) -> Path:
+    name = args.run_name or args.params[0].stem
+    folder = (RESULTS / name).resolve()
+    if folder.parent != RESULTS.resolve() or name.startswith("."):
+        from srlm_utils.errors import ParamError
+        raise ParamError(f"--run-name {name!r}: expected a plain folder name below results/.")
+    return folder
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        return {"run": _run, "plan": _plan, "status": _status}[args.command](args)
+    except StepFailed as e:
+        print(f"srlm: {e}", file=sys.stderr)
+        return 1
+    except SrlmError as e:
+        print(f"srlm: {type(e).__name__}: {e}", file=sys.stderr)
+        return 2
+
+
+def _run(args) -> int:
+    from srlm_utils.runner import execute
+
+    experiment = Experiment.load(args.params, args.sets)
+    words = ["srlm", "run", *map(str, args.params)]
+    for s in args.sets:
+        words += ["--set", s]
+    if args.run_name:
+        words += ["--run-name", args.run_name]
+    execute(experiment, _run_dir(args), shlex.join(words), start=args.start, only=args.only, force=args.force)
+    return 0
+
+
+def _plan(args) -> int:
+    from srlm_utils.plan import plan
+    from srlm_utils.tokens import token_table
+
+    experiment = Experiment.load(args.params, args.sets)
+    if args.tokens:
+        print(token_table(experiment))
+        return 0
+    run = _run_dir(args)
+    rows = plan(experiment, run)
+    for step, _, done, why in rows:
+        print(f"{'done' if done else 'run ':<5} {step.name:<22} {'' if done else why}".rstrip())
+    print(f"{sum(r[2] for r in rows)} of {len(rows)} steps done in {run.name}")
+    return 0
+
+
+def _status(args) -> int:
+    from srlm_utils.runner import status_rows
+
+    run = resolve(args.run)
+    if not (run / "steps").is_dir():
+        raise MissingInputError(f"{args.run}: no run here (no steps/ folder). Expected a folder such as "
+                                "results/quickstart.")
+    rows = status_rows(run)
+    for r in rows:
+        figures = ", ".join(f"{k} {v}" for k, v in r["figures"].items())
+        print(f"{r['step']:<22} {r['seconds']:>7.0f} s  {r['peak_memory_gb']:>5.1f} GB  {figures}")
+    print(f"{len(rows)} steps done, {sum(r['seconds'] for r in rows) / 60:.1f} min of work")
+    for work in sorted((run / "steps").glob("*.work")):
+        print(f"{work.stem:<22} was begun and not finished")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

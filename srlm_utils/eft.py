@@ -1,0 +1,82 @@
+"""EFT: judge prompts with the justification and score to learn (Yuan et al. 2024, sections 2.1 and 3.1)."""
+
+import hashlib
+from collections import Counter, defaultdict
+
+from srlm_utils import judge
+
+
+def has_scores(ranked: list[dict]) -> bool:
+    """Whether every ranked reply already carries a score and a justification."""
+    return all(r.get("score") is not None and r.get("justification") for row in ranked for r in row["replies"])
+
+
+def agrees(ranks: list[int], scores: list[float]) -> bool:
+    """Whether scores order replies as people did: no pair reversed, and not all of them equal.
+
+    Where people ranked two replies alike either order agrees; where the judge ties two that people
+    told apart, the tie is forgiven as long as some pair is told apart.
+    """
+    pairs = [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
+    return all(scores[i] >= scores[j] for i, j in pairs) and any(scores[i] > scores[j] for i, j in pairs)
+
+
+def accept(ranked: list[dict], judged: list[dict]) -> tuple[list[dict], dict[str, int]]:
+    """Rejection against the human ranking: keep judgements whose scores agree with it.
+
+    `judged` are `judge.sampled_scores` rows with ids ``<prompt_id>/<reply_id>``. The s-th judgement of
+    every reply of a prompt makes the s-th try; the first try that is parsed for all replies and
+    `agrees` is kept. Returns ({prompt_id, prompt, reply, score, justification} rows, drops by reason).
+    """
+    samples = {row["id"]: row["samples"] for row in judged}
+    kept, drops = [], {"unparsed": 0, "disagrees": 0}
+    for row in ranked:
+        tries = list(zip(*(samples[f"{row['prompt_id']}/{r['reply_id']}"] for r in row["replies"]), strict=True))
+        parsed = [t for t in tries if all(s["score"] is not None for s in t)]
+        good = next((t for t in parsed if agrees([r["rank"] for r in row["replies"]], [s["score"] for s in t])), None)
+        if good is None:
+            drops["disagrees" if parsed else "unparsed"] += 1
+            continue
+        for r, s in zip(row["replies"], good, strict=True):
+            lines = s["text"].rstrip().splitlines()
+            kept.append({"prompt_id": row["prompt_id"], "reply_id": r["reply_id"], "prompt": row["prompt"],
+                         "reply": r["text"], "score": round(s["score"]), "justification": "\n".join(lines[:-1])})
+    return kept, drops
+
+
+def from_scored(ranked: list[dict]) -> list[dict]:
+    """The same rows from seeds that already carry score and justification."""
+    return [{"prompt_id": row["prompt_id"], "reply_id": r["reply_id"], "prompt": row["prompt"], "reply": r["text"],
+             "score": r["score"], "justification": r["justification"]} for row in ranked for r in row["replies"]]
+
+
+def thin_modal_score(rows: list[dict], max_share: float, seed: int) -> tuple[list[dict], int]:
+    """Drop judgements with the most common score until it is at most `max_share` of them.
+
+    The paper resamples because too many judgements score 4. Which ones go is a seeded choice.
+    """
+    by_score = defaultdict(list)
+    for r in rows:
+        by_score[r["score"]].append(r)
+    if len(by_score) < 2:
+        return rows, 0
+    modal = max(by_score, key=lambda s: len(by_score[s]))
+    others = len(rows) - len(by_score[modal])
+    allowed = int(max_share / (1 - max_share) * others) if max_share < 1 else len(rows)
+    order = sorted(by_score[modal], key=lambda r: hashlib.sha256(f"{seed}:{r['reply_id']}".encode()).hexdigest())
+    gone = {id(r) for r in order[allowed:]}
+    return [r for r in rows if id(r) not in gone], len(gone)
+
+
+def training_rows(rows: list[dict], rubric: judge.Rubric, formats: list[str]) -> list[dict]:
+    """Judgements as (prompt, response) rows for supervised training, one for each format."""
+    return [{"prompt_id": f"{r['prompt_id']}/{r['reply_id']}/{fmt}", "format": fmt, "score": r["score"],
+             "prompt": rubric.render(r["prompt"], r["reply"], fmt),
+             "response": judge.target(r["justification"], r["score"], fmt)}
+            for r in rows for fmt in formats]
+
+
+def score_counts(rows: list[dict]) -> dict[int, int]:
+    """How many judgements give each score, 0 to 5."""
+    c = Counter(r["score"] for r in rows)
+    return {s: c.get(s, 0) for s in range(judge.MIN_SCORE, judge.MAX_SCORE + 1)}

@@ -1,0 +1,32 @@
+"""The kit's errors: each message says what was found, what was expected and what to do next.
+
+Every class also inherits the builtin it refines, so ``except ValueError`` keeps working.
+"""
+
+
+class SrlmError(Exception):
+    """Base of all errors the kit raises on purpose; the command line turns it into exit code 2."""
+
+
+class ParamError(SrlmError, ValueError):
+    """A parameter is unknown, misspelt, of the wrong type or out of range."""
+
+
+class DataError(SrlmError, ValueError):
+    """A file or a row is malformed."""
+
+
+class MissingInputError(SrlmError, FileNotFoundError):
+    """A step's input does not exist yet; the message names the step that makes it."""
+
+
+class ModelError(SrlmError, OSError):
+    """A model folder, hub id or embedded model cannot be used."""
+
+
+class LockedError(SrlmError, RuntimeError):
+    """Another process is writing this step."""
+
+
+class StepFailed(SrlmError, RuntimeError):
+    """A notebook ended with an error that was not about its input; exit code 1."""

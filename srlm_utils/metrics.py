@@ -1,0 +1,191 @@
+"""Figures with intervals: reward agreement, win rates and measures of text. numpy and scipy only.
+
+Every figure is a ratio of sums over prompts, and its 95 % interval comes from resampling prompts
+(10,000 bootstrap draws with a fixed seed), never rows: the replies to one prompt are not independent.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+N_BOOTSTRAP = 10_000
+
+# name: (unit, what it says). Every metric of metrics.csv stands here and nowhere else.
+METRICS = {
+    "pairwise_accuracy": ("share", "reply pairs that the judge orders as people did, among pairs it does not tie"),
+    "tie_rate": ("share", "reply pairs that the judge scores alike"),
+    "pairwise_accuracy_half_ties": ("share", "pairwise accuracy with half credit for ties"),
+    "longer_baseline": ("share", "the same pairs ordered by length alone: longer is better"),
+    "five_best": ("share", "replies scored 5 (4.5 or more) that people ranked best"),
+    "exact_match": ("share", "prompts whose whole ranking is the human one; a tie is a miss"),
+    "spearman": ("correlation", "mean over prompts of Spearman's rho of score and rank; 0 where all scores are equal"),
+    "kendall": ("correlation", "mean over prompts of Kendall's tau-b of score and rank; 0 where all scores are equal"),
+    "parse_rate": ("share", "sampled judgements that end in a valid score"),
+    "score_mass": ("share", "probability that the six scores hold of the whole vocabulary (expected mode)"),
+    "score_std": ("points", "standard deviation of the scores"),
+    "win_rate": ("share", "head-to-head wins, half of the ties included"),
+    "win": ("share", "head-to-head wins"),
+    "tie": ("share", "head-to-head ties, orders that disagree included"),
+    "loss": ("share", "head-to-head losses"),
+    "first_position_rate": ("share", "verdicts for the answer shown first; 0.5 is a judge without position bias"),
+    "order_disagreement": ("share", "prompts on which the two orders gave opposite verdicts"),
+    "mean_score": ("points", "mean score of the test answers"),
+    "answer_chars": ("characters", "mean length of the test answers"),
+    "answer_tokens": ("tokens", "mean length of the test answers"),
+    "ended_rate": ("share", "test answers that end by themselves within the token budget"),
+    "repeated_4grams": ("share", "4-grams of an answer that occurred in it before, mean over answers"),
+    "pair_yield": ("share", "new prompts that became a preference pair"),
+    "candidate_score_std": ("points", "standard deviation of the candidates' scores"),
+    "within_prompt_score_std": ("points", "standard deviation of the scores of one prompt's candidates, mean over prompts"),
+    "candidate_parse_rate": ("share", "judgements of candidates with a valid score"),
+    "chosen_chars": ("characters", "mean length of chosen answers"),
+    "rejected_chars": ("characters", "mean length of rejected answers"),
+}
+
+
+def ratio(num, den, *, seed: int = 0) -> dict:
+    """sum(num) / sum(den) with a 95 % bootstrap interval over the entries (one entry a prompt).
+
+    Returns {"value", "low", "high", "n"}; n is sum(den) rounded. value is None where the denominator
+    is 0, the interval is None for fewer than two entries.
+    """
+    num, den = np.asarray(num, float), np.asarray(den, float)
+    total = den.sum()
+    n = int(round(total))
+    if total == 0:
+        return {"value": None, "low": None, "high": None, "n": 0}
+    value = float(num.sum() / total)
+    if len(num) < 2:
+        return {"value": value, "low": None, "high": None, "n": n}
+    draws = np.random.default_rng(seed).multinomial(len(num), np.full(len(num), 1 / len(num)), N_BOOTSTRAP)
+    dens = draws @ den
+    ok = dens > 0
+    low, high = np.quantile((draws[ok] @ num) / dens[ok], (0.025, 0.975))
+    return {"value": value, "low": float(low), "high": float(high), "n": n}
+
+
+def mean(values, *, seed: int = 0) -> dict:
+    """Mean over prompts with its interval."""
+    return ratio(values, np.ones(len(values)), seed=seed)
+
+
+def plain(value: float | None, n: int) -> dict:
+    """A figure without an interval, such as a standard deviation."""
+    return {"value": value, "low": None, "high": None, "n": n}
+
+
+# ---- reward agreement (Yuan et al. 2024, section 3.2 and Table 4)
+
+
+def ordered_pairs(ranks) -> list[tuple[int, int]]:
+    """Index pairs (better, worse) by human rank; equal ranks make no pair."""
+    return [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
+
+
+def agreement(prompts: list[dict]) -> dict[str, dict]:
+    """The judge's agreement with human rankings.
+
+    `prompts`: {"ranks": human ranks (0 best), "scores": the judge's scores or None, "lengths":
+    characters} for each prompt. Replies without a valid score are left out of that prompt. The paper
+    does not say how it treats ties; pairwise accuracy is over pairs that the judge does not tie, and
+    tie_rate and half credit stand beside it.
+    """
+    from scipy import stats  # slow to import, and needed nowhere else
+
+    rows = []
+    for p in prompts:
+        keep = [i for i, s in enumerate(p["scores"]) if s is not None]
+        ranks, scores, lengths = ([p[k][i] for i in keep] for k in ("ranks", "scores", "lengths"))
+        pairs = ordered_pairs(ranks)
+        if not pairs:
+            continue
+        gaps = [scores[i] - scores[j] for i, j in pairs]
+        longer = [lengths[i] - lengths[j] for i, j in pairs]
+        flat = len(set(scores)) == 1
+        fives = [r for r, s in zip(ranks, scores, strict=True) if s >= 4.5]
+        rows.append({
+            "n": len(pairs),
+            "right": sum(g > 0 for g in gaps),
+            "ties": sum(g == 0 for g in gaps),
+            "longer": sum((g > 0) + 0.5 * (g == 0) for g in longer),
+            "fives": len(fives),
+            "fives_best": sum(r == min(p["ranks"]) for r in fives),
+            "exact": all(g > 0 for g in gaps),
+            "spearman": 0.0 if flat else -float(stats.spearmanr(scores, ranks).statistic),
+            "kendall": 0.0 if flat else -float(stats.kendalltau(scores, ranks).statistic),
+        })
+    col = {k: np.array([r[k] for r in rows], float) for k in (rows[0] if rows else {})}
+    if not rows:
+        none = plain(None, 0)
+        return dict.fromkeys(("pairwise_accuracy", "tie_rate", "pairwise_accuracy_half_ties", "longer_baseline",
+                              "five_best", "exact_match", "spearman", "kendall"), none)
+    return {
+        "pairwise_accuracy": ratio(col["right"], col["n"] - col["ties"]),
+        "tie_rate": ratio(col["ties"], col["n"]),
+        "pairwise_accuracy_half_ties": ratio(col["right"] + col["ties"] / 2, col["n"]),
+        "longer_baseline": ratio(col["longer"], col["n"]),
+        "five_best": ratio(col["fives_best"], col["fives"]),
+        "exact_match": mean(col["exact"]),
+        "spearman": mean(col["spearman"]),
+        "kendall": mean(col["kendall"]),
+    }
+
+
+# ---- head-to-head
+
+
+def outcomes(verdicts: list[dict]) -> dict[str, float]:
+    """1 (A wins), 0.5 (tie) or 0 (B wins) by prompt_id.
+
+    A verdict row has `order` ("AB", "BA": who was shown first; "none" for a judge that scores each
+    answer alone) and `p_first`, the probability that the first shown is better. Two orders that
+    disagree are a tie (Yuan et al. 2024, section 3.2).
+    """
+    by_prompt: dict[str, list[float]] = {}
+    for v in verdicts:
+        p_a = 1 - v["p_first"] if v["order"] == "BA" else v["p_first"]
+        by_prompt.setdefault(v["prompt_id"], []).append(1.0 if p_a > 0.5 else 0.0 if p_a < 0.5 else 0.5)
+    return {k: 1.0 if min(v) == 1 else 0.0 if max(v) == 0 else 0.5 for k, v in by_prompt.items()}
+
+
+def head_to_head(verdicts: list[dict]) -> dict[str, dict]:
+    """win, tie, loss, win_rate (half ties); for pairwise judges also position bias and disagreement."""
+    result = np.array(list(outcomes(verdicts).values()))
+    out = {"win_rate": mean(result), "win": mean(result == 1), "tie": mean(result == 0.5), "loss": mean(result == 0)}
+    two = [v for v in verdicts if v["order"] in ("AB", "BA")]
+    if two:
+        first: dict[str, list[bool]] = {}
+        for v in two:
+            first.setdefault(v["prompt_id"], []).append(v["p_first"] > 0.5)
+        out["first_position_rate"] = ratio([sum(f) for f in first.values()], [len(f) for f in first.values()])
+        out["order_disagreement"] = mean([len(f) == 2 and f[0] == f[1] for f in first.values()])
+    return out
+
+
+# ---- texts
+
+
+def repeated_ngrams(text: str, n: int = 4) -> float:
+    """Share of a text's word n-grams that occurred in it before; 0 for texts shorter than n words."""
+    w = text.lower().split()
+    grams = [tuple(w[i:i + n]) for i in range(len(w) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def answer_figures(answers: list[dict]) -> dict[str, dict]:
+    """Length, endings and repetition of one model's test answers."""
+    by: dict[str, Callable] = {
+        "answer_chars": lambda a: len(a["text"]), "answer_tokens": lambda a: a["n_tokens"],
+        "ended_rate": lambda a: a["ended"], "repeated_4grams": lambda a: repeated_ngrams(a["text"])}
+    return {name: mean([f(a) for a in answers]) for name, f in by.items()}
+
+
+def std(values) -> float | None:
+    """Standard deviation (n - 1), None for fewer than two values."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def metric_rows(figures: dict[str, dict], **where) -> list[dict]:
+    """Rows of metrics.csv from named figures; `where` holds model, set, judge, judge_mode, opponent."""
+    base = {"model": "", "opponent": "", "set": "", "judge": "", "judge_mode": ""} | where
+    return [base | {"metric": name, **fig, "unit": METRICS[name][0]} for name, fig in figures.items()]

@@ -1,0 +1,295 @@
+"""Parameters: one YAML an experiment, checked once, flattened to one plain dict a step.
+
+A YAML file has `common:` (what several stages share), one section a stage and `by_model:` for what
+differs between rounds. The names below are the names in every notebook's `parameters` cell, in the
+YAML files and in the manifests; a test holds them together. 0 or "" switches a parameter off.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from srlm_utils.errors import ParamError
+
+
+class _Params(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Run(_Params):
+    """What the runner itself needs; no notebook sees these."""
+
+    iterations: int = Field(3, ge=1, le=20)  # the last model is M<iterations>; 3 as in the paper
+    learn_from: Literal["pairs", "positives"] = "pairs"  # DPO on pairs, or SFT on positives (A.4)
+
+
+class Step(_Params):
+    """What every notebook gets."""
+
+    run_dir: str = "results/scratch"  # relative paths start at the repository
+    model: str = "M1"  # whose step this is
+    seed: int = 0
+
+
+class _ModelStep(Step):
+    device: str = "auto"  # auto, cpu, cuda
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    batch_size: int = Field(32, ge=1)  # sequences generated at once; scoring takes half
+    trust_remote_code: bool = False
+
+
+class SeedData(Step):
+    seed_model: str = "smollm2-135m-instruct"
+    seed_model_revision: str = ""
+    chat_template: str = ""
+    trust_remote_code: bool = False
+    ift_file: str = ""  # "" is the bundled seed
+    ranked_train_file: str = ""
+    ranked_eval_file: str = ""
+    valid_file: str = ""
+    test_file: str = ""
+    n_ift: int = Field(0, ge=0)  # 0 takes all rows
+    n_ranked_train: int = Field(0, ge=0)
+    n_ranked_eval: int = Field(0, ge=0)
+    n_valid: int = Field(0, ge=0)
+    n_test: int = Field(0, ge=0)
+    rouge_l_max: float = Field(0.7, gt=0, le=1)
+
+
+class _Train(_ModelStep):
+    max_rows: int = Field(0, ge=0)  # 0 takes all rows; more is a taste of the step
+    lora_r: int = Field(16, ge=0)  # 0 trains all weights
+    lora_alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    final_learning_rate: float = Field(1e-5, ge=0)  # end of the cosine
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    epochs: int = Field(1, ge=1)
+    train_batch_size: int = Field(16, ge=1)  # rows an optimizer step
+    micro_batch_size: int = Field(4, ge=1)  # rows a forward pass
+    max_length: int = Field(512, ge=16)  # tokens; longer rows are dropped and counted
+    gradient_checkpointing: bool = False
+    save_steps: int = Field(50, ge=0)
+
+
+class Sft(_Train):
+    pass
+
+
+class Dpo(_Train):
+    beta: float = Field(0.1, gt=0)
+
+
+class BuildEft(_ModelStep):
+    rubric: str = "short"  # a template of srlm_utils/prompts, or a path to your own
+    formats: list[str] = ["justify_first", "score_first"]
+    n_samples: int = Field(4, ge=1)
+    temperature: float = Field(0.7, gt=0)
+    top_p: float = Field(0.9, gt=0, le=1)
+    max_new_tokens: int = Field(120, ge=8)
+    max_modal_share: float = Field(0.4, gt=0, le=1)
+
+
+class SelfInstruct(_ModelStep):
+    prompt_model: str = ""  # "" is the model in training
+    n_prompts: int = Field(100, ge=1)
+    n_seed_demos: int = Field(6, ge=1)
+    n_generated_demos: int = Field(2, ge=0)
+    prompt_temperature: float = Field(0.6, gt=0)
+    prompt_top_p: float = Field(0.9, gt=0, le=1)
+    max_prompt_tokens: int = Field(60, ge=4)
+    min_prompt_words: int = Field(3, ge=1)
+    max_prompt_words: int = Field(60, ge=1)
+    rouge_l_max: float = Field(0.7, gt=0, le=1)
+    attempts_per_prompt: int = Field(6, ge=1)
+    n_candidates: int = Field(4, ge=1)
+    temperature: float = Field(0.7, ge=0)
+    top_p: float = Field(0.9, gt=0, le=1)
+    max_new_tokens: int = Field(160, ge=1)
+
+
+class Judge(_ModelStep):
+    max_rows: int = Field(0, ge=0)  # candidates
+    rubric: str = "short"
+    judge_mode: Literal["sampled", "expected"] = "expected"
+    n_samples: int = Field(3, ge=1)
+    temperature: float = Field(0.7, gt=0)
+    top_p: float = Field(0.9, gt=0, le=1)
+    max_new_tokens: int = Field(120, ge=8)
+
+
+class BuildPairs(Step):
+    learn_from: Literal["pairs", "positives"] = "pairs"
+    min_margin: float = Field(0.0, ge=0, le=5)
+    positive_min_score: float = Field(4.5, ge=0, le=5)
+
+
+class Evaluate(_ModelStep):
+    max_rows: int = Field(0, ge=0)  # ranked prompts, and test prompts
+    rubric: str = "short"
+    judge_modes: list[str] = ["expected", "sampled"]
+    n_samples: int = Field(3, ge=1)
+    judge_temperature: float = Field(0.7, gt=0)
+    judge_top_p: float = Field(0.9, gt=0, le=1)
+    judge_max_new_tokens: int = Field(120, ge=8)
+    temperature: float = Field(0.7, ge=0)
+    top_p: float = Field(0.9, gt=0, le=1)
+    max_new_tokens: int = Field(160, ge=1)
+    win_judges: list[str] = ["M1:score", "M0:pairwise"]
+
+
+class Report(Step):
+    iterations: int = Field(3, ge=1, le=20)
+    variant: str = "default"
+    n_examples: int = Field(3, ge=1)
+
+
+STAGES: dict[str, type[Step]] = {
+    "seed_data": SeedData, "sft": Sft, "build_eft": BuildEft, "self_instruct": SelfInstruct,
+    "judge": Judge, "build_pairs": BuildPairs, "dpo": Dpo, "evaluate": Evaluate, "report": Report,
+}
+NOT_IN_YAML = {"run_dir", "model"}  # the runner sets these
+
+
+def stage_key(stage: str) -> str:
+    """Section of a stage's notebook: "05_judge" -> "judge"."""
+    return stage.split("_", 1)[1]
+
+
+def shared_names() -> set[str]:
+    """Names that `common:` may hold: what the runner needs and what two stages or more take."""
+    names = [n for cls in STAGES.values() for n in cls.model_fields]
+    return ({n for n in names if names.count(n) > 1} | set(Run.model_fields) | {
+        "seed_model", "seed_model_revision", "variant"}) - NOT_IN_YAML
+
+
+def read_yaml(path: Path) -> dict:
+    """An experiment or overlay file as nested dicts; `ParamError` names the file and what is wrong."""
+    if not path.is_file():
+        raise ParamError(f"{path}: no such parameter file. Expected a YAML file such as params/quickstart.yaml.")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ParamError(f"{path}: not valid YAML ({e}).") from e
+    _check_names(data, str(path))
+    return data
+
+
+def _suggest(name: str, known) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
+
+
+def _check_names(data: Any, where: str) -> None:
+    """Refuse unknown sections and names, with the nearest known one."""
+    sections = {"common", "by_model", *STAGES}
+    if not isinstance(data, dict):
+        raise ParamError(f"{where}: found {type(data).__name__}, expected sections such as `common:` and `sft:`.")
+    for section, values in data.items():
+        if section not in sections:
+            raise ParamError(f"{where}: unknown section {section!r}.{_suggest(str(section), sections)}")
+        if not isinstance(values, dict):
+            raise ParamError(f"{where}: section {section!r} holds {values!r}, expected `name: value` lines.")
+        if section == "by_model":
+            for model, stages in values.items():
+                if not isinstance(stages, dict) or set(stages) & {"common", "by_model"}:
+                    raise ParamError(f"{where}: by_model.{model} holds {stages!r}, expected stage sections "
+                                     "such as `dpo: {beta: 0.05}`.")
+                _check_names(stages, f"{where}: by_model.{model}")
+            continue
+        known = shared_names() if section == "common" else set(STAGES[section].model_fields) - NOT_IN_YAML
+        for name in values:
+            if name not in known:
+                raise ParamError(f"{where}: unknown parameter {section}.{name}.{_suggest(str(name), known)}")
+
+
+def _field(section: str, name: str):
+    for cls in ([Run, *STAGES.values()] if section == "common" else [STAGES[section]]):
+        if name in cls.model_fields:
+            return cls.model_fields[name]
+
+
+def parse_set(text: str) -> dict:
+    """``--set dpo.beta=0.2`` or ``by_model.M2.dpo.beta=0.2`` as a nested dict, typed by the field."""
+    path, eq, value = text.partition("=")
+    keys = path.strip().split(".")
+    if not eq or len(keys) < 2:
+        raise ParamError(f"--set {text}: expected section.name=value, for example --set dpo.beta=0.2.")
+    tree: dict = {}
+    at = tree
+    for key in keys[:-1]:
+        at = at.setdefault(key, {})
+    at[keys[-1]] = None
+    _check_names(tree, f"--set {text}")
+    annotation = _field(keys[-2], keys[-1]).annotation
+    try:
+        raw = yaml.safe_load(value) if get_origin(annotation) is list else value
+        if get_origin(annotation) is list and isinstance(raw, str):
+            raw = [raw]
+        at[keys[-1]] = TypeAdapter(annotation).validate_python(raw)
+    except (ValidationError, yaml.YAMLError) as e:
+        raise ParamError(f"--set {text}: {value!r} is no {_type_name(annotation)}.") from e
+    return tree
+
+
+def _type_name(annotation) -> str:
+    return getattr(annotation, "__name__", str(annotation).replace("typing.", ""))
+
+
+def merge(*trees: dict) -> dict:
+    """Nested dicts laid over each other; later ones win."""
+    out: dict = {}
+    for tree in trees:
+        for key, value in tree.items():
+            both = isinstance(value, dict) and isinstance(out.get(key), dict)
+            out[key] = merge(out[key], value) if both else value
+    return out
+
+
+def check(cls: type[BaseModel], values: dict, where: str) -> dict:
+    """`values` as a complete, typed, plain dict of `cls`; `ParamError` on the first misfit."""
+    try:
+        return cls.model_validate(values).model_dump()
+    except ValidationError as e:
+        err = e.errors()[0]
+        name = ".".join(map(str, err["loc"]))
+        hint = ""
+        if isinstance(err["input"], str) and err["type"] in ("float_type", "int_type"):
+            hint = " YAML reads 5e-7 as text; write 5.0e-7." if "e" in err["input"].lower() else " Write it without quotes."
+        raise ParamError(f"{where}: {name} = {err['input']!r}: {err['msg']}.{hint}") from e
+
+
+class Experiment:
+    """One checked experiment: the merged tree, and the flat parameters of any step of it."""
+
+    def __init__(self, tree: dict, source: str = "params"):
+        _check_names(tree, source)
+        self.tree, self.source = tree, source
+        common = tree.get("common", {})
+        self.run = Run(**check(Run, {k: v for k, v in common.items() if k in Run.model_fields}, f"{source}: common"))
+        for stage in STAGES:  # every value is checked now, whether its step runs today or next week
+            self.flat(f"00_{stage}", "M1", "run")
+        known = {"SFT", *(f"M{i}" for i in range(self.run.iterations + 1))}
+        for model, stages in tree.get("by_model", {}).items():
+            if model not in known:
+                raise ParamError(f"{source}: by_model.{model}: no such model.{_suggest(model, known)}")
+            for stage in stages:
+                self.flat(f"00_{stage}", model, "run")
+
+    @classmethod
+    def load(cls, files: list[Path], sets: list[str] = ()) -> "Experiment":
+        trees = [read_yaml(f) for f in files] + [parse_set(s) for s in sets]
+        return cls(merge(*trees), str(files[0]))
+
+    def flat(self, stage: str, model: str, run_dir: str) -> dict:
+        """Parameters of one step: plain types, names equal to the notebook's `parameters` cell."""
+        key = stage_key(stage)
+        cls = STAGES[key]
+        values = {k: v for k, v in self.tree.get("common", {}).items() if k in cls.model_fields}
+        values |= self.tree.get(key, {})
+        values |= self.tree.get("by_model", {}).get(model, {}).get(key, {})
+        return check(cls, values | {"model": model, "run_dir": run_dir}, f"{self.source}: {key}")

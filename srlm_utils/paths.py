@@ -1,0 +1,24 @@
+"""Where things are. The only file that knows the layout of the repository."""
+
+import os
+from pathlib import Path
+
+PROJ_ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parent
+NOTEBOOKS = PROJ_ROOT / "notebooks"
+PARAMS = PROJ_ROOT / "params"
+RESULTS = PROJ_ROOT / "results"
+EXAMPLE = RESULTS / "example"
+SEED_DATA = PACKAGE / "seed_data"
+PROMPTS = PACKAGE / "prompts"
+
+
+def cache_dir() -> Path:
+    """Folder of fetched and converted models; the variable ``SRLM_CACHE`` moves it."""
+    return Path(os.environ.get("SRLM_CACHE") or Path.home() / ".cache" / "srlm").expanduser()
+
+
+def resolve(path: str | Path) -> Path:
+    """Absolute form of `path`; relative paths start at the repository, not at the kernel's folder."""
+    path = Path(path).expanduser()
+    return path if path.is_absolute() else PROJ_ROOT / path

@@ -1,0 +1,210 @@
+"""Which steps a run has, what each reads and writes, and whether it is done. Nothing here runs anything.
+
+A step is ``<stage>@<model>``. Paths are relative to the run folder. A step is done when its manifest
+holds the same parameters and the same input hashes as now, and its outputs are as it left them.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from srlm_utils.artefacts import read_json, sha256
+from srlm_utils.errors import DataError, ParamError
+from srlm_utils.params import Experiment, stage_key
+from srlm_utils.paths import PROMPTS, SEED_DATA, resolve
+
+SEED_FILES = ("ift", "ranked_train", "ranked_eval", "valid_prompts", "test_prompts")
+
+
+@dataclass(frozen=True)
+class Step:
+    stage: str
+    model: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}@{self.model}"
+
+
+def model_names(iterations: int) -> list[str]:
+    """M0, SFT, M1 ... M<iterations>: the order in which figures show them."""
+    return ["M0", "SFT", *(f"M{i}" for i in range(1, iterations + 1))]
+
+
+def is_model_name(name: str) -> bool:
+    return name == "SFT" or re.fullmatch(r"M\d+", name) is not None
+
+
+def models_before(model: str) -> list[str]:
+    """Models that exist before `model` does."""
+    return [] if model == "M0" else ["M0"] if model == "SFT" else model_names(int(model[1:]))[:-1]
+
+
+def init_model(model: str) -> str:
+    """The model that `model` is trained from: M0 for SFT and M1 (both supervised), else the previous one."""
+    return "M0" if model in ("SFT", "M1") else f"M{int(model[1:]) - 1}"
+
+
+def next_model(model: str) -> str:
+    return f"M{int(model[1:]) + 1}"
+
+
+def weights(model: str) -> str:
+    """Artefact that stands for a model: a pointer for M0, a folder for the others."""
+    return "M0/model.json" if model == "M0" else f"{model}/model"
+
+
+def parse_win_judge(text: str) -> tuple[str, str]:
+    """``"M1:score"`` -> ("M1", "score"); the last colon separates, so paths may hold others."""
+    judge, _, mode = text.rpartition(":")
+    if not judge or mode not in ("score", "pairwise"):
+        raise ParamError(f"evaluate.win_judges: found {text!r}, expected <model>:score or <model>:pairwise, "
+                         "where <model> is a model of the run, an embedded model, a hub id or a folder.")
+    return judge, mode
+
+
+def make_step(stage: str, model: str, params: dict) -> Step:
+    """The declaration of one step; `params` are its flat parameters."""
+    m, key = model, stage_key(stage)
+    if key == "seed_data":
+        return Step(stage, m, (), ("M0/model.json", *(f"seed/{f}.jsonl" for f in SEED_FILES)))
+    if key == "sft":
+        if m in ("SFT", "M1"):
+            data = ["seed/ift.jsonl"] + (["SFT/eft/train.jsonl"] if m == "M1" else [])
+        else:
+            data = ["seed/ift.jsonl", f"{init_model(m)}/aift/positives.jsonl"]
+        return Step(stage, m, (weights(init_model(m)), *data), (f"{m}/model", f"{m}/training_log.csv"))
+    if key == "build_eft":
+        return Step(stage, m, (weights(m), "seed/ranked_train.jsonl"), (f"{m}/eft/train.jsonl", f"{m}/eft/yield.json"))
+    if key == "self_instruct":
+        writer = params.get("prompt_model") or m
+        reads = {weights(m), *([weights(writer)] if is_model_name(writer) else [])}
+        return Step(stage, m, (*sorted(reads), *(f"seed/{f}.jsonl" for f in SEED_FILES)),
+                    (f"{m}/aift/attempts.jsonl", f"{m}/aift/prompts.jsonl", f"{m}/aift/candidates.jsonl"))
+    if key == "judge":
+        return Step(stage, m, (weights(m), f"{m}/aift/prompts.jsonl", f"{m}/aift/candidates.jsonl"),
+                    (f"{m}/aift/judgements.jsonl",))
+    if key == "build_pairs":
+        return Step(stage, m, tuple(f"{m}/aift/{f}.jsonl" for f in ("prompts", "candidates", "judgements")),
+                    (f"{m}/aift/{params.get('learn_from', 'pairs')}.jsonl", f"{m}/aift/health.json"))
+    if key == "dpo":
+        start = init_model(m)
+        return Step(stage, m, (weights(start), f"{start}/aift/pairs.jsonl"), (f"{m}/model", f"{m}/training_log.csv"))
+    if key == "evaluate":
+        judges = {parse_win_judge(j)[0] for j in params.get("win_judges", [])}
+        reads = dict.fromkeys([weights(m), *(weights(j) for j in sorted(judges) if is_model_name(j)),
+                               "seed/ranked_eval.jsonl", "seed/test_prompts.jsonl",
+                               *(f"{o}/eval/{f}.jsonl" for o in models_before(m) for f in ("answers", "answer_scores"))])
+        writes = ["judgements.jsonl", "answers.jsonl", "answer_scores.jsonl", "metrics.json"]
+        writes += [f"verdicts/{m}_vs_{o}.jsonl" for o in models_before(m)]
+        return Step(stage, m, tuple(reads), tuple(f"{m}/eval/{f}" for f in writes))
+    if key == "report":
+        names = model_names(params["iterations"])
+        reads = [f"{n}/eval/{f}" for n in names for f in ("metrics.json", "answers.jsonl")]
+        for n in names[2:-1]:
+            reads += [f"{n}/aift/{f}" for f in ("attempts.jsonl", "prompts.jsonl", "candidates.jsonl",
+                                                "judgements.jsonl", "health.json")]
+        reads += [f"{n}/training_log.csv" for n in names[1:]]
+        return Step(stage, m, tuple(reads), ("report",))
+    raise ParamError(f"unknown stage {stage!r}")
+
+
+def list_steps(experiment: Experiment) -> list[Step]:
+    """All steps of a run in the order in which they run.
+
+    Evaluations of the early models wait until every win judge of the run exists.
+    """
+    run = experiment.run
+    order = [("01_seed_data", "run"), ("02_sft", "SFT"), ("03_build_eft", "SFT"), ("02_sft", "M1")]
+    judges = experiment.flat("08_evaluate", "M1", "")["win_judges"]
+    for judge, _ in map(parse_win_judge, judges):
+        if is_model_name(judge) and judge not in ("M0", "SFT", "M1"):
+            raise ParamError(f"evaluate.win_judges: {judge} would judge models that exist before it does; "
+                             "expected M0, SFT, M1 or a model from outside the run.")
+    order += [("08_evaluate", m) for m in ("M0", "SFT", "M1")]
+    for i in range(1, run.iterations):
+        order += [(stage, f"M{i}") for stage in ("04_self_instruct", "05_judge", "06_build_pairs")]
+        order += [("07_dpo" if run.learn_from == "pairs" else "02_sft", f"M{i + 1}"), ("08_evaluate", f"M{i + 1}")]
+    order.append(("09_report", "run"))
+    return [make_step(stage, m, experiment.flat(stage, m, "")) for stage, m in order]
+
+
+def external_inputs(stage: str, params: dict) -> dict[str, Path]:
+    """Files outside the run folder that a step depends on: seed files and the judge's rubric."""
+    files = {}
+    for name, value in params.items():
+        if name.endswith("_file"):
+            bundled = {"valid_file": "valid_prompts", "test_file": "test_prompts"}.get(name, name[:-5])
+            files[f"{name}:{value or 'bundled'}"] = resolve(value) if value else SEED_DATA / f"{bundled}.jsonl"
+    if "rubric" in params:
+        files[f"rubric:{params['rubric']}"] = rubric_path(params["rubric"])
+    return files
+
+
+def rubric_path(name: str) -> Path:
+    """A rubric by name (a template of the kit) or by path."""
+    return PROMPTS / f"{name}.jinja" if re.fullmatch(r"\w+", name) else resolve(name)
+
+
+def fingerprint(step: Step, params: dict, run: Path) -> dict:
+    """What decides whether a step's outputs are still valid: parameters and input hashes.
+
+    Raises FileNotFoundError if an input is missing. The run folder's own place does not count, so a
+    run can be moved.
+    """
+    inputs = {p: sha256(run / p) for p in step.reads}
+    inputs |= {name: sha256(path) for name, path in external_inputs(step.stage, params).items()}
+    return {"params": {k: v for k, v in params.items() if k != "run_dir"}, "inputs": inputs}
+
+
+def status(step: Step, params: dict, run: Path) -> tuple[bool, str]:
+    """(done, why): whether a step can be skipped, and the reason in a few words."""
+    path = run / "steps" / f"{step.name}.json"
+    work = run / "steps" / f"{step.name}.work"
+    if not path.is_file():
+        return False, "was interrupted: will continue" if (work / "fingerprint.json").is_file() else "not run yet"
+    try:
+        manifest = read_json(path)
+        now = fingerprint(step, params, run)
+        old = {"params": {k: v for k, v in manifest["params"].items() if k != "run_dir"},
+               "inputs": {k: v["sha256"] for k, v in manifest["inputs"].items()}}
+        outputs = manifest["outputs"]
+    except FileNotFoundError as e:
+        return False, f"input is gone: {Path(e.filename).name}"
+    except (DataError, KeyError, TypeError, AttributeError):
+        return False, "its manifest is damaged"
+    changed = [k for k in now["params"] if old["params"].get(k, ...) != now["params"][k]]
+    if changed:
+        k = changed[0]
+        return False, f"{k} changed: {old['params'].get(k)!r} -> {now['params'][k]!r}"
+    stale = [k for k in now["inputs"] if old["inputs"].get(k) != now["inputs"][k]]
+    if stale:
+        return False, f"input changed: {stale[0]}"
+    for name, info in outputs.items():
+        if not (run / name).exists():
+            return False, f"output is gone: {name}"
+        if sha256(run / name) != info["sha256"]:
+            return False, f"output was changed: {name}"
+    return True, "done"
+
+
+def plan(experiment: Experiment, run: Path) -> list[tuple[Step, dict, bool, str]]:
+    """Each step with its parameters, whether it is done, and why. Steps after one that must run wait for it."""
+    out, dirty = [], {}
+    for step in list_steps(experiment):
+        params = experiment.flat(step.stage, step.model, str(run))
+        done, why = status(step, params, run)
+        waits = [dirty[p] for p in step.reads if p in dirty]
+        if done and waits:
+            done, why = False, f"after {waits[0]}"
+        if not done:
+            dirty |= dict.fromkeys(step.writes, step.name)
+        out.append((step, params, done, why))
+    return out
+
+
+def maker_of(path: str, steps: list[Step]) -> str | None:
+    """Name of the step that writes `path`."""
+    return next((s.name for s in steps if path in s.writes), None)

@@ -1,0 +1,208 @@
+"""The kit's figures. Each takes tidy rows and returns a matplotlib figure; `save` keeps PNG and CSV.
+
+One colour and one marker a model, everywhere (Okabe and Ito's palette, safe for colour-blind readers).
+Rates are shown in %, with 95 % intervals and n.
+"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from srlm_utils.plan import is_model_name
+from srlm_utils.verdicts import judge_label
+
+_COLORS = ["#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442"]  # M1, M2, M3, ...
+_MARKERS = ["o", "s", "^", "D", "v", "P"]
+
+
+def color(model: str) -> str:
+    """The colour of a model; grey for M0, orange for the SFT baseline."""
+    return {"M0": "#999999", "SFT": "#E69F00"}.get(model) or _COLORS[(int(model[1:]) - 1) % len(_COLORS)]
+
+
+def marker(model: str) -> str:
+    return {"M0": "X", "SFT": "p"}.get(model) or _MARKERS[(int(model[1:]) - 1) % len(_MARKERS)]
+
+
+def use_style() -> None:
+    """Set the look of all figures."""
+    plt.rcParams.update({
+        "figure.dpi": 110, "savefig.dpi": 200, "figure.constrained_layout.use": True, "font.size": 10,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
+        "axes.axisbelow": True, "axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False,
+        "figure.facecolor": "white",
+    })
+
+
+def save(fig, data: pd.DataFrame, folder: Path, name: str) -> None:
+    """`name`.png and the `name`.csv it was drawn from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fig.savefig(folder / f"{name}.png")
+    data.to_csv(folder / f"{name}.csv", index=False)
+
+
+def _bars(ax, x, row, model):
+    """One point with its interval, in per cent."""
+    v = 100 * row["value"]
+    low, high = (v if pd.isna(row[k]) else 100 * row[k] for k in ("low", "high"))
+    ax.errorbar(x, v, yerr=[[max(v - low, 0)], [max(high - v, 0)]], fmt=marker(model), color=color(model), capsize=3,
+                markersize=7)
+
+
+def agreement(metrics: pd.DataFrame):
+    """Pairwise accuracy on held-out rankings by model and judge mode, beside chance and length."""
+    acc = metrics[(metrics.metric == "pairwise_accuracy") & metrics.value.notna()]
+    modes = sorted(acc.judge_mode.unique())
+    fig, axes = plt.subplots(1, max(len(modes), 1), figsize=(4.2 * max(len(modes), 1), 3.6), sharey=True, squeeze=False)
+    for ax, mode in zip(axes[0], modes, strict=False):
+        rows = acc[acc.judge_mode == mode].reset_index(drop=True)
+        ties = metrics[(metrics.metric == "tie_rate") & (metrics.judge_mode == mode)].set_index("model").value
+        for x, row in rows.iterrows():
+            _bars(ax, x, row, row.model)
+        longer = metrics[(metrics.metric == "longer_baseline") & (metrics.judge_mode == mode)].value
+        ax.axhline(50, color="#555555", lw=1, ls="--")
+        ax.text(len(rows) - 0.5, 50, "chance", va="bottom", ha="right", fontsize=8, color="#555555")
+        if len(longer):
+            level = 100 * longer.iloc[0]
+            ax.axhline(level, color="#555555", lw=1, ls=":")
+            above = level >= 50
+            ax.text(-0.5, level, "prefers the longer", va="bottom" if above else "top", fontsize=8, color="#555555")
+        ax.set_xticks(range(len(rows)), [f"{r.model}\nn={r.n}\nties {100 * ties.get(r.model, 0):.0f} %"
+                                         for r in rows.itertuples()], fontsize=8)
+        ax.set_xlim(-0.6, len(rows) - 0.4)
+        ax.set_ylim(0, 100)
+        ax.set_title(f"judge mode: {mode}")
+    axes[0][0].set_ylabel("pairs ordered as people did, % of untied")
+    fig.suptitle("Reward agreement with held-out rankings (95 % intervals over prompts)", fontsize=11)
+    return fig, acc
+
+
+def win_rates(metrics: pd.DataFrame):
+    """Win, tie and loss of each model against those before it; one panel a judge."""
+    h2h = metrics[metrics.metric.isin(["win", "tie", "loss", "win_rate"])]
+    judges = list(h2h[["judge", "judge_mode"]].drop_duplicates().itertuples(index=False))
+    pairs = list(h2h[["model", "opponent"]].drop_duplicates().itertuples(index=False))[::-1]
+    fig, axes = plt.subplots(1, max(len(judges), 1), figsize=(5.6 * max(len(judges), 1), 1.4 + 0.34 * len(pairs)),
+                             sharey=True, squeeze=False)
+    for ax, (judge, mode) in zip(axes[0], judges, strict=False):
+        table = h2h[(h2h.judge == judge) & (h2h.judge_mode == mode)].set_index(["model", "opponent", "metric"])
+        for y, (m, o) in enumerate(pairs):
+            if (m, o, "win") not in table.index:
+                continue
+            left, n = 0.0, int(table.loc[(m, o, "win"), "n"])
+            for part, shade, ink in (("win", color(m), "white"), ("tie", "#d9d9d9", "#333333"), ("loss", color(o), "white")):
+                width = 100 * table.loc[(m, o, part), "value"]
+                hatch = "//" if part == "loss" else None
+                ax.barh(y, width, left=left, color=shade, height=0.72, hatch=hatch, edgecolor="white", lw=0.6)
+                if width >= 9:
+                    box = {"facecolor": shade, "edgecolor": "none", "pad": 1} if hatch else None
+                    ax.text(left + width / 2, y, f"{width:.0f}", ha="center", va="center", fontsize=8, color=ink, bbox=box)
+                left += width
+            rate = table.loc[(m, o, "win_rate")]
+            ax.plot([100 * rate.low, 100 * rate.high], [y - 0.42] * 2, color="black", lw=1.4, clip_on=False)
+            ax.plot(100 * rate.value, y - 0.42, "k|", markersize=6, clip_on=False)
+            ax.text(101, y, f"n={n}", fontsize=7, va="center")
+        ax.axvline(50, color="black", lw=0.8, ls="--")
+        ax.set_xlim(0, 100)
+        ax.grid(False)
+        ax.set_title(f"judge: {judge_label(judge, mode)}", fontsize=9)
+        ax.set_xlabel("% of prompts: win | tie | loss (hatched); black: win rate\nwith half ties, 95 % interval", fontsize=8)
+        ax.set_yticks(range(len(pairs)), [f"{m} vs {o}" for m, o in pairs], fontsize=9)
+    fig.suptitle("Head-to-head on test prompts", fontsize=11)
+    return fig, h2h
+
+
+def answers(metrics: pd.DataFrame):
+    """Length, own endings and repetition of the test answers by model."""
+    panels = [("answer_chars", "mean length, characters", 1), ("ended_rate", "ended by themselves, %", 100),
+              ("repeated_4grams", "repeated 4-grams, %", 100)]
+    data = metrics[metrics.metric.isin([p[0] for p in panels])]
+    fig, axes = plt.subplots(1, 3, figsize=(9.6, 3.1))
+    for ax, (name, label, scale) in zip(axes, panels, strict=True):
+        rows = data[data.metric == name].reset_index(drop=True)
+        for x, r in rows.iterrows():
+            yerr = [[scale * (r.value - r.low)], [scale * (r.high - r.value)]]
+            ax.errorbar(x, scale * r.value, yerr=yerr, fmt=marker(r.model), color=color(r.model), capsize=3, markersize=7)
+        ax.set_xticks(range(len(rows)), rows.model)
+        ax.set_xlim(-0.6, len(rows) - 0.4)
+        ax.set_ylim(bottom=0)
+        ax.set_title(f"{label}  (n={rows.n.max() if len(rows) else 0})", fontsize=9)
+    fig.suptitle("Test answers, judged by nobody (95 % intervals over prompts)", fontsize=11)
+    return fig, data
+
+
+def mean_scores(metrics: pd.DataFrame):
+    """Mean score of the test answers by each scoring judge."""
+    data = metrics[(metrics.metric == "mean_score") & metrics.value.notna()]
+    judges = sorted(data.judge.unique())
+    fig, axes = plt.subplots(1, max(len(judges), 1), figsize=(4.4 * max(len(judges), 1), 3.1), squeeze=False, sharey=True)
+    for ax, judge in zip(axes[0], judges, strict=False):
+        rows = data[data.judge == judge].reset_index(drop=True)
+        for x, r in rows.iterrows():
+            ax.errorbar(x, r.value, yerr=[[r.value - r.low], [r.high - r.value]], fmt=marker(r.model),
+                        color=color(r.model), capsize=3, markersize=7)
+        ax.set_xticks(range(len(rows)), rows.model)
+        ax.set_xlim(-0.6, len(rows) - 0.4)
+        ax.set_title(f"judge: {judge_label(judge)}, n={rows.n.max()}", fontsize=9)
+        ax.set_ylabel("mean score, 0 to 5")
+    fig.suptitle("Score of the test answers (95 % intervals over prompts)", fontsize=11)
+    return fig, data
+
+
+def score_histogram(scores: pd.DataFrame):
+    """Scores of the candidates, a panel a model; `scores` has columns model and score."""
+    models = [m for m in scores.model.unique() if is_model_name(m)]
+    fig, axes = plt.subplots(1, max(len(models), 1), figsize=(4.2 * max(len(models), 1), 2.9), sharex=True, squeeze=False)
+    for ax, m in zip(axes[0], models, strict=False):
+        values = scores[scores.model == m].score.dropna()
+        ax.hist(values, bins=[i / 4 for i in range(21)], color=color(m), edgecolor="white")
+        ax.set_title(f"{m}: mean {values.mean():.2f}, std {values.std():.2f}, n={len(values)}", fontsize=9)
+        ax.set_xlabel("score, 0 to 5")
+    axes[0][0].set_ylabel("candidates")
+    fig.suptitle("What each model thought of its own candidates", fontsize=11)
+    return fig, scores
+
+
+def funnel(steps: pd.DataFrame):
+    """From attempts to pairs: what is left and what was dropped, a panel a round.
+
+    `steps` has columns model, stage, n, and drop ("" for what is kept, else the reason).
+    """
+    models = list(dict.fromkeys(steps.model))
+    labels = {m: [f"{r.stage}" if not r.drop else f"  – {r.drop}" for r in steps[steps.model == m].itertuples()]
+              for m in models}
+    height = 1 + 0.27 * max((len(v) for v in labels.values()), default=1)
+    fig, axes = plt.subplots(1, max(len(models), 1), figsize=(5.0 * max(len(models), 1), height), squeeze=False)
+    for ax, m in zip(axes[0], models, strict=False):
+        rows = steps[steps.model == m].reset_index(drop=True)
+        shades = [color(m) if not d else "#c9c9c9" for d in rows["drop"]]
+        ax.barh(range(len(rows)), rows.n, color=shades)
+        for y, n in enumerate(rows.n):
+            ax.text(n, y, f" {n}", va="center", fontsize=8)
+        ax.set_yticks(range(len(rows)), labels[m], fontsize=8)
+        ax.invert_yaxis()
+        ax.grid(axis="y", visible=False)
+        ax.set_xlim(0, 1.12 * max(rows.n.max(), 1))
+        ax.set_title(f"round of {m}", fontsize=10)
+    fig.suptitle("From written prompts to pairs, every drop counted", fontsize=11)
+    return fig, steps
+
+
+def training(logs: pd.DataFrame):
+    """Loss by optimizer step; for DPO also the share of pairs ordered right and the reward margin.
+
+    `logs` has columns model, step, loss and, where it was DPO, rewards/accuracies and rewards/margins.
+    """
+    panels = [("loss", "loss"), ("rewards/accuracies", "pairs ordered right"), ("rewards/margins", "reward margin")]
+    panels = [(c, t) for c, t in panels if c in logs and logs[c].notna().any()]
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3), squeeze=False)
+    for ax, (column, title) in zip(axes[0], panels, strict=True):
+        for m in dict.fromkeys(logs.model):
+            rows = logs[(logs.model == m) & logs[column].notna()]
+            if len(rows):
+                ax.plot(rows.step, rows[column], color=color(m), marker=marker(m), markersize=3, lw=1.2, label=m)
+        ax.set_xlabel("optimizer step")
+        ax.set_title(title, fontsize=10)
+        ax.legend(fontsize=8)
+    return fig, logs

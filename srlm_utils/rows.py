@@ -1,0 +1,96 @@
+"""The shape of every seed row, checked before any model loads."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from srlm_utils.artefacts import read_jsonl
+from srlm_utils.errors import DataError, MissingInputError
+
+
+class _Row(BaseModel):
+    # extra fields are kept: they are the user's notes and travel with the row
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    prompt_id: str = Field(min_length=1)
+    prompt: str = Field(min_length=1)
+
+    @field_validator("prompt")
+    @classmethod
+    def _not_blank(cls, v: str) -> str:
+        if not v.strip():
+            raise ValueError("is blank")
+        return v
+
+
+class IftRow(_Row):
+    """An instruction with the answer to learn."""
+
+    response: str = Field(min_length=1)
+
+
+class PromptRow(_Row):
+    """A prompt of the validation or test set; `reference` is a good answer to read beside others."""
+
+    reference: str = ""
+
+
+class Reply(BaseModel):
+    """One ranked reply. `score` (0 to 5) and `justification` may be missing: 03_build_eft makes them."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    reply_id: str = Field(min_length=1)
+    text: str = Field(min_length=1)
+    rank: int = Field(ge=0)
+    score: int | None = Field(None, ge=0, le=5)
+    justification: str = ""
+    source: str = ""
+
+
+class RankedRow(_Row):
+    """A prompt with two or more replies that people put in order; rank 0 is best, equal ranks are ties."""
+
+    replies: list[Reply] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        ids = [r.reply_id for r in self.replies]
+        if len(set(ids)) < len(ids):
+            raise ValueError("reply_id is not unique within the row")
+        if min(r.rank for r in self.replies) != 0:
+            raise ValueError("no reply has rank 0 (the best)")
+        return self
+
+
+def load_rows(path: Path, shape: type[_Row], limit: int = 0) -> list[dict]:
+    """The first `limit` rows of a JSONL file (0: all), each checked against `shape`, ids unique.
+
+    Raises `MissingInputError` for no file and `DataError` with file, row, field, what was found and
+    what was expected.
+    """
+    if not path.is_file():
+        raise MissingInputError(f"{path}: no such file. Expected JSONL rows of {shape.__name__} "
+                                f"({', '.join(shape.model_fields)}).")
+    rows = read_jsonl(path)
+    if not rows:
+        raise DataError(f"{path}: no rows. Expected at least one {shape.__name__} object a line.")
+    seen: set[str] = set()
+    for i, row in enumerate(rows, 1):
+        where = f"{path}: row {i} ({row.get('prompt_id', 'no prompt_id')})"
+        try:
+            shape.model_validate(row)
+        except ValidationError as e:
+            err = e.errors()[0]
+            field = ".".join(map(str, err["loc"])) or "row"
+            raise DataError(f"{where}: {field}: {err['msg']}; found {_short(err['input'])}. "
+                            "Mend this row and run the step again.") from e
+        if row["prompt_id"] in seen:
+            raise DataError(f"{where}: prompt_id stands twice in this file. Give each row an id of its own.")
+        seen.add(row["prompt_id"])
+    return rows[:limit] if limit else rows
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,205 @@
+"""Runs the notebooks of an experiment one after the other through papermill."""
+
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from srlm_utils import errors
+from srlm_utils.artefacts import read_json, write_text
+from srlm_utils.errors import LockedError, MissingInputError, ParamError, SrlmError, StepFailed
+from srlm_utils.params import Experiment
+from srlm_utils.paths import NOTEBOOKS, PROJ_ROOT
+from srlm_utils.plan import Step, list_steps, maker_of, plan
+from srlm_utils.seeds import load_seeds
+from srlm_utils.step import BATCH
+from srlm_utils.tokens import step_cost
+
+
+def shown(path: Path) -> str:
+    """A path as a reader would type it."""
+    return str(path.relative_to(PROJ_ROOT)) if path.is_relative_to(PROJ_ROOT) else str(path)
+
+
+def execute(experiment: Experiment, run: Path, command: str, *, start: str = "", only: str = "",
+            force: bool = False) -> int:
+    """Run what is not done. `start` and `only` name steps; `force` runs steps even if they are done.
+
+    Returns the number of steps that ran. Raises `SrlmError` for bad input (before a notebook starts,
+    or from its first cells) and `StepFailed` for anything else that ends a notebook.
+    """
+    load_seeds(experiment.flat("01_seed_data", "run", "run"))  # every row is checked before any kernel starts
+    steps = list_steps(experiment)
+    names = [s.name for s in steps]
+    for option in (start, only):
+        if option and option not in names:
+            raise ParamError(f"no step {option!r} in this experiment. Its steps: {', '.join(names)}.")
+    run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run / ".run.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise LockedError(f"{shown(run)} is being run by another process. Wait for it or stop it.") from None
+    try:
+        return _execute(experiment, run, command, steps, start, only, force)
+    finally:
+        lock.release()
+        (run / ".run.lock").unlink(missing_ok=True)
+
+
+def _execute(experiment, run, command, steps, start, only, force) -> int:
+    planned = plan(experiment, run)
+    write_text(run / "params.yaml", _yaml(experiment.tree))
+    skip_until = [s.name for s in steps].index(start) if start else 0
+    todo = []
+    for i, (step, params, done, why) in enumerate(planned):
+        write_text(run / "params" / f"{step.name}.yaml", _yaml(params | {"run_dir": shown(run)}))
+        if i < skip_until or (only and step.name != only):
+            continue
+        if not done or force:
+            todo.append((step, params, why))
+    if not todo:
+        print(f"{shown(run)}: all {len(steps)} steps are done. Report: {shown(run / 'report/report.html')}")
+        return 0
+    line = ProgressLine([(s.name, step_cost(s, experiment)) for s, _, _ in todo])
+    for i, (step, params, why) in enumerate(todo):
+        made_later = {w for s, _, _ in todo[i:] for w in s.writes}
+        for path in step.reads:
+            if not (run / path).exists() and path not in made_later - set(step.writes):
+                raise MissingInputError(f"{step.name}: {shown(run / path)} is missing: run {maker_of(path, steps)} first.")
+        line.begin(i, run / "steps" / f"{step.name}.work" / "progress.json")
+        try:
+            _run_notebook(step, params | {"run_dir": shown(run)}, run, command)
+        finally:
+            line.end(i)
+    if only:
+        print(f"{only} done: {shown(run / 'notebooks')}/{only}.ipynb")
+    else:
+        print(f"report: {shown(run / 'report/report.html')}")
+    return len(todo)
+
+
+def _yaml(value) -> str:
+    import yaml
+
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
+def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
+    """One papermill execution in a kernel of its own; the executed notebook is kept, failed or not."""
+    import logging
+
+    import papermill as pm
+    from papermill.exceptions import PapermillExecutionError
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    source = NOTEBOOKS / f"{step.stage}.ipynb"
+    out = run / "notebooks" / f"{step.name}.ipynb"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    known = set(pm.inspect_notebook(str(source)))
+    if known != set(params):  # papermill would only warn
+        raise ParamError(f"{shown(source)}: its parameters cell has {sorted(known - set(params))} too many and lacks "
+                         f"{sorted(set(params) - known)}; names must equal srlm_utils/params.py.")
+    resume = f"continue with: {command}"
+    env = {BATCH: "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1",
+           "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    saved = {k: os.environ.get(k) for k in env}
+    os.environ.update(env)
+    try:
+        pm.execute_notebook(str(source), str(out), parameters=params, kernel_name="python3", progress_bar=False,
+                            cwd=str(PROJ_ROOT), request_save_on_cell_execute=False,
+                            extra_arguments=["--log-level=ERROR"])
+    except PapermillExecutionError as e:
+        where = f"{shown(out)}, cell {e.exec_count}"
+        kind = getattr(errors, e.ename, None)
+        if isinstance(kind, type) and issubclass(kind, SrlmError):
+            raise kind(f"{e.evalue}\n  in {where}; {resume}") from None
+        raise StepFailed(f"{step.name} failed in {where}: {e.ename}: {e.evalue}\n  {resume}") from None
+    except KeyboardInterrupt:
+        raise StepFailed(f"{step.name} was interrupted; what it made is kept\n  {resume}") from None
+    except Exception as e:  # a kernel that died: papermill's own error says little, and marks cells completed
+        raise StepFailed(f"{step.name} failed in {shown(out)}: {type(e).__name__}: {e}. If the kernel died, the machine "
+                         f"may be out of memory: lower batch_size or micro_batch_size.\n  {resume}") from None
+    finally:
+        for k, v in saved.items():
+            os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
+    if not (run / "steps" / f"{step.name}.json").is_file():
+        raise StepFailed(f"{step.name}: {shown(out)} ended without writing its manifest; its last cell must call "
+                         f"step.finish().\n  {resume}")
+
+
+class ProgressLine:
+    """One line for the whole run: step, rows within it, time so far, and an estimate of what is left.
+
+    The estimate scales each step's expected cost (`tokens.step_cost`) by what the steps of this run
+    really took; before the first one has ended it says nothing.
+    """
+
+    def __init__(self, steps: list[tuple[str, float]], stream=None):
+        self.steps, self.stream = steps, stream or sys.stdout
+        self.tty = self.stream.isatty()
+        self.start = time.monotonic()
+        self.took: dict[int, float] = {}
+
+    def begin(self, i: int, progress: Path) -> None:
+        self._step_start, self._stop = time.monotonic(), threading.Event()
+        if not self.tty:
+            print(self._text(i, None), file=self.stream, flush=True)
+            return
+        self._thread = threading.Thread(target=self._watch, args=(i, progress), daemon=True)
+        self._thread.start()
+
+    def end(self, i: int) -> None:
+        self.took[i] = time.monotonic() - self._step_start
+        self._stop.set()
+        if self.tty:
+            self._thread.join()
+            self._show("")
+
+    def _watch(self, i: int, progress: Path) -> None:
+        while not self._stop.wait(0.5):
+            try:
+                state = json.loads(progress.read_text())
+            except (OSError, ValueError):
+                state = None
+            self._show(self._text(i, state))
+
+    def _show(self, text: str) -> None:
+        width = shutil.get_terminal_size().columns - 1
+        self.stream.write(f"\r\x1b[2K{text[:width]}")
+        self.stream.flush()
+
+    def _text(self, i: int, state: dict | None) -> str:
+        name = self.steps[i][0]
+        rows = f" {state['done']}/{state['total']}" if state else ""
+        left = self.left(i)
+        eta = f" · about {_minutes(left)} left" if left is not None else ""
+        return f"[{i + 1}/{len(self.steps)}] {name}{rows} · {_minutes(time.monotonic() - self.start)}{eta}"
+
+    def left(self, i: int) -> float | None:
+        """Seconds left from the start of step `i` on, less what this step has used already."""
+        if not self.took:
+            return None
+        rate = sum(self.took.values()) / sum(self.steps[j][1] for j in self.took)
+        expected = rate * self.steps[i][1]
+        used = time.monotonic() - self._step_start
+        return max(expected - used, 0) + rate * sum(c for _, c in self.steps[i + 1:])
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def status_rows(run: Path) -> list[dict]:
+    """What the manifests of a run folder say: one row a finished step."""
+    rows = []
+    for path in sorted((run / "steps").glob("*.json")):
+        m = read_json(path)
+        rows.append({"step": m["step"], "started": m["started"], "seconds": m["seconds"],
+                     "peak_memory_gb": m["peak_memory_gb"], **{"figures": m["figures"]}})
+    return sorted(rows, key=lambda r: r["started"])

@@ -1,0 +1,53 @@
+"""Drawing the next token: temperature and an exact nucleus (top-p) without sorting the vocabulary."""
+
+import hashlib
+
+import numpy as np
+import torch
+
+TOP_K = 256  # wide enough to hold p = 0.9 on nearly every step; rows where it is not are sorted in full
+
+
+def uniforms(seed: int, key: str, n: int) -> np.ndarray:
+    """`n` uniform draws in [0, 1) that depend on (seed, key) alone.
+
+    One stream a sample makes what is drawn independent of the batch it was drawn in: a resumed run
+    or another batch size asks for the same random numbers.
+    """
+    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random(n)
+
+
+def nucleus(logits: torch.Tensor, temperature: float, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kept probabilities (normalised, descending) and their token ids, both (rows, k).
+
+    The nucleus is the smallest set of most likely tokens whose mass reaches `top_p` (Holtzman et al.
+    2020). Only the `TOP_K` largest logits are sorted: a token's probability needs the sum over the
+    vocabulary, not its order. Where the `TOP_K` do not hold `top_p`, all rows are sorted in full, so
+    the distribution is the exact one either way.
+    """
+    logits = logits.float() / temperature
+    log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
+    k = min(TOP_K, logits.shape[-1])
+    top, ids = logits.topk(k, dim=-1)
+    probs = (top - log_z).exp()
+    if k < logits.shape[-1] and bool((probs.sum(-1) < top_p).any()):
+        top, ids = logits.sort(dim=-1, descending=True)
+        probs = (top - log_z).exp()
+    before = probs.cumsum(-1) - probs
+    probs = torch.where(before < top_p, probs, 0.0)  # the first token has mass 0 before it: always kept
+    return probs / probs.sum(-1, keepdim=True), ids
+
+
+def sample(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """One token id a row, (rows,), by inverting the nucleus's distribution at `u` (rows,) in [0, 1).
+
+    `temperature` 0 takes the most likely token.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, ids = nucleus(logits, temperature, top_p)
+    index = torch.searchsorted(probs.cumsum(-1), u[:, None].float(), right=True)
+    # rounding can leave the last kept cumulative sum a hair under 1; never step past the kept tokens
+    n_kept = (probs > 0).sum(-1, keepdim=True)
+    return ids.gather(-1, torch.minimum(index, n_kept - 1)).squeeze(-1)

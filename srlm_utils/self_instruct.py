@@ -1,0 +1,118 @@
+"""New prompts in the manner of Self-Instruct (Wang et al. 2022; Yuan et al. 2024, section 2.2).
+
+Eight demonstrations, six of the seed and two the model wrote itself, are shown as the beginning of a
+numbered list that the model continues by one line. What comes is filtered, and every drop has a reason.
+"""
+
+import random
+import re
+
+from rapidfuzz.distance import LCSseq
+
+from srlm_utils import chat
+from srlm_utils.judge import load_template
+from srlm_utils.paths import PROMPTS
+
+# things a text-only assistant cannot see, open, draw or play
+KEYWORDS = ("image", "images", "picture", "pictures", "photo", "photos", "graph", "graphs", "chart", "video",
+            "videos", "audio", "file", "files", "map", "maps", "draw", "plot", "link", "website", "url", "attached")
+_WORD = re.compile(r"[a-z0-9]+")
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words and numbers, as ROUGE counts them."""
+    return _WORD.findall(text.lower())
+
+
+def rouge_l(a: list[str], b: list[str]) -> float:
+    """ROUGE-L F1 of two word lists: 2 * LCS / (|a| + |b|); 0 for two empty ones."""
+    return 2 * LCSseq.similarity(a, b) / (len(a) + len(b)) if a or b else 0.0
+
+
+class Pool:
+    """Texts that a new prompt must differ from: seeds, held-out prompts, and what was accepted before."""
+
+    def __init__(self, threshold: float):
+        self.threshold, self._entries, self._exact = threshold, [], set()
+
+    def add(self, text: str, name: str) -> None:
+        w = words(text)
+        self._entries.append((w, name))
+        self._exact.add(tuple(w))
+
+    def nearest(self, text: str) -> tuple[float, str] | None:
+        """(ROUGE-L, name) of the first entry at or above the threshold, or None."""
+        w = words(text)
+        for other, name in self._entries:
+            # LCS is at most the shorter length: most entries are settled without aligning them
+            if 2 * min(len(w), len(other)) >= self.threshold * (len(w) + len(other)):
+                score = rouge_l(w, other)
+                if score >= self.threshold:
+                    return score, name
+        return None
+
+    def __contains__(self, text: str) -> bool:
+        return tuple(words(text)) in self._exact
+
+
+def pick_demos(seed_prompts: list[str], generated: list[str], n_seed: int, n_generated: int, key: str) -> list[str]:
+    """Demonstrations of one request, drawn by `key` alone; seeds fill in until enough were generated."""
+    rng = random.Random(key)
+    new = rng.sample(generated, min(n_generated, len(generated)))
+    demos = rng.sample(seed_prompts, min(n_seed + n_generated - len(new), len(seed_prompts))) + new
+    rng.shuffle(demos)
+    return demos
+
+
+def request_ids(tokenizer, demos: list[str]) -> list[int]:
+    """Token ids of one request: the instruction, and the list so far as the assistant's own words."""
+    lines = "\n".join(f"{i}. {demo}" for i, demo in enumerate(demos, 1))
+    task = load_template(PROMPTS / "new_task.jinja").render()
+    return chat.prompt_ids(tokenizer, chat.user(task), prefill=f"{lines}\n{len(demos) + 1}.")
+
+
+def is_demo(prompt: str, max_words: int) -> bool:
+    """Whether a seed prompt can stand as one line of the list."""
+    return "\n" not in prompt and len(prompt.split()) <= max_words
+
+
+def check_prompt(text: str, ended: bool, pool: Pool, *, min_words: int, max_words: int) -> str:
+    """"kept", or the reason for which a written prompt is dropped.
+
+    Reasons: unfinished (the token budget ended it), too_short, too_long, not_text (starts with no
+    letter, quote or digit, or is not mostly Latin letters), keyword (asks for what text cannot do),
+    duplicate (same words as a pool entry), similar (ROUGE-L at or above the pool's threshold).
+    """
+    n = len(text.split())
+    if not ended:
+        return "unfinished"
+    if n < min_words:
+        return "too_short"
+    if n > max_words:
+        return "too_long"
+    ascii_share = sum(c.isascii() for c in text) / len(text)
+    if not (text[0].isalnum() or text[0] in "\"'") or ascii_share < 0.9:
+        return "not_text"
+    if set(words(text)) & set(KEYWORDS):
+        return "keyword"
+    if text in pool:
+        return "duplicate"
+    return "similar" if pool.nearest(text) else "kept"
+
+
+def filter_batch(written: list[tuple[str, object]], pool: Pool, params, *, wanted: int) -> list[dict]:
+    """Check a batch of (attempt id, `engine.Sample`) in order; what is kept joins `pool`.
+
+    Rows: {"attempt_id", "text", "reason"}. Once `wanted` prompts were kept, the rest of the batch is
+    "not_needed".
+    """
+    rows = []
+    for attempt_id, s in written:
+        text = s.text.strip()
+        reason = "not_needed" if wanted <= 0 else check_prompt(
+            text, s.ended, pool, min_words=params.min_prompt_words, max_words=params.max_prompt_words)
+        if reason == "kept":
+            pool.add(text, attempt_id)
+            wanted -= 1
+        rows.append({"attempt_id": attempt_id, "text": text, "reason": reason})
+    return rows

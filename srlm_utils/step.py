@@ -1,0 +1,306 @@
+"""What every notebook begins and ends with: checked parameters, found inputs, a lock, a manifest.
+
+    step = begin_step("05_judge", globals())
+    rows = step.rows("M1/aift/candidates.jsonl")
+    ...
+    step.finish(n_judgements=len(rows))
+
+A step works in ``steps/<step>.work/``: row logs and checkpoints that an interrupted attempt left there
+are continued if parameters and inputs are the same, and thrown away if they are not.
+"""
+
+import importlib.metadata
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from filelock import FileLock, Timeout
+
+from srlm_utils import seed_model
+from srlm_utils.artefacts import RowLog, describe, read_json, read_jsonl, write_json
+from srlm_utils.errors import DataError, LockedError, MissingInputError, ParamError
+from srlm_utils.params import STAGES, check, stage_key
+from srlm_utils.paths import EXAMPLE, PROJ_ROOT, resolve
+from srlm_utils.plan import (
+    external_inputs,
+    fingerprint,
+    is_model_name,
+    make_step,
+    model_names,
+    rubric_path,
+    weights,
+)
+
+BATCH = "SRLM_BATCH"  # set by the runner: no progress bars in saved notebooks
+_held: dict[str, FileLock] = {}  # locks of this kernel, so that a cell can be run again
+
+
+class StepRun:
+    """A step while it runs. `params` has the notebook's parameters as attributes."""
+
+    def __init__(self, stage: str, params: dict):
+        self.params = SimpleNamespace(**params)
+        self.run = resolve(params["run_dir"])
+        self.declared = make_step(stage, params["model"], params)
+        self.name = self.declared.name
+        self.scratch = self.run.name == "scratch"
+        self.manifest_path = self.run / "steps" / f"{self.name}.json"
+        self.work = self.run / "steps" / f"{self.name}.work"
+        self.started = time.time()
+        self._borrowed: set[str] = set()
+
+    # ---- files
+
+    def input(self, path: str) -> Path:
+        """Where an input is. A scratch run borrows what it has not made itself from results/example."""
+        if (self.run / path).exists():
+            return self.run / path
+        if self.scratch and (EXAMPLE / path).exists():
+            self._borrowed.add(path)
+            return EXAMPLE / path
+        raise MissingInputError(f"{self._shown(self.run / path)} is missing: run {_maker(path)} first.")
+
+    def output(self, path: str) -> Path:
+        """Where an output goes; its folder is made."""
+        out = self.run / path
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return out
+
+    def rows(self, path: str) -> list[dict]:
+        """Rows of an input."""
+        return read_jsonl(self.input(path))
+
+    def log(self, name: str) -> RowLog:
+        """An append-only row log of this step, with the rows that an interrupted attempt completed."""
+        log = RowLog(self.work / name)
+        if log.rows:
+            print(f"continuing: {len(log.rows)} rows of {name} were made before")
+        return log
+
+    def model_source(self, model: str) -> dict:
+        """Where a model is and how to talk to it: keyword arguments for `Engine` and `train.load`.
+
+        `model` is a model of the run, an embedded model, a hub id or a folder. In a scratch run the
+        seed model stands in for models that were never trained there.
+        """
+        trust = {"trust_remote_code": self.params.trust_remote_code}
+        if not is_model_name(model):
+            return {"folder": seed_model.fetch(model)["path"], **trust}
+        if model != "M0" and (self.run / weights(model)).is_dir():
+            return {"folder": str(self.run / weights(model)), **trust}
+        if model != "M0" and not self.scratch:
+            self.input(weights(model))  # raises
+        if model != "M0":
+            print(f"scratch run: the seed model M0 stands in for {model}")
+        info = seed_model.read_pointer(self.input("M0/model.json"))
+        return {"folder": info["path"], "chat_template": info["chat_template"], **trust}
+
+    def engine(self, model: str):
+        """`Engine` of a model with this step's device, dtype and batch size."""
+        from srlm_utils.engine import Engine
+
+        p = self.params
+        return Engine(**self.model_source(model), device=p.device, dtype=p.dtype, batch_size=p.batch_size)
+
+    def model_revision(self, model: str) -> str:
+        """Which weights a name means: 12 digits of a run model's sha256; the name itself of any other."""
+        if not is_model_name(model):
+            return model
+        if self.scratch and not (self.run / weights(model)).exists():
+            model = "M0"  # its stand-in, see model_source()
+        return describe(self.input(weights(model)))["sha256"][:12]
+
+    def _shown(self, path: Path) -> str:
+        return str(path.relative_to(PROJ_ROOT)) if path.is_relative_to(PROJ_ROOT) else str(path)
+
+    # ---- life
+
+    def begin(self) -> None:
+        self._check_inputs()
+        self._lock()
+        if not self.scratch:
+            now = fingerprint(self.declared, vars(self.params), self.run)
+            path = self.work / "fingerprint.json"
+            if self.work.is_dir() and not (path.is_file() and read_json(path) == now):
+                shutil.rmtree(self.work)  # left by other parameters or inputs: not ours to continue
+            write_json(path, now)
+        else:
+            shutil.rmtree(self.work, ignore_errors=True)
+            self.work.mkdir(parents=True)
+        self.manifest_path.unlink(missing_ok=True)  # not done again until finish()
+        where = self._shown(self.run)
+        print(f"{self.name} in {where}" + (f", inputs from {self._shown(EXAMPLE)}: {', '.join(sorted(self._borrowed))}"
+                                           if self._borrowed else ""))
+
+    def _check_inputs(self) -> None:
+        for path in self.declared.reads:
+            if self.scratch and path.endswith("/model"):
+                continue  # model_path() has a stand-in
+            self.input(path)
+        for name, path in external_inputs(self.declared.stage, vars(self.params)).items():
+            if not path.is_file():
+                raise MissingInputError(f"{name.split(':')[0]}: {path}: no such file.")
+
+    def _lock(self) -> None:
+        path = self.run / "steps" / f"{self.name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if str(path) in _held:
+            return
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            owner = path.with_suffix(".owner")
+            who = owner.read_text() if owner.is_file() else "another process"
+            raise LockedError(f"{self.name} is being written by {who}. Wait for it, or stop it and run again.") from None
+        path.with_suffix(".owner").write_text(f"process {os.getpid()} since {time.strftime('%F %T')}")
+        _held[str(path)] = lock
+
+    def progress(self, total: int, unit: str = "rows"):
+        """Counter for a long cell: a bar in JupyterLab, a file for the runner's line in a batch run."""
+        return Progress(self.work, total, unit)
+
+    def finish(self, **figures) -> dict:
+        """Write the manifest, which makes the step done, and clear its work folder. Returns `figures`."""
+        missing = [p for p in self.declared.writes if not (self.run / p).exists()]
+        if missing:
+            raise DataError(f"{self.name}: {missing[0]} was not written. Run the notebook from the top.")
+        externals = external_inputs(self.declared.stage, vars(self.params))
+        inputs = {p: describe(self.input(p)) for p in self.declared.reads
+                  if not (self.scratch and p.endswith("/model") and not (self.run / p).exists())}
+        inputs |= {name: describe(path) for name, path in externals.items()}
+        write_json(self.manifest_path, {
+            "step": self.name,
+            "params": vars(self.params) | {"run_dir": self._shown(self.run)},
+            "inputs": inputs,
+            "outputs": {p: describe(self.run / p) for p in self.declared.writes},
+            "figures": figures,
+            "versions": versions(),
+            "git": git_revision(),
+            "started": time.strftime("%FT%TZ", time.gmtime(self.started)),
+            "seconds": round(time.time() - self.started, 1),
+            "peak_memory_gb": round(_peak_memory_gb(), 2),
+        })
+        shutil.rmtree(self.work, ignore_errors=True)
+        lock = _held.pop(str(self.run / "steps" / f"{self.name}.lock"), None)
+        if lock:
+            Path(lock.lock_file).with_suffix(".owner").unlink(missing_ok=True)
+            lock.release()
+            Path(lock.lock_file).unlink(missing_ok=True)
+        print(f"{self.name} done in {time.time() - self.started:.0f} s")
+        return figures
+
+
+class Progress:
+    """Counts rows towards `total`; works as a context manager."""
+
+    def __init__(self, work: Path, total: int, unit: str):
+        self.path, self.total, self.n, self._last = work / "progress.json", total, 0, 0.0
+        self.bar = None
+        if not os.environ.get(BATCH):
+            from tqdm.auto import tqdm
+
+            self.bar = tqdm(total=total, unit=f" {unit}", smoothing=0.1)
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
+        if self.bar is not None:
+            self.bar.update(n)
+        elif time.monotonic() - self._last > 0.5:
+            self._last = time.monotonic()
+            tmp = self.path.with_suffix(".tmp")
+            tmp.write_text(json.dumps({"done": self.n, "total": self.total}))
+            os.replace(tmp, self.path)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def begin_step(stage: str, namespace: dict) -> StepRun:
+    """Check a notebook's parameters and inputs, take the step's lock, and say what will be read.
+
+    `namespace` is the notebook's ``globals()``; exactly the stage's parameters are taken from it.
+    Raises `ParamError`, `MissingInputError` or `LockedError` before anything heavy is imported.
+    """
+    # an error about the input is a message to a reader, not a stack of the kit's insides
+    _quiet_kit_errors()
+    cls = STAGES[stage_key(stage)]
+    absent = [n for n in cls.model_fields if n not in namespace]
+    if absent:
+        raise ParamError(f"{stage}: parameter {absent[0]} is not set; run the cell tagged `parameters` first.")
+    values = check(cls, {n: namespace[n] for n in cls.model_fields}, stage)
+    if "rubric" in values and not rubric_path(values["rubric"]).is_file():
+        raise ParamError(f"{stage}: rubric = {values['rubric']!r}: no such template. Expected short, additive "
+                         "or the path of a .jinja file.")
+    step = StepRun(stage, values)
+    step.begin()
+    return step
+
+
+def _maker(path: str) -> str:
+    """Name of the step that makes `path` in a run, whatever the run's length."""
+    for m in ["run", *model_names(20)]:
+        for stage in ("01_seed_data", "02_sft", "03_build_eft", "04_self_instruct", "05_judge", "06_build_pairs",
+                      "07_dpo", "08_evaluate"):
+            if (m == "run") != (stage == "01_seed_data"):
+                continue
+            if stage in ("02_sft", "07_dpo") and (m == "M0" or (m in ("SFT", "M1")) != (stage == "02_sft")):
+                continue
+            if stage == "03_build_eft" and m != "SFT":
+                continue
+            if m in ("M0", "SFT") and stage[:2] in ("04", "05", "06"):
+                continue
+            if path in make_step(stage, m, {}).writes:
+                return f"{stage}@{m}"
+    return "06_build_pairs with learn_from: positives" if path.endswith("positives.jsonl") else "the step that makes it"
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide what a run computes."""
+    found = {"python": sys.version.split()[0]}
+    for name in ("srlm-kit", "torch", "transformers", "trl", "peft", "papermill"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_revision() -> str:
+    """Commit of the kit, with ``-dirty`` for uncommitted changes; "" outside a checkout."""
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+                              cwd=PROJ_ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _peak_memory_gb() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def _quiet_kit_errors() -> None:
+    """Show errors that the kit raises on purpose as one line instead of a traceback, in IPython."""
+    try:
+        shell = get_ipython()  # noqa: F821
+    except NameError:
+        return
+    from srlm_utils.errors import SrlmError
+
+    def show(shell, etype, value, tb, tb_offset=None):
+        lines = [f"{etype.__name__}: {value}"]
+        shell._showtraceback(etype, value, lines)
+        return lines
+
+    shell.set_custom_exc((SrlmError,), show)

@@ -1,0 +1,263 @@
+"""Supervised fine-tuning and DPO on trl's trainers, with the kit's own tokenisation and batch order.
+
+Rows are tokenised here, by the functions that sampling and judging use, and given to trl as token ids:
+what is trained on is what was sampled, to the token. Only the assistant's tokens carry loss.
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from srlm_utils import chat
+from srlm_utils.artefacts import write_text
+from srlm_utils.engine import pick_device
+from srlm_utils.errors import DataError, ModelError
+
+
+def load(folder: str, params, *, chat_template: str = "", trust_remote_code: bool = False):
+    """(model, tokenizer) to train. LoRA keeps the base in `params.dtype`; full training uses float32
+    weights, since bfloat16 weights would round small updates away."""
+    tokenizer = chat.load_tokenizer(folder, chat_template=chat_template, trust_remote_code=trust_remote_code)
+    dtype = getattr(torch, params.dtype) if params.lora_r else torch.float32
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True,
+                                                     trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{folder}: the model could not be loaded ({str(e).splitlines()[0]}).") from e
+    if params.dropout and not params.lora_r and hasattr(model.config, "attention_dropout"):
+        model.config.attention_dropout = params.dropout
+    return model.to(pick_device(params.device)), tokenizer
+
+
+# ---- rows -> token ids
+
+
+def sft_rows(tokenizer, rows: list[dict], max_length: int) -> tuple[list[dict], int]:
+    """({"input_ids", "labels", "kind"} rows, number dropped for being longer than `max_length`).
+
+    `rows` hold prompt and response; kind is the EFT format, or "ift". Labels are -100 on the prompt.
+    """
+    out = []
+    for r in rows:
+        prompt = chat.prompt_ids(tokenizer, chat.user(r["prompt"]))
+        answer = chat.answer_ids(tokenizer, r["response"])
+        if len(prompt) + len(answer) <= max_length:
+            out.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer,
+                        "kind": r.get("format", "ift")})
+    return out, len(rows) - len(out)
+
+
+def dpo_rows(tokenizer, pairs: list[dict], max_length: int) -> tuple[list[dict], int]:
+    """({"prompt_ids", "chosen_ids", "rejected_ids"} rows, number dropped for length).
+
+    An answer that was cut off by its token budget gets no end-of-turn token: it never wrote one.
+    """
+    out = []
+    for p in pairs:
+        prompt = chat.prompt_ids(tokenizer, chat.user(p["prompt"]))
+        chosen, rejected = (chat.answer_ids(tokenizer, p[s], ended=p[f"{s}_ended"]) for s in ("chosen", "rejected"))
+        if len(prompt) + max(len(chosen), len(rejected)) <= max_length:
+            out.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+    return out, len(pairs) - len(out)
+
+
+def batch_order(lengths: list[int], kinds: list[str], batch_size: int, epochs: int, seed: int) -> list[int]:
+    """Row indices for `epochs` passes, in batches of rows of one kind and of similar length.
+
+    One length a batch means little padding. One kind a batch means that a score of four tokens is not
+    averaged with answers of a hundred: the loss of a batch is a mean over its tokens. Every row comes
+    once an epoch; rows are shuffled into length windows of eight batches and batches are shuffled too.
+    """
+    order = []
+    for epoch in range(epochs):
+        rng = random.Random(f"{seed}:{epoch}")
+        batches = []
+        for kind in sorted(set(kinds)):
+            rows = [i for i, k in enumerate(kinds) if k == kind]
+            rng.shuffle(rows)
+            for w in range(0, len(rows), 8 * batch_size):
+                window = sorted(rows[w:w + 8 * batch_size], key=lambda i: lengths[i])
+                batches += [window[b:b + batch_size] for b in range(0, len(window), batch_size)]
+        rng.shuffle(batches)
+        # a short batch anywhere but at the end would shift every batch behind it
+        batches.sort(key=lambda b: len(b) < batch_size)
+        order += [i for b in batches for i in b]
+    return order
+
+
+# ---- trainers
+
+
+def _common_args(params, work: Path, n_rows: int) -> dict:
+    device = pick_device(params.device)
+    micro = min(params.micro_batch_size, params.train_batch_size)
+    if params.train_batch_size % micro:
+        raise DataError(f"train_batch_size {params.train_batch_size} is no multiple of micro_batch_size {micro}.")
+    steps = math.ceil(n_rows / params.train_batch_size)
+    return dict(
+        output_dir=str(work / "checkpoints"),
+        num_train_epochs=1,  # the batch order holds all epochs
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=params.train_batch_size // micro,
+        learning_rate=params.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": min(params.final_learning_rate, params.learning_rate)},
+        warmup_steps=min(params.warmup_steps, max(steps - 1, 0)),
+        weight_decay=params.weight_decay,
+        max_length=params.max_length,
+        gradient_checkpointing=params.gradient_checkpointing,
+        use_cpu=device == "cpu",
+        bf16=params.dtype == "bfloat16",
+        save_strategy="steps" if params.save_steps else "no",
+        save_steps=params.save_steps or 500,
+        save_total_limit=1,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        seed=params.seed,
+        data_seed=params.seed,
+    )
+
+
+def lora_config(params):
+    """LoRA on every linear layer, or None to train all weights."""
+    if not params.lora_r:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=params.lora_r, lora_alpha=params.lora_alpha, lora_dropout=params.dropout,
+                      target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> SFTTrainer:
+    """trl's SFTTrainer on tokenised rows: cross-entropy on the assistant's tokens alone."""
+    order = batch_order([len(r["input_ids"]) for r in rows], [r["kind"] for r in rows],
+                        params.train_batch_size, params.epochs, params.seed)
+    data = Dataset.from_list([{k: rows[i][k] for k in ("input_ids", "labels")} for i in order])
+    args = SFTConfig(**_common_args(params, work, len(order)))
+    return SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer,
+                      peft_config=lora_config(params))
+
+
+class TokenisedDPOTrainer(DPOTrainer):
+    """DPOTrainer for rows that are token ids already."""
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset
+
+
+def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> DPOTrainer:
+    """trl's DPOTrainer with `model` itself as the reference policy.
+
+    The reference log-probabilities are computed once, before the first step, from the model as it is
+    now (with the new adapter switched off, or before any weight has moved), and kept beside the rows.
+    So the reference is the round's starting model in every case, and no second model is in memory;
+    trl's own default would reload whatever ``config._name_or_path`` says.
+    """
+    lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
+    order = batch_order(lengths, [""] * len(rows), params.train_batch_size, params.epochs, params.seed)
+    args = DPOConfig(**_common_args(params, work, len(order)), beta=params.beta, loss_type=["sigmoid"],
+                     precompute_ref_log_probs=True, disable_dropout=not params.dropout)
+    return TokenisedDPOTrainer(model=model, args=args, train_dataset=Dataset.from_list([rows[i] for i in order]),
+                               processing_class=tokenizer, peft_config=lora_config(params))
+
+
+class _Report(TrainerCallback):
+    """Moves the step's progress and stops at a loss that is no number."""
+
+    def __init__(self, progress):
+        self.progress = progress
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.progress.update(state.global_step - self.progress.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(float(loss)):
+            raise DataError(f"the loss became {loss} at step {state.global_step}; lower learning_rate.")
+
+
+def train(trainer, step) -> pd.DataFrame:
+    """Run a trainer to its end, from the last checkpoint of an interrupted attempt if there is one.
+
+    Returns the log, one row an optimizer step.
+    """
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    total = math.ceil(len(trainer.train_dataset) / (
+        trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps))
+    out = Path(trainer.args.output_dir)
+    last = get_last_checkpoint(str(out)) if out.is_dir() else None
+    if last:
+        print(f"continuing from step {last.rpartition('-')[2]} of {total}")
+    with step.progress(total, "steps") as progress:
+        trainer.add_callback(_Report(progress))
+        trainer.train(resume_from_checkpoint=last)
+    return pd.DataFrame([r for r in trainer.state.log_history if "loss" in r])
+
+
+def round_to_bfloat16(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Round float32 up or down to bfloat16, each with the probability that makes the mean exact.
+
+    A fine-tuned weight lies close to the bfloat16 weight it started from. Rounding to nearest takes
+    most of them right back: of a LoRA DPO round at learning rate 2e-5 it keeps 6 % of the update, at
+    2e-4 half (LOG.md). Stochastic rounding keeps all of it on average, and what it adds is noise that
+    no direction of the update shares.
+    """
+    bits = x.float().contiguous().view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, dtype=torch.int32)
+    return ((bits + noise.to(bits.device)) & -(1 << 16)).view(torch.float32).bfloat16()
+
+
+def merged(trainer, dtype: str, seed: int):
+    """The trained model as a plain one: adapters added to the weights in float32, then rounded once."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(model, "merge_and_unload"):
+        model = model.float().merge_and_unload()
+    model = model.float()
+    if dtype == "bfloat16":
+        generator = torch.Generator().manual_seed(seed)
+        values = {n: round_to_bfloat16(p.detach(), generator) for n, p in model.named_parameters()}
+        model = model.bfloat16()
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                p.copy_(values[n])
+        return model
+    return model.to(getattr(torch, dtype))
+
+
+def save(trainer, tokenizer, folder: Path, params, card: str) -> None:
+    """Write model, tokenizer and model card to `folder`, which appears whole or not at all.
+
+    Every later use loads just these weights, in `params.dtype`: sampling, judging, and training the
+    next model see the same policy.
+    """
+    tmp = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    merged(trainer, params.dtype, params.seed).save_pretrained(tmp)
+    tokenizer.save_pretrained(tmp)
+    write_text(tmp / "README.md", card)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(tmp, folder)
+
+
+def model_card(step, start: str, data: dict[str, int], figures: dict) -> str:
+    """A short card: what the model was made from, by which parameters, from how many rows."""
+    p = {k: v for k, v in vars(step.params).items() if k not in ("run_dir", "device")}
+    rows = "\n".join(f"- {name}: {n} rows" for name, n in data.items())
+    return (f"---\nlibrary_name: transformers\ntags: [self-rewarding]\n---\n# {step.params.model}\n\n"
+            f"Made by {step.name} from {start} ({step.model_revision(start)}).\n\n## Data\n{rows}\n\n"
+            f"## Training\n```json\n{json.dumps(p | figures, indent=1)}\n```\n"
+            "\nA research artefact: its answers are often wrong. Evaluation figures are in the run's report.\n")
