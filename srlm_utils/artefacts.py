@@ -37,8 +37,9 @@ def read_json(path: Path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise DataError(f"{path}: not valid JSON ({e}). Restore the file, or delete it and run the "
-                        "step that makes it again.") from e
+        raise DataError(
+            f"{path}: not valid JSON ({e}). Restore the file, or delete it and run the step that makes it again."
+        ) from e
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -55,11 +56,14 @@ def read_jsonl(path: Path) -> list[dict]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as e:
-            raise DataError(f"{path}:{i}: not valid JSON ({e.msg}, column {e.colno}); expected one "
-                            "object a line. Mend or delete this line.") from e
+            raise DataError(
+                f"{path}:{i}: not valid JSON ({e.msg}, column {e.colno}); expected one "
+                "object a line. Mend or delete this line."
+            ) from e
         if not isinstance(row, dict):
-            raise DataError(f"{path}:{i}: found {type(row).__name__}, expected a JSON object. "
-                            "Mend or delete this line.")
+            raise DataError(
+                f"{path}:{i}: found {type(row).__name__}, expected a JSON object. Mend or delete this line."
+            )
         rows.append(row)
     return rows
 
@@ -81,7 +85,7 @@ class RowLog:
                 os.truncate(path, whole)
         self.path = path
         self.rows: list[dict] = read_jsonl(path) if path.exists() else []
-        self._file = open(path, "a", encoding="utf-8", newline="\n")
+        self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115  (open while rows come in)
 
     def extend(self, rows: list[dict]) -> None:
         """Append complete rows in one write and flush them to disk."""

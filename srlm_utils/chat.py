@@ -25,17 +25,22 @@ def load_tokenizer(folder: str, *, revision: str = "", chat_template: str = "", 
     from transformers import AutoTokenizer
 
     if chat_template and chat_template not in TEMPLATES:
-        raise ModelError(f"chat_template: found {chat_template!r}, expected \"\" or one of {sorted(TEMPLATES)}.")
+        raise ModelError(f'chat_template: found {chat_template!r}, expected "" or one of {sorted(TEMPLATES)}.')
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, revision=revision or None, trust_remote_code=trust_remote_code)
+            folder, revision=revision or None, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as e:
-        raise ModelError(f"{folder}: no tokenizer could be loaded ({str(e).splitlines()[0]}). Expected "
-                         "tokenizer.json and tokenizer_config.json beside the weights; copy them from the "
-                         "model this one was made from.") from e
+        raise ModelError(
+            f"{folder}: no tokenizer could be loaded ({str(e).splitlines()[0]}). Expected "
+            "tokenizer.json and tokenizer_config.json beside the weights; copy them from the "
+            "model this one was made from."
+        ) from e
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"{folder}: the tokenizer has no EOS token, so no answer could ever end. Set "
-                         "eos_token in its tokenizer_config.json.")
+        raise ModelError(
+            f"{folder}: the tokenizer has no EOS token, so no answer could ever end. Set "
+            "eos_token in its tokenizer_config.json."
+        )
     if chat_template or not tokenizer.chat_template:
         tokenizer.chat_template = TEMPLATES[chat_template or "plain"]
     if tokenizer.pad_token is None:
@@ -55,7 +60,8 @@ def prompt_ids(tokenizer, messages: list[dict], prefill: str = "") -> list[int]:
     the plain text they are, so no content can end its own turn.
     """
     ids = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=True)["input_ids"]
+        messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=True
+    )["input_ids"]
     return list(ids) + (answer_ids(tokenizer, prefill, ended=False) if prefill else [])
 
 
@@ -72,9 +78,11 @@ def end_of_turn(tokenizer) -> int:
     """
     turn = user("x")
     start = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
-    whole = tokenizer.apply_chat_template([*turn, {"role": "assistant", "content": "ok"}], return_dict=True)["input_ids"]
+    whole = tokenizer.apply_chat_template([*turn, {"role": "assistant", "content": "ok"}], return_dict=True)[
+        "input_ids"
+    ]
     control = tokenizer.added_tokens_decoder
-    return next((i for i in whole[len(start):] if i in control), tokenizer.eos_token_id)
+    return next((i for i in whole[len(start) :] if i in control), tokenizer.eos_token_id)
 
 
 def answer_ids(tokenizer, text: str, *, ended: bool = True) -> list[int]:

@@ -11,10 +11,17 @@ from srlm_utils.paths import RESULTS, resolve
 
 
 def _experiment_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("params", nargs="+", type=Path, metavar="PARAMS",
-                        help="a params file, then overlays; later ones win")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE", dest="sets",
-                        help="one parameter, e.g. dpo.beta=0.2 or by_model.M2.dpo.beta=0.05")
+    parser.add_argument(
+        "params", nargs="+", type=Path, metavar="PARAMS", help="a params file, then overlays; later ones win"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.NAME=VALUE",
+        dest="sets",
+        help="one parameter, e.g. dpo.beta=0.2 or by_model.M2.dpo.beta=0.05",
+    )
     parser.add_argument("--run-name", default="", help="folder below results/ (default: the params file's name)")
 
 
@@ -40,6 +47,7 @@ def _run_dir(args) -> Path:
     folder = (RESULTS / name).resolve()
     if folder.parent != RESULTS.resolve() or name.startswith("."):
         from srlm_utils.errors import ParamError
+
         raise ParamError(f"--run-name {name!r}: expected a plain folder name below results/.")
     return folder
 
@@ -90,8 +98,9 @@ def _status(args) -> int:
 
     run = resolve(args.run)
     if not (run / "steps").is_dir():
-        raise MissingInputError(f"{args.run}: no run here (no steps/ folder). Expected a folder such as "
-                                "results/quickstart.")
+        raise MissingInputError(
+            f"{args.run}: no run here (no steps/ folder). Expected a folder such as results/quickstart."
+        )
     rows = status_rows(run)
     for r in rows:
         figures = ", ".join(f"{k} {v}" for k, v in r["figures"].items())

@@ -39,15 +39,33 @@ def accept(ranked: list[dict], judged: list[dict]) -> tuple[list[dict], dict[str
             continue
         for r, s in zip(row["replies"], good, strict=True):
             lines = s["text"].rstrip().splitlines()
-            kept.append({"prompt_id": row["prompt_id"], "reply_id": r["reply_id"], "prompt": row["prompt"],
-                         "reply": r["text"], "score": round(s["score"]), "justification": "\n".join(lines[:-1])})
+            kept.append(
+                {
+                    "prompt_id": row["prompt_id"],
+                    "reply_id": r["reply_id"],
+                    "prompt": row["prompt"],
+                    "reply": r["text"],
+                    "score": round(s["score"]),
+                    "justification": "\n".join(lines[:-1]),
+                }
+            )
     return kept, drops
 
 
 def from_scored(ranked: list[dict]) -> list[dict]:
     """The same rows from seeds that already carry score and justification."""
-    return [{"prompt_id": row["prompt_id"], "reply_id": r["reply_id"], "prompt": row["prompt"], "reply": r["text"],
-             "score": r["score"], "justification": r["justification"]} for row in ranked for r in row["replies"]]
+    return [
+        {
+            "prompt_id": row["prompt_id"],
+            "reply_id": r["reply_id"],
+            "prompt": row["prompt"],
+            "reply": r["text"],
+            "score": r["score"],
+            "justification": r["justification"],
+        }
+        for row in ranked
+        for r in row["replies"]
+    ]
 
 
 def thin_modal_score(rows: list[dict], max_share: float, seed: int) -> tuple[list[dict], int]:
@@ -70,10 +88,17 @@ def thin_modal_score(rows: list[dict], max_share: float, seed: int) -> tuple[lis
 
 def training_rows(rows: list[dict], rubric: judge.Rubric, formats: list[str]) -> list[dict]:
     """Judgements as (prompt, response) rows for supervised training, one for each format."""
-    return [{"prompt_id": f"{r['prompt_id']}/{r['reply_id']}/{fmt}", "format": fmt, "score": r["score"],
-             "prompt": rubric.render(r["prompt"], r["reply"], fmt),
-             "response": judge.target(r["justification"], r["score"], fmt)}
-            for r in rows for fmt in formats]
+    return [
+        {
+            "prompt_id": f"{r['prompt_id']}/{r['reply_id']}/{fmt}",
+            "format": fmt,
+            "score": r["score"],
+            "prompt": rubric.render(r["prompt"], r["reply"], fmt),
+            "response": judge.target(r["justification"], r["score"], fmt),
+        }
+        for r in rows
+        for fmt in formats
+    ]
 
 
 def score_counts(rows: list[dict]) -> dict[int, int]:

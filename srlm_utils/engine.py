@@ -35,21 +35,41 @@ class Engine:
     exactly for the same batch size and nearly always, but not always, for another.
     """
 
-    def __init__(self, folder: str, *, revision: str = "", device: str = "auto", dtype: str = "bfloat16",
-                 batch_size: int = 32, chat_template: str = "", trust_remote_code: bool = False):
+    def __init__(
+        self,
+        folder: str,
+        *,
+        revision: str = "",
+        device: str = "auto",
+        dtype: str = "bfloat16",
+        batch_size: int = 32,
+        chat_template: str = "",
+        trust_remote_code: bool = False,
+    ):
         from transformers import AutoModelForCausalLM
 
         self.tokenizer = chat.load_tokenizer(
-            folder, revision=revision, chat_template=chat_template, trust_remote_code=trust_remote_code)
+            folder, revision=revision, chat_template=chat_template, trust_remote_code=trust_remote_code
+        )
         self.device = pick_device(device)
         self.batch_size = batch_size
         try:
-            self.model = AutoModelForCausalLM.from_pretrained(
-                folder, revision=revision or None, dtype=getattr(torch, dtype), use_safetensors=True,
-                trust_remote_code=trust_remote_code).to(self.device).eval()
+            self.model = (
+                AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    revision=revision or None,
+                    dtype=getattr(torch, dtype),
+                    use_safetensors=True,
+                    trust_remote_code=trust_remote_code,
+                )
+                .to(self.device)
+                .eval()
+            )
         except (OSError, ValueError) as e:
-            raise ModelError(f"{folder}: the model could not be loaded ({str(e).splitlines()[0]}). Expected "
-                             "a transformers causal language model with safetensors weights.") from e
+            raise ModelError(
+                f"{folder}: the model could not be loaded ({str(e).splitlines()[0]}). Expected "
+                "a transformers causal language model with safetensors weights."
+            ) from e
         eos = self.model.generation_config.eos_token_id
         eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
         self._ends = {self.tokenizer.eos_token_id, chat.end_of_turn(self.tokenizer), *eos}
@@ -57,9 +77,18 @@ class Engine:
     # ---- sampling
 
     @torch.inference_mode()
-    def generate(self, requests: list[tuple[str, list[int]]], *, n: int = 1, max_new_tokens: int,
-                 temperature: float, top_p: float, seed: int, stop_ids: tuple[int, ...] = (),
-                 on_token=None) -> Iterator[list[Sample]]:
+    def generate(
+        self,
+        requests: list[tuple[str, list[int]]],
+        *,
+        n: int = 1,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        stop_ids: tuple[int, ...] = (),
+        on_token=None,
+    ) -> Iterator[list[Sample]]:
         """Sample `n` texts for each request ``(key, prompt token ids)``; yields them batch by batch.
 
         A sample's key is ``<request key>-<index>``. Requests run longest first, so that a batch holds
@@ -70,8 +99,16 @@ class Engine:
         requests = sorted(requests, key=lambda r: (-len(r[1]), r[0]))
         per_batch = max(1, self.batch_size // n)
         for i in range(0, len(requests), per_batch):
-            yield self._generate_batch(requests[i:i + per_batch], n, max_new_tokens, temperature, top_p,
-                                       seed, self._ends | {*stop_ids}, on_token)
+            yield self._generate_batch(
+                requests[i : i + per_batch],
+                n,
+                max_new_tokens,
+                temperature,
+                top_p,
+                seed,
+                self._ends | {*stop_ids},
+                on_token,
+            )
 
     def _generate_batch(self, batch, n, max_new_tokens, temperature, top_p, seed, stops, on_token):
         keys = [f"{key}-{j}" for key, _ in batch for j in range(n)]
@@ -79,8 +116,9 @@ class Engine:
         u = torch.from_numpy(u.astype(np.float32)).to(self.device)
         stops_t = torch.tensor(sorted(stops), device=self.device)
         ids, mask = self._left_pad([p for _, p in batch])
-        out = self.model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True,
-                         logits_to_keep=1)
+        out = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, logits_to_keep=1
+        )
         cache, logits = out.past_key_values, out.logits[:, -1]
         if n > 1:
             cache.batch_repeat_interleave(n)
@@ -105,17 +143,24 @@ class Engine:
                 cache.batch_select_indices(rows)
                 alive, mask, next_ids = alive[rows], mask[rows], next_ids[rows]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            out = self.model(input_ids=next_ids[:, None], attention_mask=mask, past_key_values=cache,
-                             position_ids=mask.sum(-1, keepdim=True) - 1, use_cache=True)
+            out = self.model(
+                input_ids=next_ids[:, None],
+                attention_mask=mask,
+                past_key_values=cache,
+                position_ids=mask.sum(-1, keepdim=True) - 1,
+                use_cache=True,
+            )
             logits = out.logits[:, -1]
-        return [Sample(k, chat.decode(self.tokenizer, t), len(t), e)
-                for k, t, e in zip(keys, tokens, ended, strict=True)]
+        return [
+            Sample(k, chat.decode(self.tokenizer, t), len(t), e) for k, t, e in zip(keys, tokens, ended, strict=True)
+        ]
 
     # ---- scoring
 
     @torch.inference_mode()
-    def choice_probs(self, requests: list[tuple[str, list[int]]], choices: list[int]
-                     ) -> Iterator[list[tuple[str, list[float], float]]]:
+    def choice_probs(
+        self, requests: list[tuple[str, list[int]]], choices: list[int]
+    ) -> Iterator[list[tuple[str, list[float], float]]]:
         """Probability of each of the token ids `choices` as the next token, in one forward pass.
 
         Yields batches of ``(key, probabilities that sum to 1 over the choices, mass)``, where mass is
@@ -125,14 +170,20 @@ class Engine:
         requests = sorted(requests, key=lambda r: (-len(r[1]), r[0]))
         per_batch = max(1, self.batch_size // 2)
         for i in range(0, len(requests), per_batch):
-            batch = requests[i:i + per_batch]
+            batch = requests[i : i + per_batch]
             ids, mask = self._left_pad([p for _, p in batch])
-            logits = self.model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask),
-                                use_cache=False, logits_to_keep=1).logits[:, -1].float()
+            logits = (
+                self.model(
+                    input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False, logits_to_keep=1
+                )
+                .logits[:, -1]
+                .float()
+            )
             probs = logits.softmax(-1)[:, choices]
             mass = probs.sum(-1)
-            yield [(key, p.tolist(), float(m))
-                   for (key, _), p, m in zip(batch, probs / mass[:, None], mass, strict=True)]
+            yield [
+                (key, p.tolist(), float(m)) for (key, _), p, m in zip(batch, probs / mass[:, None], mass, strict=True)
+            ]
 
     def _left_pad(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         width = max(map(len, prompts))

@@ -5,8 +5,11 @@ from srlm_utils import judge, metrics, verdicts
 
 def ranked_items(ranked: list[dict]) -> list[dict]:
     """Replies of ranked rows as items to judge, with ids ``<prompt_id>/<reply_id>``."""
-    return [{"id": f"{row['prompt_id']}/{r['reply_id']}", "prompt": row["prompt"], "response": r["text"]}
-            for row in ranked for r in row["replies"]]
+    return [
+        {"id": f"{row['prompt_id']}/{r['reply_id']}", "prompt": row["prompt"], "response": r["text"]}
+        for row in ranked
+        for r in row["replies"]
+    ]
 
 
 def judge_ranked(step, engine, rubric: judge.Rubric, ranked: list[dict], mode: str) -> list[dict]:
@@ -14,9 +17,20 @@ def judge_ranked(step, engine, rubric: judge.Rubric, ranked: list[dict], mode: s
     p, log = step.params, step.log(f"judgements_{mode}.jsonl")
     done = {r["id"] for r in log.rows}
     todo = [it for it in ranked_items(ranked) if it["id"] not in done]
-    batches = judge.expected_scores(engine, rubric, todo) if mode == "expected" else judge.sampled_scores(
-        engine, rubric, todo, n_samples=p.n_samples, temperature=p.judge_temperature, top_p=p.judge_top_p,
-        max_new_tokens=p.judge_max_new_tokens, seed=p.seed)
+    batches = (
+        judge.expected_scores(engine, rubric, todo)
+        if mode == "expected"
+        else judge.sampled_scores(
+            engine,
+            rubric,
+            todo,
+            n_samples=p.n_samples,
+            temperature=p.judge_temperature,
+            top_p=p.judge_top_p,
+            max_new_tokens=p.judge_max_new_tokens,
+            seed=p.seed,
+        )
+    )
     with step.progress(len(todo), "replies") as bar:
         for batch in batches:
             log.extend(batch)
@@ -27,15 +41,22 @@ def judge_ranked(step, engine, rubric: judge.Rubric, ranked: list[dict], mode: s
 def agreement_rows(model: str, ranked: list[dict], judged: list[dict], mode: str, set_name: str) -> list[dict]:
     """Metric rows of a judge's agreement with one ranked set."""
     score = {r["id"]: r["score"] for r in judged}
-    prompts = [{"ranks": [r["rank"] for r in row["replies"]], "lengths": [len(r["text"]) for r in row["replies"]],
-                "scores": [score[f"{row['prompt_id']}/{r['reply_id']}"] for r in row["replies"]]} for row in ranked]
+    prompts = [
+        {
+            "ranks": [r["rank"] for r in row["replies"]],
+            "lengths": [len(r["text"]) for r in row["replies"]],
+            "scores": [score[f"{row['prompt_id']}/{r['reply_id']}"] for r in row["replies"]],
+        }
+        for row in ranked
+    ]
     figures = metrics.agreement(prompts)
     valid = [s for s in score.values() if s is not None]
     figures["score_std"] = metrics.plain(metrics.std(valid), len(valid))
     if mode == "sampled":
         tries = [r["samples"] for r in judged]
-        figures["parse_rate"] = metrics.ratio([sum(s["score"] is not None for s in t) for t in tries],
-                                              [len(t) for t in tries])
+        figures["parse_rate"] = metrics.ratio(
+            [sum(s["score"] is not None for s in t) for t in tries], [len(t) for t in tries]
+        )
     else:
         figures["score_mass"] = metrics.mean([r["mass"] for r in judged])
     return metrics.metric_rows(figures, model=model, set=set_name, judge=model, judge_mode=mode)
@@ -47,14 +68,22 @@ def write_answers(step, engine, prompts: list[dict]) -> list[dict]:
 
     p, log = step.params, step.log("answers.jsonl")
     done, text = {r["prompt_id"] for r in log.rows}, {r["prompt_id"]: r["prompt"] for r in prompts}
-    todo = [(r["prompt_id"], chat.prompt_ids(engine.tokenizer, chat.user(r["prompt"]))) for r in prompts
-            if r["prompt_id"] not in done]
+    todo = [
+        (r["prompt_id"], chat.prompt_ids(engine.tokenizer, chat.user(r["prompt"])))
+        for r in prompts
+        if r["prompt_id"] not in done
+    ]
     with step.progress(len(todo), "answers") as bar:
-        for batch in engine.generate(todo, max_new_tokens=p.max_new_tokens, temperature=p.temperature, top_p=p.top_p,
-                                     seed=p.seed):
+        for batch in engine.generate(
+            todo, max_new_tokens=p.max_new_tokens, temperature=p.temperature, top_p=p.top_p, seed=p.seed
+        ):
             ids = [s.key.rpartition("-")[0] for s in batch]
-            log.extend([{"prompt_id": i, "prompt": text[i], "text": s.text, "n_tokens": s.n_tokens, "ended": s.ended}
-                        for i, s in zip(ids, batch, strict=True)])
+            log.extend(
+                [
+                    {"prompt_id": i, "prompt": text[i], "text": s.text, "n_tokens": s.n_tokens, "ended": s.ended}
+                    for i, s in zip(ids, batch, strict=True)
+                ]
+            )
             bar.update(len(batch))
     order = {r["prompt_id"]: i for i, r in enumerate(prompts)}
     return sorted(log.rows, key=lambda r: order[r["prompt_id"]])
@@ -64,12 +93,15 @@ def score_answers(step, engine, rubric: judge.Rubric, name: str, answers: list[d
     """Expected scores of test answers by one scoring win judge."""
     items = [{"id": a["prompt_id"], "prompt": a["prompt"], "response": a["text"]} for a in answers]
     rows = [r for batch in judge.expected_scores(engine, rubric, items) for r in batch]
-    return [{"prompt_id": r["id"], "judge": name, "judge_rev": step.model_revision(name), "score": r["score"]}
-            for r in sorted(rows, key=lambda r: r["id"])]
+    return [
+        {"prompt_id": r["id"], "judge": name, "judge_rev": step.model_revision(name), "score": r["score"]}
+        for r in sorted(rows, key=lambda r: r["id"])
+    ]
 
 
-def compare_answers(step, name: str, mode: str, engine, model: str, answers: list[dict], scores: list[dict],
-                    opponent: str) -> list[dict]:
+def compare_answers(
+    step, name: str, mode: str, engine, model: str, answers: list[dict], scores: list[dict], opponent: str
+) -> list[dict]:
     """Verdict rows of one win judge on `model` against `opponent`, over the prompts both answered."""
     theirs = {a["prompt_id"]: a["text"] for a in step.rows(f"{opponent}/eval/answers.jsonl")}
     ours = {a["prompt_id"]: a["text"] for a in answers if a["prompt_id"] in theirs}
@@ -77,9 +109,16 @@ def compare_answers(step, name: str, mode: str, engine, model: str, answers: lis
         prompts = {a["prompt_id"]: a["prompt"] for a in answers}
         rows = [v for batch in verdicts.compare(engine, prompts, ours, theirs) for v in batch]
     else:
+
         def by_id(table):
             return {r["prompt_id"]: r["score"] for r in table if r["judge"] == name and r["prompt_id"] in ours}
 
         rows = verdicts.from_scores(by_id(scores), by_id(step.rows(f"{opponent}/eval/answer_scores.jsonl")))
-    who = {"model_a": model, "model_b": opponent, "judge": name, "judge_mode": mode, "judge_rev": step.model_revision(name)}
+    who = {
+        "model_a": model,
+        "model_b": opponent,
+        "judge": name,
+        "judge_mode": mode,
+        "judge_rev": step.model_revision(name),
+    }
     return [who | r for r in sorted(rows, key=lambda r: (r["prompt_id"], r["order"]))]

@@ -4,8 +4,9 @@ from srlm_utils.metrics import mean, metric_rows, plain, ratio, std
 from srlm_utils.pairs import scored_candidates
 
 
-def round_metrics(model: str, prompts: list[dict], candidates: list[dict], judgements: list[dict],
-                  kept: list[dict]) -> list[dict]:
+def round_metrics(
+    model: str, prompts: list[dict], candidates: list[dict], judgements: list[dict], kept: list[dict]
+) -> list[dict]:
     """Metric rows of one round, set "aift": pair yield, parse rate, spread of scores, lengths."""
     kept_ids = {r["prompt_id"] for r in kept}
     by_prompt = scored_candidates(candidates, judgements)

@@ -39,10 +39,16 @@ class Rubric:
         self.name, path = name, rubric_path(name)
         self._template = load_template(path)
         probe = self.render("[PROBE PROMPT]", "[PROBE RESPONSE]", "justify_first")
-        for needed, what in (("[PROBE PROMPT]", "{{ prompt }}"), ("[PROBE RESPONSE]", "{{ response }}"), ("Score: ", "Score: ")):
+        for needed, what in (
+            ("[PROBE PROMPT]", "{{ prompt }}"),
+            ("[PROBE RESPONSE]", "{{ response }}"),
+            ("Score: ", "Score: "),
+        ):
             if needed not in probe:
-                raise ParamError(f"{path}: the rendered rubric lacks {what}; a rubric shows {{{{ prompt }}}} and "
-                                 "{{ response }} and asks for a line \"Score: \".")
+                raise ParamError(
+                    f"{path}: the rendered rubric lacks {what}; a rubric shows {{{{ prompt }}}} and "
+                    '{{ response }} and asks for a line "Score: ".'
+                )
 
     def render(self, prompt: str, response: str, format: str) -> str:
         try:
@@ -83,8 +89,10 @@ def score_tokens(tokenizer) -> tuple[list[int], list[int]]:
     ids = [chat.answer_ids(tokenizer, f"Score: {s}", ended=False) for s in range(MIN_SCORE, MAX_SCORE + 1)]
     start = ids[0][:-1]
     if any(i[:-1] != start for i in ids) or len({i[-1] for i in ids}) < len(ids):
-        raise ModelError("this tokenizer does not write the scores 0 to 5 as one token each, so their "
-                         "probabilities cannot be read; set judge_mode to sampled.")
+        raise ModelError(
+            "this tokenizer does not write the scores 0 to 5 as one token each, so their "
+            "probabilities cannot be read; set judge_mode to sampled."
+        )
     return start, [i[-1] for i in ids]
 
 
@@ -95,34 +103,69 @@ def expected_scores(engine, rubric: Rubric, items: list[dict]) -> Iterator[list[
     the whole distribution)}.
     """
     start, choices = score_tokens(engine.tokenizer)
-    requests = [(it["id"], chat.prompt_ids(engine.tokenizer, chat.user(
-        rubric.render(it["prompt"], it["response"], "score_first"))) + start) for it in items]
+    requests = [
+        (
+            it["id"],
+            chat.prompt_ids(engine.tokenizer, chat.user(rubric.render(it["prompt"], it["response"], "score_first")))
+            + start,
+        )
+        for it in items
+    ]
     for batch in engine.choice_probs(requests, choices):
-        yield [{"id": key, "judge_mode": "expected", "score": sum(s * p for s, p in enumerate(probs)),
-                "probs": [round(p, 6) for p in probs], "mass": round(mass, 6)} for key, probs, mass in batch]
+        yield [
+            {
+                "id": key,
+                "judge_mode": "expected",
+                "score": sum(s * p for s, p in enumerate(probs)),
+                "probs": [round(p, 6) for p in probs],
+                "mass": round(mass, 6),
+            }
+            for key, probs, mass in batch
+        ]
 
 
-def sampled_scores(engine, rubric: Rubric, items: list[dict], *, n_samples: int, temperature: float, top_p: float,
-                   max_new_tokens: int, seed: int) -> Iterator[list[dict]]:
+def sampled_scores(
+    engine,
+    rubric: Rubric,
+    items: list[dict],
+    *,
+    n_samples: int,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    seed: int,
+) -> Iterator[list[dict]]:
     """Judge `items` by `n_samples` written judgements each; yields batches of rows.
 
     Row: {"id", "judge_mode", "score" (mean of the valid ones, or None), "samples": [{"text", "score",
     "status"}]}; status as in `parse_score`.
     """
-    requests = [(it["id"], chat.prompt_ids(engine.tokenizer, chat.user(
-        rubric.render(it["prompt"], it["response"], "justify_first")))) for it in items]
-    for batch in engine.generate(requests, n=n_samples, max_new_tokens=max_new_tokens, temperature=temperature,
-                                 top_p=top_p, seed=seed):
+    requests = [
+        (
+            it["id"],
+            chat.prompt_ids(engine.tokenizer, chat.user(rubric.render(it["prompt"], it["response"], "justify_first"))),
+        )
+        for it in items
+    ]
+    for batch in engine.generate(
+        requests, n=n_samples, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+    ):
         rows = []
         for i in range(0, len(batch), n_samples):
-            group = batch[i:i + n_samples]
+            group = batch[i : i + n_samples]
             samples = []
             for s in group:
                 score, status = parse_score(s.text)
                 samples.append({"text": s.text, "score": score, "status": status})
             valid = [s["score"] for s in samples if s["score"] is not None]
-            rows.append({"id": group[0].key.rpartition("-")[0], "judge_mode": "sampled",
-                         "score": sum(valid) / len(valid) if valid else None, "samples": samples})
+            rows.append(
+                {
+                    "id": group[0].key.rpartition("-")[0],
+                    "judge_mode": "sampled",
+                    "score": sum(valid) / len(valid) if valid else None,
+                    "samples": samples,
+                }
+            )
         yield rows
 
 

@@ -36,7 +36,10 @@ METRICS = {
     "repeated_4grams": ("share", "4-grams of an answer that occurred in it before, mean over answers"),
     "pair_yield": ("share", "new prompts that became a preference pair"),
     "candidate_score_std": ("points", "standard deviation of the candidates' scores"),
-    "within_prompt_score_std": ("points", "standard deviation of the scores of one prompt's candidates, mean over prompts"),
+    "within_prompt_score_std": (
+        "points",
+        "standard deviation of the scores of one prompt's candidates, mean over prompts",
+    ),
     "candidate_parse_rate": ("share", "judgements of candidates with a valid score"),
     "chosen_chars": ("characters", "mean length of chosen answers"),
     "rejected_chars": ("characters", "mean length of rejected answers"),
@@ -103,22 +106,35 @@ def agreement(prompts: list[dict]) -> dict[str, dict]:
         longer = [lengths[i] - lengths[j] for i, j in pairs]
         flat = len(set(scores)) == 1
         fives = [r for r, s in zip(ranks, scores, strict=True) if s >= 4.5]
-        rows.append({
-            "n": len(pairs),
-            "right": sum(g > 0 for g in gaps),
-            "ties": sum(g == 0 for g in gaps),
-            "longer": sum((g > 0) + 0.5 * (g == 0) for g in longer),
-            "fives": len(fives),
-            "fives_best": sum(r == min(p["ranks"]) for r in fives),
-            "exact": all(g > 0 for g in gaps),
-            "spearman": 0.0 if flat else -float(stats.spearmanr(scores, ranks).statistic),
-            "kendall": 0.0 if flat else -float(stats.kendalltau(scores, ranks).statistic),
-        })
+        rows.append(
+            {
+                "n": len(pairs),
+                "right": sum(g > 0 for g in gaps),
+                "ties": sum(g == 0 for g in gaps),
+                "longer": sum((g > 0) + 0.5 * (g == 0) for g in longer),
+                "fives": len(fives),
+                "fives_best": sum(r == min(p["ranks"]) for r in fives),
+                "exact": all(g > 0 for g in gaps),
+                "spearman": 0.0 if flat else -float(stats.spearmanr(scores, ranks).statistic),
+                "kendall": 0.0 if flat else -float(stats.kendalltau(scores, ranks).statistic),
+            }
+        )
     col = {k: np.array([r[k] for r in rows], float) for k in (rows[0] if rows else {})}
     if not rows:
         none = plain(None, 0)
-        return dict.fromkeys(("pairwise_accuracy", "tie_rate", "pairwise_accuracy_half_ties", "longer_baseline",
-                              "five_best", "exact_match", "spearman", "kendall"), none)
+        return dict.fromkeys(
+            (
+                "pairwise_accuracy",
+                "tie_rate",
+                "pairwise_accuracy_half_ties",
+                "longer_baseline",
+                "five_best",
+                "exact_match",
+                "spearman",
+                "kendall",
+            ),
+            none,
+        )
     return {
         "pairwise_accuracy": ratio(col["right"], col["n"] - col["ties"]),
         "tie_rate": ratio(col["ties"], col["n"]),
@@ -168,15 +184,18 @@ def head_to_head(verdicts: list[dict]) -> dict[str, dict]:
 def repeated_ngrams(text: str, n: int = 4) -> float:
     """Share of a text's word n-grams that occurred in it before; 0 for texts shorter than n words."""
     w = text.lower().split()
-    grams = [tuple(w[i:i + n]) for i in range(len(w) - n + 1)]
+    grams = [tuple(w[i : i + n]) for i in range(len(w) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def answer_figures(answers: list[dict]) -> dict[str, dict]:
     """Length, endings and repetition of one model's test answers."""
     by: dict[str, Callable] = {
-        "answer_chars": lambda a: len(a["text"]), "answer_tokens": lambda a: a["n_tokens"],
-        "ended_rate": lambda a: a["ended"], "repeated_4grams": lambda a: repeated_ngrams(a["text"])}
+        "answer_chars": lambda a: len(a["text"]),
+        "answer_tokens": lambda a: a["n_tokens"],
+        "ended_rate": lambda a: a["ended"],
+        "repeated_4grams": lambda a: repeated_ngrams(a["text"]),
+    }
     return {name: mean([f(a) for a in answers]) for name, f in by.items()}
 
 

@@ -18,8 +18,9 @@ def scored_candidates(candidates: list[dict], judgements: list[dict]) -> dict[st
     return by_prompt
 
 
-def build_pairs(prompts: list[dict], candidates: list[dict], judgements: list[dict], *, seed: int = 0,
-                min_margin: float = 0.0) -> tuple[list[dict], dict[str, int]]:
+def build_pairs(
+    prompts: list[dict], candidates: list[dict], judgements: list[dict], *, seed: int = 0, min_margin: float = 0.0
+) -> tuple[list[dict], dict[str, int]]:
     """One pair a prompt: highest against lowest mean score (Yuan et al. 2024, section 2.4).
 
     Returns (pairs, drops). Equal scores discard the prompt. Where several candidates share the highest
@@ -37,22 +38,40 @@ def build_pairs(prompts: list[dict], candidates: list[dict], judgements: list[di
         chosen = min(valid, key=lambda c: (-c["score"], _tie_key(seed, c["cand_id"])))
         rejected = min(valid, key=lambda c: (c["score"], _tie_key(seed, c["cand_id"])))
         margin = chosen["score"] - rejected["score"]
-        reason = ("tie" if margin == 0 else "small_margin" if margin < min_margin
-                  else "same_text" if chosen["text"] == rejected["text"]
-                  else "empty_chosen" if not chosen["text"] else None)
+        reason = (
+            "tie"
+            if margin == 0
+            else "small_margin"
+            if margin < min_margin
+            else "same_text"
+            if chosen["text"] == rejected["text"]
+            else "empty_chosen"
+            if not chosen["text"]
+            else None
+        )
         if reason:
             drops[reason] += 1
             continue
-        pairs.append({"prompt_id": p["prompt_id"], "prompt": p["prompt"],
-                      "chosen_id": chosen["cand_id"], "rejected_id": rejected["cand_id"],
-                      "chosen": chosen["text"], "rejected": rejected["text"],
-                      "chosen_score": chosen["score"], "rejected_score": rejected["score"],
-                      "chosen_ended": chosen["ended"], "rejected_ended": rejected["ended"]})
+        pairs.append(
+            {
+                "prompt_id": p["prompt_id"],
+                "prompt": p["prompt"],
+                "chosen_id": chosen["cand_id"],
+                "rejected_id": rejected["cand_id"],
+                "chosen": chosen["text"],
+                "rejected": rejected["text"],
+                "chosen_score": chosen["score"],
+                "rejected_score": rejected["score"],
+                "chosen_ended": chosen["ended"],
+                "rejected_ended": rejected["ended"],
+            }
+        )
     return pairs, drops
 
 
-def build_positives(prompts: list[dict], candidates: list[dict], judgements: list[dict], *, seed: int = 0,
-                    min_score: float = 4.5) -> tuple[list[dict], dict[str, int]]:
+def build_positives(
+    prompts: list[dict], candidates: list[dict], judgements: list[dict], *, seed: int = 0, min_score: float = 4.5
+) -> tuple[list[dict], dict[str, int]]:
     """The positives-only variant (appendix A.4): the best candidate of a prompt if it scores `min_score`.
 
     The paper takes perfect 5s; an expected score counts as 5 from 4.5, where it rounds to it. Answers
@@ -69,6 +88,13 @@ def build_positives(prompts: list[dict], candidates: list[dict], judgements: lis
         if best["score"] < min_score:
             drops["low_score"] += 1
             continue
-        positives.append({"prompt_id": p["prompt_id"], "prompt": p["prompt"], "response": best["text"],
-                          "cand_id": best["cand_id"], "score": best["score"]})
+        positives.append(
+            {
+                "prompt_id": p["prompt_id"],
+                "prompt": p["prompt"],
+                "response": best["text"],
+                "cand_id": best["cand_id"],
+                "score": best["score"],
+            }
+        )
     return positives, drops

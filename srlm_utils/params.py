@@ -149,8 +149,15 @@ class Report(Step):
 
 
 STAGES: dict[str, type[Step]] = {
-    "seed_data": SeedData, "sft": Sft, "build_eft": BuildEft, "self_instruct": SelfInstruct,
-    "judge": Judge, "build_pairs": BuildPairs, "dpo": Dpo, "evaluate": Evaluate, "report": Report,
+    "seed_data": SeedData,
+    "sft": Sft,
+    "build_eft": BuildEft,
+    "self_instruct": SelfInstruct,
+    "judge": Judge,
+    "build_pairs": BuildPairs,
+    "dpo": Dpo,
+    "evaluate": Evaluate,
+    "report": Report,
 }
 NOT_IN_YAML = {"run_dir", "model"}  # the runner sets these
 
@@ -163,8 +170,11 @@ def stage_key(stage: str) -> str:
 def shared_names() -> set[str]:
     """Names that `common:` may hold: what the runner needs and what two stages or more take."""
     names = [n for cls in STAGES.values() for n in cls.model_fields]
-    return ({n for n in names if names.count(n) > 1} | set(Run.model_fields) | {
-        "seed_model", "seed_model_revision", "variant"}) - NOT_IN_YAML
+    return (
+        {n for n in names if names.count(n) > 1}
+        | set(Run.model_fields)
+        | {"seed_model", "seed_model_revision", "chat_template", "variant"}
+    ) - NOT_IN_YAML
 
 
 def read_yaml(path: Path) -> dict:
@@ -197,8 +207,10 @@ def _check_names(data: Any, where: str) -> None:
         if section == "by_model":
             for model, stages in values.items():
                 if not isinstance(stages, dict) or set(stages) & {"common", "by_model"}:
-                    raise ParamError(f"{where}: by_model.{model} holds {stages!r}, expected stage sections "
-                                     "such as `dpo: {beta: 0.05}`.")
+                    raise ParamError(
+                        f"{where}: by_model.{model} holds {stages!r}, expected stage sections "
+                        "such as `dpo: {beta: 0.05}`."
+                    )
                 _check_names(stages, f"{where}: by_model.{model}")
             continue
         known = shared_names() if section == "common" else set(STAGES[section].model_fields) - NOT_IN_YAML
@@ -208,7 +220,7 @@ def _check_names(data: Any, where: str) -> None:
 
 
 def _field(section: str, name: str):
-    for cls in ([Run, *STAGES.values()] if section == "common" else [STAGES[section]]):
+    for cls in [Run, *STAGES.values()] if section == "common" else [STAGES[section]]:
         if name in cls.model_fields:
             return cls.model_fields[name]
 
@@ -259,7 +271,11 @@ def check(cls: type[BaseModel], values: dict, where: str) -> dict:
         name = ".".join(map(str, err["loc"]))
         hint = ""
         if isinstance(err["input"], str) and err["type"] in ("float_type", "int_type"):
-            hint = " YAML reads 5e-7 as text; write 5.0e-7." if "e" in err["input"].lower() else " Write it without quotes."
+            hint = (
+                " YAML reads 5e-7 as text; write 5.0e-7."
+                if "e" in err["input"].lower()
+                else " Write it without quotes."
+            )
         raise ParamError(f"{where}: {name} = {err['input']!r}: {err['msg']}.{hint}") from e
 
 

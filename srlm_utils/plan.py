@@ -60,8 +60,10 @@ def parse_win_judge(text: str) -> tuple[str, str]:
     """``"M1:score"`` -> ("M1", "score"); the last colon separates, so paths may hold others."""
     judge, _, mode = text.rpartition(":")
     if not judge or mode not in ("score", "pairwise"):
-        raise ParamError(f"evaluate.win_judges: found {text!r}, expected <model>:score or <model>:pairwise, "
-                         "where <model> is a model of the run, an embedded model, a hub id or a folder.")
+        raise ParamError(
+            f"evaluate.win_judges: found {text!r}, expected <model>:score or <model>:pairwise, "
+            "where <model> is a model of the run, an embedded model, a hub id or a folder."
+        )
     return judge, mode
 
 
@@ -81,22 +83,40 @@ def make_step(stage: str, model: str, params: dict) -> Step:
     if key == "self_instruct":
         writer = params.get("prompt_model") or m
         reads = {weights(m), *([weights(writer)] if is_model_name(writer) else [])}
-        return Step(stage, m, (*sorted(reads), *(f"seed/{f}.jsonl" for f in SEED_FILES)),
-                    (f"{m}/aift/attempts.jsonl", f"{m}/aift/prompts.jsonl", f"{m}/aift/candidates.jsonl"))
+        return Step(
+            stage,
+            m,
+            (*sorted(reads), *(f"seed/{f}.jsonl" for f in SEED_FILES)),
+            (f"{m}/aift/attempts.jsonl", f"{m}/aift/prompts.jsonl", f"{m}/aift/candidates.jsonl"),
+        )
     if key == "judge":
-        return Step(stage, m, (weights(m), f"{m}/aift/prompts.jsonl", f"{m}/aift/candidates.jsonl"),
-                    (f"{m}/aift/judgements.jsonl",))
+        return Step(
+            stage,
+            m,
+            (weights(m), f"{m}/aift/prompts.jsonl", f"{m}/aift/candidates.jsonl"),
+            (f"{m}/aift/judgements.jsonl",),
+        )
     if key == "build_pairs":
-        return Step(stage, m, tuple(f"{m}/aift/{f}.jsonl" for f in ("prompts", "candidates", "judgements")),
-                    (f"{m}/aift/{params.get('learn_from', 'pairs')}.jsonl", f"{m}/aift/health.json"))
+        return Step(
+            stage,
+            m,
+            tuple(f"{m}/aift/{f}.jsonl" for f in ("prompts", "candidates", "judgements")),
+            (f"{m}/aift/{params.get('learn_from', 'pairs')}.jsonl", f"{m}/aift/health.json"),
+        )
     if key == "dpo":
         start = init_model(m)
         return Step(stage, m, (weights(start), f"{start}/aift/pairs.jsonl"), (f"{m}/model", f"{m}/training_log.csv"))
     if key == "evaluate":
         judges = {parse_win_judge(j)[0] for j in params.get("win_judges", [])}
-        reads = dict.fromkeys([weights(m), *(weights(j) for j in sorted(judges) if is_model_name(j)),
-                               "seed/ranked_eval.jsonl", "seed/test_prompts.jsonl",
-                               *(f"{o}/eval/{f}.jsonl" for o in models_before(m) for f in ("answers", "answer_scores"))])
+        reads = dict.fromkeys(
+            [
+                weights(m),
+                *(weights(j) for j in sorted(judges) if is_model_name(j)),
+                "seed/ranked_eval.jsonl",
+                "seed/test_prompts.jsonl",
+                *(f"{o}/eval/{f}.jsonl" for o in models_before(m) for f in ("answers", "answer_scores")),
+            ]
+        )
         writes = ["judgements.jsonl", "answers.jsonl", "answer_scores.jsonl", "metrics.json"]
         writes += [f"verdicts/{m}_vs_{o}.jsonl" for o in models_before(m)]
         return Step(stage, m, tuple(reads), tuple(f"{m}/eval/{f}" for f in writes))
@@ -104,8 +124,10 @@ def make_step(stage: str, model: str, params: dict) -> Step:
         names = model_names(params["iterations"])
         reads = [f"{n}/eval/{f}" for n in names for f in ("metrics.json", "answers.jsonl")]
         for n in names[2:-1]:
-            reads += [f"{n}/aift/{f}" for f in ("attempts.jsonl", "prompts.jsonl", "candidates.jsonl",
-                                                "judgements.jsonl", "health.json")]
+            reads += [
+                f"{n}/aift/{f}"
+                for f in ("attempts.jsonl", "prompts.jsonl", "candidates.jsonl", "judgements.jsonl", "health.json")
+            ]
         reads += [f"{n}/training_log.csv" for n in names[1:]]
         return Step(stage, m, tuple(reads), ("report",))
     raise ParamError(f"unknown stage {stage!r}")
@@ -121,8 +143,10 @@ def list_steps(experiment: Experiment) -> list[Step]:
     judges = experiment.flat("08_evaluate", "M1", "")["win_judges"]
     for judge, _ in map(parse_win_judge, judges):
         if is_model_name(judge) and judge not in ("M0", "SFT", "M1"):
-            raise ParamError(f"evaluate.win_judges: {judge} would judge models that exist before it does; "
-                             "expected M0, SFT, M1 or a model from outside the run.")
+            raise ParamError(
+                f"evaluate.win_judges: {judge} would judge models that exist before it does; "
+                "expected M0, SFT, M1 or a model from outside the run."
+            )
     order += [("08_evaluate", m) for m in ("M0", "SFT", "M1")]
     for i in range(1, run.iterations):
         order += [(stage, f"M{i}") for stage in ("04_self_instruct", "05_judge", "06_build_pairs")]
@@ -168,8 +192,10 @@ def status(step: Step, params: dict, run: Path) -> tuple[bool, str]:
     try:
         manifest = read_json(path)
         now = fingerprint(step, params, run)
-        old = {"params": {k: v for k, v in manifest["params"].items() if k != "run_dir"},
-               "inputs": {k: v["sha256"] for k, v in manifest["inputs"].items()}}
+        old = {
+            "params": {k: v for k, v in manifest["params"].items() if k != "run_dir"},
+            "inputs": {k: v["sha256"] for k, v in manifest["inputs"].items()},
+        }
         outputs = manifest["outputs"]
     except FileNotFoundError as e:
         return False, f"input is gone: {Path(e.filename).name}"

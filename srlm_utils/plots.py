@@ -27,12 +27,23 @@ def marker(model: str) -> str:
 
 def use_style() -> None:
     """Set the look of all figures."""
-    plt.rcParams.update({
-        "figure.dpi": 110, "savefig.dpi": 200, "figure.constrained_layout.use": True, "font.size": 10,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
-        "axes.axisbelow": True, "axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False,
-        "figure.facecolor": "white",
-    })
+    plt.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "savefig.dpi": 200,
+            "figure.constrained_layout.use": True,
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": "#e6e6e6",
+            "axes.axisbelow": True,
+            "axes.titlesize": 11,
+            "axes.titlelocation": "left",
+            "legend.frameon": False,
+            "figure.facecolor": "white",
+        }
+    )
 
 
 def save(fig, data: pd.DataFrame, folder: Path, name: str) -> None:
@@ -46,8 +57,15 @@ def _bars(ax, x, row, model):
     """One point with its interval, in per cent."""
     v = 100 * row["value"]
     low, high = (v if pd.isna(row[k]) else 100 * row[k] for k in ("low", "high"))
-    ax.errorbar(x, v, yerr=[[max(v - low, 0)], [max(high - v, 0)]], fmt=marker(model), color=color(model), capsize=3,
-                markersize=7)
+    ax.errorbar(
+        x,
+        v,
+        yerr=[[max(v - low, 0)], [max(high - v, 0)]],
+        fmt=marker(model),
+        color=color(model),
+        capsize=3,
+        markersize=7,
+    )
 
 
 def agreement(metrics: pd.DataFrame):
@@ -68,8 +86,11 @@ def agreement(metrics: pd.DataFrame):
             ax.axhline(level, color="#555555", lw=1, ls=":")
             above = level >= 50
             ax.text(-0.5, level, "prefers the longer", va="bottom" if above else "top", fontsize=8, color="#555555")
-        ax.set_xticks(range(len(rows)), [f"{r.model}\nn={r.n}\nties {100 * ties.get(r.model, 0):.0f} %"
-                                         for r in rows.itertuples()], fontsize=8)
+        ax.set_xticks(
+            range(len(rows)),
+            [f"{r.model}\nn={r.n}\nties {100 * ties.get(r.model, 0):.0f} %" for r in rows.itertuples()],
+            fontsize=8,
+        )
         ax.set_xlim(-0.6, len(rows) - 0.4)
         ax.set_ylim(0, 100)
         ax.set_title(f"judge mode: {mode}")
@@ -83,21 +104,28 @@ def win_rates(metrics: pd.DataFrame):
     h2h = metrics[metrics.metric.isin(["win", "tie", "loss", "win_rate"])]
     judges = list(h2h[["judge", "judge_mode"]].drop_duplicates().itertuples(index=False))
     pairs = list(h2h[["model", "opponent"]].drop_duplicates().itertuples(index=False))[::-1]
-    fig, axes = plt.subplots(1, max(len(judges), 1), figsize=(5.6 * max(len(judges), 1), 1.4 + 0.34 * len(pairs)),
-                             sharey=True, squeeze=False)
+    fig, axes = plt.subplots(
+        1, max(len(judges), 1), figsize=(5.6 * max(len(judges), 1), 1.4 + 0.34 * len(pairs)), sharey=True, squeeze=False
+    )
     for ax, (judge, mode) in zip(axes[0], judges, strict=False):
         table = h2h[(h2h.judge == judge) & (h2h.judge_mode == mode)].set_index(["model", "opponent", "metric"])
         for y, (m, o) in enumerate(pairs):
             if (m, o, "win") not in table.index:
                 continue
             left, n = 0.0, int(table.loc[(m, o, "win"), "n"])
-            for part, shade, ink in (("win", color(m), "white"), ("tie", "#d9d9d9", "#333333"), ("loss", color(o), "white")):
+            for part, shade, ink in (
+                ("win", color(m), "white"),
+                ("tie", "#d9d9d9", "#333333"),
+                ("loss", color(o), "white"),
+            ):
                 width = 100 * table.loc[(m, o, part), "value"]
                 hatch = "//" if part == "loss" else None
                 ax.barh(y, width, left=left, color=shade, height=0.72, hatch=hatch, edgecolor="white", lw=0.6)
                 if width >= 9:
                     box = {"facecolor": shade, "edgecolor": "none", "pad": 1} if hatch else None
-                    ax.text(left + width / 2, y, f"{width:.0f}", ha="center", va="center", fontsize=8, color=ink, bbox=box)
+                    ax.text(
+                        left + width / 2, y, f"{width:.0f}", ha="center", va="center", fontsize=8, color=ink, bbox=box
+                    )
                 left += width
             rate = table.loc[(m, o, "win_rate")]
             ax.plot([100 * rate.low, 100 * rate.high], [y - 0.42] * 2, color="black", lw=1.4, clip_on=False)
@@ -107,7 +135,9 @@ def win_rates(metrics: pd.DataFrame):
         ax.set_xlim(0, 100)
         ax.grid(False)
         ax.set_title(f"judge: {judge_label(judge, mode)}", fontsize=9)
-        ax.set_xlabel("% of prompts: win | tie | loss (hatched); black: win rate\nwith half ties, 95 % interval", fontsize=8)
+        ax.set_xlabel(
+            "% of prompts: win | tie | loss (hatched); black: win rate\nwith half ties, 95 % interval", fontsize=8
+        )
         ax.set_yticks(range(len(pairs)), [f"{m} vs {o}" for m, o in pairs], fontsize=9)
     fig.suptitle("Head-to-head on test prompts", fontsize=11)
     return fig, h2h
@@ -115,15 +145,20 @@ def win_rates(metrics: pd.DataFrame):
 
 def answers(metrics: pd.DataFrame):
     """Length, own endings and repetition of the test answers by model."""
-    panels = [("answer_chars", "mean length, characters", 1), ("ended_rate", "ended by themselves, %", 100),
-              ("repeated_4grams", "repeated 4-grams, %", 100)]
+    panels = [
+        ("answer_chars", "mean length, characters", 1),
+        ("ended_rate", "ended by themselves, %", 100),
+        ("repeated_4grams", "repeated 4-grams, %", 100),
+    ]
     data = metrics[metrics.metric.isin([p[0] for p in panels])]
     fig, axes = plt.subplots(1, 3, figsize=(9.6, 3.1))
     for ax, (name, label, scale) in zip(axes, panels, strict=True):
         rows = data[data.metric == name].reset_index(drop=True)
         for x, r in rows.iterrows():
             yerr = [[scale * (r.value - r.low)], [scale * (r.high - r.value)]]
-            ax.errorbar(x, scale * r.value, yerr=yerr, fmt=marker(r.model), color=color(r.model), capsize=3, markersize=7)
+            ax.errorbar(
+                x, scale * r.value, yerr=yerr, fmt=marker(r.model), color=color(r.model), capsize=3, markersize=7
+            )
         ax.set_xticks(range(len(rows)), rows.model)
         ax.set_xlim(-0.6, len(rows) - 0.4)
         ax.set_ylim(bottom=0)
@@ -136,12 +171,21 @@ def mean_scores(metrics: pd.DataFrame):
     """Mean score of the test answers by each scoring judge."""
     data = metrics[(metrics.metric == "mean_score") & metrics.value.notna()]
     judges = sorted(data.judge.unique())
-    fig, axes = plt.subplots(1, max(len(judges), 1), figsize=(4.4 * max(len(judges), 1), 3.1), squeeze=False, sharey=True)
+    fig, axes = plt.subplots(
+        1, max(len(judges), 1), figsize=(4.4 * max(len(judges), 1), 3.1), squeeze=False, sharey=True
+    )
     for ax, judge in zip(axes[0], judges, strict=False):
         rows = data[data.judge == judge].reset_index(drop=True)
         for x, r in rows.iterrows():
-            ax.errorbar(x, r.value, yerr=[[r.value - r.low], [r.high - r.value]], fmt=marker(r.model),
-                        color=color(r.model), capsize=3, markersize=7)
+            ax.errorbar(
+                x,
+                r.value,
+                yerr=[[r.value - r.low], [r.high - r.value]],
+                fmt=marker(r.model),
+                color=color(r.model),
+                capsize=3,
+                markersize=7,
+            )
         ax.set_xticks(range(len(rows)), rows.model)
         ax.set_xlim(-0.6, len(rows) - 0.4)
         ax.set_title(f"judge: {judge_label(judge)}, n={rows.n.max()}", fontsize=9)
@@ -153,7 +197,9 @@ def mean_scores(metrics: pd.DataFrame):
 def score_histogram(scores: pd.DataFrame):
     """Scores of the candidates, a panel a model; `scores` has columns model and score."""
     models = [m for m in scores.model.unique() if is_model_name(m)]
-    fig, axes = plt.subplots(1, max(len(models), 1), figsize=(4.2 * max(len(models), 1), 2.9), sharex=True, squeeze=False)
+    fig, axes = plt.subplots(
+        1, max(len(models), 1), figsize=(4.2 * max(len(models), 1), 2.9), sharex=True, squeeze=False
+    )
     for ax, m in zip(axes[0], models, strict=False):
         values = scores[scores.model == m].score.dropna()
         ax.hist(values, bins=[i / 4 for i in range(21)], color=color(m), edgecolor="white")
@@ -170,8 +216,10 @@ def funnel(steps: pd.DataFrame):
     `steps` has columns model, stage, n, and drop ("" for what is kept, else the reason).
     """
     models = list(dict.fromkeys(steps.model))
-    labels = {m: [f"{r.stage}" if not r.drop else f"  – {r.drop}" for r in steps[steps.model == m].itertuples()]
-              for m in models}
+    labels = {
+        m: [f"{r.stage}" if not r.drop else f"  – {r.drop}" for r in steps[steps.model == m].itertuples()]
+        for m in models
+    }
     height = 1 + 0.27 * max((len(v) for v in labels.values()), default=1)
     fig, axes = plt.subplots(1, max(len(models), 1), figsize=(5.0 * max(len(models), 1), height), squeeze=False)
     for ax, m in zip(axes[0], models, strict=False):

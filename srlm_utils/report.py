@@ -6,11 +6,27 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment
 
-from srlm_utils.artefacts import read_json, read_jsonl, write_text
+from srlm_utils.artefacts import read_json, write_text
+from srlm_utils.errors import MissingInputError
+from srlm_utils.paths import PACKAGE
 from srlm_utils.plan import model_names
 
-COLUMNS = ["run", "variant", "seed", "model", "opponent", "set", "judge", "judge_mode", "metric", "value", "low",
-           "high", "n", "unit"]
+COLUMNS = [
+    "run",
+    "variant",
+    "seed",
+    "model",
+    "opponent",
+    "set",
+    "judge",
+    "judge_mode",
+    "metric",
+    "value",
+    "low",
+    "high",
+    "n",
+    "unit",
+]
 
 
 def metrics_table(step) -> pd.DataFrame:
@@ -42,8 +58,10 @@ def funnel_table(step) -> pd.DataFrame:
 
 def training_table(step) -> pd.DataFrame:
     """All training logs under each other, with the model's name."""
-    logs = [pd.read_csv(step.input(f"{m}/training_log.csv")).assign(model=m)
-            for m in model_names(step.params.iterations)[1:]]
+    logs = [
+        pd.read_csv(step.input(f"{m}/training_log.csv")).assign(model=m)
+        for m in model_names(step.params.iterations)[1:]
+    ]
     return pd.concat(logs, ignore_index=True)
 
 
@@ -59,8 +77,10 @@ def score_table(step) -> pd.DataFrame:
 def example_pairs(step, n: int) -> list[dict]:
     """The first `n` pairs of the first round, each with all candidates and their scores."""
     m = "M1"
-    pairs_path = step.run / f"{m}/aift/pairs.jsonl"
-    pairs = read_jsonl(pairs_path) if pairs_path.is_file() else []
+    try:
+        pairs = step.rows(f"{m}/aift/pairs.jsonl")
+    except MissingInputError:  # a positives-only run
+        return []
     scores = {j["id"]: j["score"] for j in step.rows(f"{m}/aift/judgements.jsonl")}
     by_prompt: dict[str, list[dict]] = {}
     for c in step.rows(f"{m}/aift/candidates.jsonl"):
@@ -80,8 +100,13 @@ def example_answers(step, n: int) -> list[dict]:
     answers = {m: {a["prompt_id"]: a for a in step.rows(f"{m}/eval/answers.jsonl")} for m in names}
     ids = list(answers[names[0]])
     picked = [ids[i * len(ids) // n] for i in range(min(n, len(ids)))]
-    return [{"prompt": answers[names[0]][pid]["prompt"],
-             "answers": [(m, answers[m][pid]["text"], answers[m][pid]["ended"]) for m in names]} for pid in picked]
+    return [
+        {
+            "prompt": answers[names[0]][pid]["prompt"],
+            "answers": [(m, answers[m][pid]["text"], answers[m][pid]["ended"]) for m in names],
+        }
+        for pid in picked
+    ]
 
 
 def rate(row) -> str:
@@ -107,29 +132,6 @@ def wide(metrics: pd.DataFrame, names: list[str], **where) -> pd.DataFrame:
     return table.reindex([n for n in names if n in table.index])[order].fillna("")
 
 
-_PAGE = Environment(autoescape=True).from_string("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{{ title }}</title><style>
-body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
-img{max-width:100%;height:auto}table{border-collapse:collapse;font-size:.85rem;display:block;overflow-x:auto}
-th,td{border-bottom:1px solid #ddd;padding:.25rem .6rem;text-align:left;vertical-align:top}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f6;padding:.6rem;margin:.2rem 0;font:.85rem/1.4 ui-monospace,monospace}
-.chosen{border-left:5px solid #009E73}.rejected{border-left:5px solid #D55E00}small{color:#666}h2{margin-top:2.4rem}
-</style></head><body>
-<h1>{{ title }}</h1><p>{{ lead }}</p>
-{% for s in sections %}<h2>{{ s.title }}</h2><p>{{ s.text }}</p>
-{% if s.image %}<img alt="{{ s.title }}" src="data:image/png;base64,{{ s.image }}">{% endif %}
-{% if s.table is not none %}{{ s.table }}{% endif %}{% endfor %}
-<h2>Candidates and the pair made of them</h2>
-{% for e in pairs %}<h3>{{ e.prompt }}</h3>{% for c in e.candidates %}
-<small>{{ c.cand_id }}, score {{ "%.2f"|format(c.score) if c.score is not none else "unparsed" }}{{ ", " + c.role if c.role }}{{ "" if c.ended else ", cut off" }}</small><pre class="{{ c.role }}">{{ c.text }}</pre>{% endfor %}{% else %}<p>This run made no pairs.</p>{% endfor %}
-<h2>Test prompts, answered by every model</h2>
-{% for e in answers %}<h3>{{ e.prompt }}</h3>{% for model, text, ended in e.answers %}<small>{{ model }}{{ "" if ended else ", cut off" }}</small><pre>{{ text }}</pre>{% endfor %}{% endfor %}
-<p><small>{{ foot }}</small></p></body></html>
-""")
-
-
 def html_table(table: pd.DataFrame):
     """An escaped HTML table."""
     from markupsafe import Markup
@@ -137,13 +139,21 @@ def html_table(table: pd.DataFrame):
     return Markup(table.to_html(border=0, escape=True))
 
 
-def write_html(path: Path, *, title: str, lead: str, sections: list[dict], pairs: list[dict], answers: list[dict],
-               foot: str) -> None:
+def write_html(
+    path: Path, *, title: str, lead: str, sections: list[dict], pairs: list[dict], answers: list[dict], foot: str
+) -> None:
     """report.html: one file, no script, no outside request; everything a model wrote is escaped.
 
     A section is {"title", "text", "figure" (PNG path or None), "table" (DataFrame or None)}.
     """
-    filled = [{"title": s["title"], "text": s["text"],
-               "image": base64.b64encode(s["figure"].read_bytes()).decode() if s.get("figure") else "",
-               "table": html_table(s["table"]) if s.get("table") is not None else None} for s in sections]
-    write_text(path, _PAGE.render(title=title, lead=lead, sections=filled, pairs=pairs, answers=answers, foot=foot))
+    filled = [
+        {
+            "title": s["title"],
+            "text": s["text"],
+            "image": base64.b64encode(s["figure"].read_bytes()).decode() if s.get("figure") else "",
+            "table": html_table(s["table"]) if s.get("table") is not None else None,
+        }
+        for s in sections
+    ]
+    page = Environment(autoescape=True).from_string((PACKAGE / "report.html.jinja").read_text(encoding="utf-8"))
+    write_text(path, page.render(title=title, lead=lead, sections=filled, pairs=pairs, answers=answers, foot=foot))

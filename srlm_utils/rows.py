@@ -70,8 +70,9 @@ def load_rows(path: Path, shape: type[_Row], limit: int = 0) -> list[dict]:
     what was expected.
     """
     if not path.is_file():
-        raise MissingInputError(f"{path}: no such file. Expected JSONL rows of {shape.__name__} "
-                                f"({', '.join(shape.model_fields)}).")
+        raise MissingInputError(
+            f"{path}: no such file. Expected JSONL rows of {shape.__name__} ({', '.join(shape.model_fields)})."
+        )
     rows = read_jsonl(path)
     if not rows:
         raise DataError(f"{path}: no rows. Expected at least one {shape.__name__} object a line.")
@@ -83,8 +84,9 @@ def load_rows(path: Path, shape: type[_Row], limit: int = 0) -> list[dict]:
         except ValidationError as e:
             err = e.errors()[0]
             field = ".".join(map(str, err["loc"])) or "row"
-            raise DataError(f"{where}: {field}: {err['msg']}; found {_short(err['input'])}. "
-                            "Mend this row and run the step again.") from e
+            raise DataError(
+                f"{where}: {field}: {err['msg']}; found {_short(err['input'])}. Mend this row and run the step again."
+            ) from e
         if row["prompt_id"] in seen:
             raise DataError(f"{where}: prompt_id stands twice in this file. Give each row an id of its own.")
         seen.add(row["prompt_id"])

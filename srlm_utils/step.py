@@ -135,8 +135,10 @@ class StepRun:
             self.work.mkdir(parents=True)
         self.manifest_path.unlink(missing_ok=True)  # not done again until finish()
         where = self._shown(self.run)
-        print(f"{self.name} in {where}" + (f", inputs from {self._shown(EXAMPLE)}: {', '.join(sorted(self._borrowed))}"
-                                           if self._borrowed else ""))
+        print(
+            f"{self.name} in {where}"
+            + (f", inputs from {self._shown(EXAMPLE)}: {', '.join(sorted(self._borrowed))}" if self._borrowed else "")
+        )
 
     def _check_inputs(self) -> None:
         for path in self.declared.reads:
@@ -158,7 +160,9 @@ class StepRun:
         except Timeout:
             owner = path.with_suffix(".owner")
             who = owner.read_text() if owner.is_file() else "another process"
-            raise LockedError(f"{self.name} is being written by {who}. Wait for it, or stop it and run again.") from None
+            raise LockedError(
+                f"{self.name} is being written by {who}. Wait for it, or stop it and run again."
+            ) from None
         path.with_suffix(".owner").write_text(f"process {os.getpid()} since {time.strftime('%F %T')}")
         _held[str(path)] = lock
 
@@ -172,21 +176,27 @@ class StepRun:
         if missing:
             raise DataError(f"{self.name}: {missing[0]} was not written. Run the notebook from the top.")
         externals = external_inputs(self.declared.stage, vars(self.params))
-        inputs = {p: describe(self.input(p)) for p in self.declared.reads
-                  if not (self.scratch and p.endswith("/model") and not (self.run / p).exists())}
+        inputs = {
+            p: describe(self.input(p))
+            for p in self.declared.reads
+            if not (self.scratch and p.endswith("/model") and not (self.run / p).exists())
+        }
         inputs |= {name: describe(path) for name, path in externals.items()}
-        write_json(self.manifest_path, {
-            "step": self.name,
-            "params": vars(self.params) | {"run_dir": self._shown(self.run)},
-            "inputs": inputs,
-            "outputs": {p: describe(self.run / p) for p in self.declared.writes},
-            "figures": figures,
-            "versions": versions(),
-            "git": git_revision(),
-            "started": time.strftime("%FT%TZ", time.gmtime(self.started)),
-            "seconds": round(time.time() - self.started, 1),
-            "peak_memory_gb": round(_peak_memory_gb(), 2),
-        })
+        write_json(
+            self.manifest_path,
+            {
+                "step": self.name,
+                "params": vars(self.params) | {"run_dir": self._shown(self.run)},
+                "inputs": inputs,
+                "outputs": {p: describe(self.run / p) for p in self.declared.writes},
+                "figures": figures,
+                "versions": versions(),
+                "git": git_revision(),
+                "started": time.strftime("%FT%TZ", time.gmtime(self.started)),
+                "seconds": round(time.time() - self.started, 1),
+                "peak_memory_gb": round(_peak_memory_gb(), 2),
+            },
+        )
         shutil.rmtree(self.work, ignore_errors=True)
         lock = _held.pop(str(self.run / "steps" / f"{self.name}.lock"), None)
         if lock:
@@ -240,8 +250,10 @@ def begin_step(stage: str, namespace: dict) -> StepRun:
         raise ParamError(f"{stage}: parameter {absent[0]} is not set; run the cell tagged `parameters` first.")
     values = check(cls, {n: namespace[n] for n in cls.model_fields}, stage)
     if "rubric" in values and not rubric_path(values["rubric"]).is_file():
-        raise ParamError(f"{stage}: rubric = {values['rubric']!r}: no such template. Expected short, additive "
-                         "or the path of a .jinja file.")
+        raise ParamError(
+            f"{stage}: rubric = {values['rubric']!r}: no such template. Expected short, additive "
+            "or the path of a .jinja file."
+        )
     step = StepRun(stage, values)
     step.begin()
     return step
@@ -250,8 +262,16 @@ def begin_step(stage: str, namespace: dict) -> StepRun:
 def _maker(path: str) -> str:
     """Name of the step that makes `path` in a run, whatever the run's length."""
     for m in ["run", *model_names(20)]:
-        for stage in ("01_seed_data", "02_sft", "03_build_eft", "04_self_instruct", "05_judge", "06_build_pairs",
-                      "07_dpo", "08_evaluate"):
+        for stage in (
+            "01_seed_data",
+            "02_sft",
+            "03_build_eft",
+            "04_self_instruct",
+            "05_judge",
+            "06_build_pairs",
+            "07_dpo",
+            "08_evaluate",
+        ):
             if (m == "run") != (stage == "01_seed_data"):
                 continue
             if stage in ("02_sft", "07_dpo") and (m == "M0" or (m in ("SFT", "M1")) != (stage == "02_sft")):
@@ -279,8 +299,13 @@ def versions() -> dict[str, str]:
 def git_revision() -> str:
     """Commit of the kit, with ``-dirty`` for uncommitted changes; "" outside a checkout."""
     try:
-        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-                              cwd=PROJ_ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=PROJ_ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 

@@ -9,11 +9,11 @@ from srlm_utils.params import Experiment, stage_key
 from srlm_utils.plan import Step, list_steps, models_before, parse_win_judge
 
 # relative to one sampled token on two CPU cores (LOG.md has the rates)
-COST = {"generated": 1.0, "judged": 0.25, "trained": 1.7}
+COST = {"generated": 1.0, "judged": 0.25, "trained": 1.5}
 STEP_OVERHEAD = 2500  # start of a kernel, imports and loading a model, in sampled tokens
 SEED_ROWS = {"ift": 72, "ranked_train": 36, "ranked_eval": 16, "test": 64}  # bundled
-PROMPT, ANSWER, JUSTIFICATION, CHAT, REPLIES = 35, 70, 35, 30, 3.5
-RUBRIC = {"short": 95, "additive": 330}
+CHAT, PROMPT, ANSWER, REPLY, JUSTIFICATION, REPLIES = 30, 26, 84, 41, 30, 3.5
+RUBRIC = {"short": 70, "additive": 285}
 
 
 def _rows(experiment: Experiment, name: str) -> int:
@@ -28,48 +28,51 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
     """{"generated", "judged" (read in one pass), "trained" (rows x epochs)} of one step."""
     p = experiment.flat(step.stage, step.model, "")
     key, n = stage_key(step.stage), {"generated": 0.0, "judged": 0.0, "trained": 0.0}
-    judge_prompt = CHAT + PROMPT + ANSWER + RUBRIC.get(p.get("rubric", ""), 200)
-    answer = min(p.get("max_new_tokens", 0), 130)
-    judged_replies = _rows(experiment, "ranked_train") * REPLIES
+    judge_frame = CHAT + PROMPT + RUBRIC.get(p.get("rubric", ""), 200)  # all but the answer that is judged
     if key == "sft":
         n["trained"] = _rows(experiment, "ift") * (CHAT + PROMPT + ANSWER)
         if step.model == "M1":
-            formats = experiment.flat("03_build_eft", "SFT", "")["formats"]
             eft = experiment.flat("03_build_eft", "SFT", "")
-            prompt = CHAT + PROMPT + ANSWER + RUBRIC.get(eft["rubric"], 200)
-            n["trained"] += judged_replies * (len(formats) * prompt + JUSTIFICATION * ("justify_first" in formats))
+            row = CHAT + PROMPT + REPLY + RUBRIC.get(eft["rubric"], 200)
+            n["trained"] += (
+                _rows(experiment, "ranked_train")
+                * REPLIES
+                * (len(eft["formats"]) * row + JUSTIFICATION * ("justify_first" in eft["formats"]))
+            )
         n["trained"] *= p["epochs"]
     elif key == "self_instruct":
         # about every second attempt is kept, and each reads eight demonstrations
-        n["generated"] = p["n_prompts"] * (2 * 20 + p["n_candidates"] * answer)
+        n["generated"] = p["n_prompts"] * (2 * 20 + p["n_candidates"] * _written(p))
         n["judged"] = p["n_prompts"] * 2 * 8 * 25
     elif key == "judge":
-        items = _candidates(experiment, step.model)
-        n["judged"] = items * judge_prompt
+        source = experiment.flat("04_self_instruct", step.model, "")
+        items = source["n_prompts"] * source["n_candidates"]
+        n["judged"] = items * (judge_frame + _written(source))
         if p["judge_mode"] == "sampled":
-            n["generated"] = items * p["n_samples"] * min(p["max_new_tokens"], JUSTIFICATION + 10)
+            n["generated"] = items * p["n_samples"] * min(p["max_new_tokens"], JUSTIFICATION + 15)
     elif key == "dpo":
         source = experiment.flat("04_self_instruct", f"M{int(step.model[1:]) - 1}", "")
-        length = CHAT + PROMPT + min(source["max_new_tokens"], 130)
-        n["trained"] = 2 * source["n_prompts"] * length * p["epochs"]
-        n["judged"] = 2 * source["n_prompts"] * length  # the reference, once
+        tokens = 2 * source["n_prompts"] * (CHAT + PROMPT + _written(source))
+        n["trained"], n["judged"] = tokens * p["epochs"], tokens  # the reference reads every pair once
     elif key == "evaluate":
         replies, tests = _rows(experiment, "ranked_eval") * REPLIES, _rows(experiment, "test")
-        for mode in p["judge_modes"]:
-            n["judged"] += replies * judge_prompt
-            n["generated"] += replies * p["n_samples"] * min(p["judge_max_new_tokens"], JUSTIFICATION + 10) * (
-                mode == "sampled")
-        n["generated"] += tests * answer
+        n["judged"] = len(p["judge_modes"]) * replies * (judge_frame + REPLY)
+        if "sampled" in p["judge_modes"]:
+            n["generated"] = replies * p["n_samples"] * min(p["judge_max_new_tokens"], JUSTIFICATION + 15)
+        n["generated"] += tests * _written(p)
         for judge in p["win_judges"]:
             pairwise = parse_win_judge(judge)[1] == "pairwise"
-            n["judged"] += tests * (2 * len(models_before(step.model)) * (judge_prompt + ANSWER) if pairwise
-                                    else judge_prompt)
+            n["judged"] += tests * (
+                2 * len(models_before(step.model)) * (judge_frame + 2 * _written(p))
+                if pairwise
+                else judge_frame + _written(p)
+            )
     return {k: int(v) for k, v in n.items()}
 
 
-def _candidates(experiment: Experiment, model: str) -> int:
-    p = experiment.flat("04_self_instruct", model, "")
-    return p["n_prompts"] * p["n_candidates"]
+def _written(params: dict) -> int:
+    """Typical length of a sampled answer: small models use up a small budget."""
+    return min(params["max_new_tokens"], 300)
 
 
 def step_cost(step: Step, experiment: Experiment) -> float:
@@ -85,8 +88,11 @@ def token_table(experiment: Experiment) -> str:
         for k, v in step_tokens(step, experiment).items():
             row[k] += v
     lines = [f"{'stage':<18}{'generated':>14}{'judged':>14}{'trained':>14}"]
-    lines += [f"{stage:<18}" + "".join(f"{_short(v):>14}" for v in row.values())
-              for stage, row in sorted(total.items()) if any(row.values())]
+    lines += [
+        f"{stage:<18}" + "".join(f"{_short(v):>14}" for v in row.values())
+        for stage, row in sorted(total.items())
+        if any(row.values())
+    ]
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from srlm_utils import chat
 from srlm_utils.artefacts import write_text
 from srlm_utils.engine import pick_device
-from srlm_utils.errors import DataError, ModelError
+from srlm_utils.errors import ModelError, ParamError, StepFailed
 
 
 def load(folder: str, params, *, chat_template: str = "", trust_remote_code: bool = False):
@@ -30,8 +30,9 @@ def load(folder: str, params, *, chat_template: str = "", trust_remote_code: boo
     tokenizer = chat.load_tokenizer(folder, chat_template=chat_template, trust_remote_code=trust_remote_code)
     dtype = getattr(torch, params.dtype) if params.lora_r else torch.float32
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True,
-                                                     trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as e:
         raise ModelError(f"{folder}: the model could not be loaded ({str(e).splitlines()[0]}).") from e
     if params.dropout and not params.lora_r and hasattr(model.config, "attention_dropout"):
@@ -52,8 +53,9 @@ def sft_rows(tokenizer, rows: list[dict], max_length: int) -> tuple[list[dict], 
         prompt = chat.prompt_ids(tokenizer, chat.user(r["prompt"]))
         answer = chat.answer_ids(tokenizer, r["response"])
         if len(prompt) + len(answer) <= max_length:
-            out.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer,
-                        "kind": r.get("format", "ift")})
+            out.append(
+                {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer, "kind": r.get("format", "ift")}
+            )
     return out, len(rows) - len(out)
 
 
@@ -86,8 +88,8 @@ def batch_order(lengths: list[int], kinds: list[str], batch_size: int, epochs: i
             rows = [i for i, k in enumerate(kinds) if k == kind]
             rng.shuffle(rows)
             for w in range(0, len(rows), 8 * batch_size):
-                window = sorted(rows[w:w + 8 * batch_size], key=lambda i: lengths[i])
-                batches += [window[b:b + batch_size] for b in range(0, len(window), batch_size)]
+                window = sorted(rows[w : w + 8 * batch_size], key=lambda i: lengths[i])
+                batches += [window[b : b + batch_size] for b in range(0, len(window), batch_size)]
         rng.shuffle(batches)
         # a short batch anywhere but at the end would shift every batch behind it
         batches.sort(key=lambda b: len(b) < batch_size)
@@ -102,7 +104,7 @@ def _common_args(params, work: Path, n_rows: int) -> dict:
     device = pick_device(params.device)
     micro = min(params.micro_batch_size, params.train_batch_size)
     if params.train_batch_size % micro:
-        raise DataError(f"train_batch_size {params.train_batch_size} is no multiple of micro_batch_size {micro}.")
+        raise ParamError(f"train_batch_size {params.train_batch_size} is no multiple of micro_batch_size {micro}.")
     steps = math.ceil(n_rows / params.train_batch_size)
     return dict(
         output_dir=str(work / "checkpoints"),
@@ -136,18 +138,29 @@ def lora_config(params):
         return None
     from peft import LoraConfig
 
-    return LoraConfig(r=params.lora_r, lora_alpha=params.lora_alpha, lora_dropout=params.dropout,
-                      target_modules="all-linear", task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=params.lora_r,
+        lora_alpha=params.lora_alpha,
+        lora_dropout=params.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
 
 
 def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> SFTTrainer:
     """trl's SFTTrainer on tokenised rows: cross-entropy on the assistant's tokens alone."""
-    order = batch_order([len(r["input_ids"]) for r in rows], [r["kind"] for r in rows],
-                        params.train_batch_size, params.epochs, params.seed)
+    order = batch_order(
+        [len(r["input_ids"]) for r in rows],
+        [r["kind"] for r in rows],
+        params.train_batch_size,
+        params.epochs,
+        params.seed,
+    )
     data = Dataset.from_list([{k: rows[i][k] for k in ("input_ids", "labels")} for i in order])
     args = SFTConfig(**_common_args(params, work, len(order)))
-    return SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer,
-                      peft_config=lora_config(params))
+    return SFTTrainer(
+        model=model, args=args, train_dataset=data, processing_class=tokenizer, peft_config=lora_config(params)
+    )
 
 
 class TokenisedDPOTrainer(DPOTrainer):
@@ -167,10 +180,20 @@ def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> DPOTr
     """
     lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
     order = batch_order(lengths, [""] * len(rows), params.train_batch_size, params.epochs, params.seed)
-    args = DPOConfig(**_common_args(params, work, len(order)), beta=params.beta, loss_type=["sigmoid"],
-                     precompute_ref_log_probs=True, disable_dropout=not params.dropout)
-    return TokenisedDPOTrainer(model=model, args=args, train_dataset=Dataset.from_list([rows[i] for i in order]),
-                               processing_class=tokenizer, peft_config=lora_config(params))
+    args = DPOConfig(
+        **_common_args(params, work, len(order)),
+        beta=params.beta,
+        loss_type=["sigmoid"],
+        precompute_ref_log_probs=True,
+        disable_dropout=not params.dropout,
+    )
+    return TokenisedDPOTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list([rows[i] for i in order]),
+        processing_class=tokenizer,
+        peft_config=lora_config(params),
+    )
 
 
 class _Report(TrainerCallback):
@@ -185,7 +208,7 @@ class _Report(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(float(loss)):
-            raise DataError(f"the loss became {loss} at step {state.global_step}; lower learning_rate.")
+            raise StepFailed(f"the loss became {loss} at step {state.global_step}; lower learning_rate.")
 
 
 def train(trainer, step) -> pd.DataFrame:
@@ -196,8 +219,10 @@ def train(trainer, step) -> pd.DataFrame:
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-    total = math.ceil(len(trainer.train_dataset) / (
-        trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps))
+    total = math.ceil(
+        len(trainer.train_dataset)
+        / (trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps)
+    )
     out = Path(trainer.args.output_dir)
     last = get_last_checkpoint(str(out)) if out.is_dir() else None
     if last:
@@ -257,7 +282,9 @@ def model_card(step, start: str, data: dict[str, int], figures: dict) -> str:
     """A short card: what the model was made from, by which parameters, from how many rows."""
     p = {k: v for k, v in vars(step.params).items() if k not in ("run_dir", "device")}
     rows = "\n".join(f"- {name}: {n} rows" for name, n in data.items())
-    return (f"---\nlibrary_name: transformers\ntags: [self-rewarding]\n---\n# {step.params.model}\n\n"
-            f"Made by {step.name} from {start} ({step.model_revision(start)}).\n\n## Data\n{rows}\n\n"
-            f"## Training\n```json\n{json.dumps(p | figures, indent=1)}\n```\n"
-            "\nA research artefact: its answers are often wrong. Evaluation figures are in the run's report.\n")
+    return (
+        f"---\nlibrary_name: transformers\ntags: [self-rewarding]\n---\n# {step.params.model}\n\n"
+        f"Made by {step.name} from {start} ({step.model_revision(start)}).\n\n## Data\n{rows}\n\n"
+        f"## Training\n```json\n{json.dumps(p | figures, indent=1)}\n```\n"
+        "\nA research artefact: its answers are often wrong. Evaluation figures are in the run's report.\n"
+    )

@@ -11,8 +11,13 @@ from srlm_utils.plan import is_model_name
 
 def judge_label(judge: str, mode: str = "") -> str:
     """How a figure names a win judge: a model of the run is inside the loop that is being measured."""
-    inside = " (inside the loop)" if is_model_name(judge) and judge not in ("M0", "SFT") else \
-        " (the models descend from it)" if is_model_name(judge) else ""
+    inside = (
+        " (inside the loop)"
+        if is_model_name(judge) and judge not in ("M0", "SFT")
+        else " (the models descend from it)"
+        if is_model_name(judge)
+        else ""
+    )
     return f"{judge}{', ' + mode if mode else ''}{inside}"
 
 
@@ -37,11 +42,15 @@ def compare(engine, prompts: dict[str, str], a: dict[str, str], b: dict[str, str
             text = template.render(prompt=inert(prompts[pid]), first=inert(first), second=inert(second))
             requests.append((f"{pid}\t{order}", chat.prompt_ids(engine.tokenizer, chat.user(text))))
     for batch in engine.choice_probs(requests, choice_ids(engine.tokenizer)):
-        yield [{"prompt_id": key.split("\t")[0], "order": key.split("\t")[1], "p_first": round(p[0], 6)}
-               for key, p, _ in batch]
+        yield [
+            {"prompt_id": key.split("\t")[0], "order": key.split("\t")[1], "p_first": round(p[0], 6)}
+            for key, p, _ in batch
+        ]
 
 
 def from_scores(a: dict[str, float], b: dict[str, float]) -> list[dict]:
     """Verdicts of a judge that scores each answer alone: the higher score wins, equal scores tie."""
-    return [{"prompt_id": pid, "order": "none", "p_first": 1.0 if a[pid] > b[pid] else 0.0 if a[pid] < b[pid] else 0.5}
-            for pid in a]
+    return [
+        {"prompt_id": pid, "order": "none", "p_first": 1.0 if a[pid] > b[pid] else 0.0 if a[pid] < b[pid] else 0.5}
+        for pid in a
+    ]

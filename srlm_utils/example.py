@@ -1,0 +1,30 @@
+"""``python -m srlm_utils.example results/quickstart``: a finished run, without its weights, as results/example."""
+
+import shutil
+import sys
+from pathlib import Path
+
+from srlm_utils.errors import MissingInputError, SrlmError
+from srlm_utils.paths import EXAMPLE, resolve
+
+_LEFT_OUT = shutil.ignore_patterns("model", "*.lock", "*.owner", "*.work", ".*", "params")
+
+
+def render(run: Path) -> None:
+    """Replace results/example by `run`; refuses a run whose report is missing."""
+    if not (run / "steps" / "09_report@run.json").is_file():
+        raise MissingInputError(f"{run}: not a finished run (09_report@run is not done).")
+    tmp = EXAMPLE.with_name(".example.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    shutil.copytree(run, tmp, ignore=_LEFT_OUT)
+    shutil.rmtree(EXAMPLE, ignore_errors=True)
+    tmp.rename(EXAMPLE)
+    size = sum(p.stat().st_size for p in EXAMPLE.rglob("*") if p.is_file())
+    print(f"results/example: {size / 1e6:.1f} MB from {run.name}")
+
+
+if __name__ == "__main__":
+    try:
+        render(resolve(sys.argv[1]))
+    except SrlmError as e:
+        sys.exit(f"{type(e).__name__}: {e}")

@@ -1,0 +1,51 @@
+"""Shared fixtures: the tiny model, and one smoke run that every pipeline test reads."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def srlm(*args: str, env: dict | None = None, timeout: int = 600) -> subprocess.CompletedProcess:
+    """The command line, as a user calls it."""
+    return subprocess.run(
+        [sys.executable, "-m", "srlm_utils.cli", *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | (env or {}),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny() -> str:
+    """Folder of the tiny random model with a real tokenizer."""
+    from srlm_utils.seed_model import fetch
+
+    return fetch("tiny-random")["path"]
+
+
+@pytest.fixture(scope="session")
+def engine(tiny):
+    """The tiny model in float32 on the CPU."""
+    from srlm_utils.engine import Engine
+
+    return Engine(tiny, dtype="float32", device="cpu", batch_size=8)
+
+
+@pytest.fixture(scope="session")
+def smoke():
+    """A finished smoke run, made by the command line through papermill."""
+    run = ROOT / "results" / "test-smoke"
+    shutil.rmtree(run, ignore_errors=True)
+    result = srlm("run", "params/smoke.yaml", "--run-name", run.name)
+    assert result.returncode == 0, result.stdout + result.stderr
+    yield run
+    shutil.rmtree(run, ignore_errors=True)

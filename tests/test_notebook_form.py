@@ -1,0 +1,139 @@
+"""Static rules: what every notebook looks like, and that every preset fits every notebook."""
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import papermill as pm
+import pytest
+
+from srlm_utils.params import STAGES, Experiment, stage_key
+from srlm_utils.plan import list_steps
+from srlm_utils.tokens import token_table
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+STAGE_NOTEBOOKS = [n for n in NOTEBOOKS if n.stem != "00_tour"]
+PRESETS = sorted((ROOT / "params").glob("*.yaml"))
+VARIANTS = sorted((ROOT / "params" / "variants").glob("*.yaml"))
+TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list[str]": list}
+
+
+def read(path):
+    nb = nbformat.read(path, as_version=4)
+    nbformat.validate(nb)
+    return nb
+
+
+def code(nb):
+    return [c for c in nb.cells if c.cell_type == "code"]
+
+
+def test_the_ten_notebooks_are_there():
+    assert [n.stem[:2] for n in NOTEBOOKS] == [f"{i:02d}" for i in range(10)]
+    assert {stage_key(n.stem) for n in STAGE_NOTEBOOKS} == set(STAGES)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_form(path):
+    nb = read(path)
+    first = nb.cells[0].source
+    assert re.match(rf"# {path.stem[:2]} · .+\n> .+", first), "an H1 with the number, then one quoted sentence"
+    for word in ("**Reads**", "**Writes**", "**Time**"):
+        assert word in first
+    assert "%autoreload 2" in nb.cells[1].source
+    assert nb.cells[2].metadata.get("tags") == ["parameters"]
+    assert sum("parameters" in c.metadata.get("tags", []) for c in nb.cells) == 1
+    assert nb.metadata.kernelspec.name == "python3"
+    headings = [c.source for c in nb.cells if c.cell_type == "markdown" and c.source.startswith("## ")]
+    assert len(headings) >= 3
+    for cell in code(nb):
+        assert not cell.outputs and cell.execution_count is None, "sources are kept stripped"
+        if "parameters" not in cell.metadata.get("tags", []):
+            assert len(cell.source.splitlines()) <= 25, cell.source[:80]
+        assert not re.search(r"!pip|input\(|/home/|/tmp/|/root/|[A-Z]:\\\\", cell.source)
+
+
+@pytest.mark.parametrize("path", STAGE_NOTEBOOKS, ids=lambda p: p.stem)
+def test_stage_notebooks_begin_and_finish_their_step(path):
+    source = "\n".join(c.source for c in code(read(path)))
+    assert f'begin_step("{path.stem}", globals())' in source
+    assert source.count("step.finish(") == 1
+    assert "**Next:**" in read(path).cells[-1].source
+
+
+@pytest.mark.parametrize("path", STAGE_NOTEBOOKS, ids=lambda p: p.stem)
+def test_parameters_equal_the_typed_model(path):
+    found = pm.inspect_notebook(str(path))
+    fields = STAGES[stage_key(path.stem)].model_fields
+    assert list(found) == list(fields) or set(found) == set(fields)
+    namespace = {}
+    exec(read(path).cells[2].source, namespace)  # the cell holds nothing but assignments
+    for name, info in found.items():
+        assert info["help"], f"{name} has no help comment"
+        assert info["inferred_type_name"] in TYPES, name
+        assert isinstance(namespace[name], TYPES[info["inferred_type_name"]])
+        annotation = fields[name].annotation
+        if annotation in (int, float, str, bool):
+            assert info["inferred_type_name"] == annotation.__name__
+    STAGES[stage_key(path.stem)].model_validate({k: namespace[k] for k in fields})
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_every_preset_fits_every_notebook(path):
+    experiment = Experiment.load([path])
+    for step in list_steps(experiment):
+        known = set(pm.inspect_notebook(str(ROOT / "notebooks" / f"{step.stage}.ipynb")))
+        assert set(experiment.flat(step.stage, step.model, "results/x")) == known
+
+
+@pytest.mark.parametrize("path", VARIANTS, ids=lambda p: p.stem)
+def test_every_variant_lies_over_the_quickstart(path):
+    experiment = Experiment.load([ROOT / "params/quickstart.yaml", path])
+    assert list_steps(experiment)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_headers_say_hardware_time_command_and_tokens(path):
+    text = path.read_text()
+    header = [line.lstrip("# ").rstrip() for line in text.splitlines() if line.startswith("#")]
+    for word in ("hardware", "time", "command"):
+        assert any(line.startswith(word) for line in header)
+    for line in token_table(Experiment.load([path])).splitlines():
+        assert f"# {line}".rstrip() in text, f"the token table is not that of `srlm plan {path.name} --tokens`"
+
+
+def test_the_papers_hyper_parameters():
+    e = Experiment.load([ROOT / "params/paper_llama2_70b.yaml"])
+    sft, dpo = e.flat("02_sft", "M1", ""), e.flat("07_dpo", "M2", "")
+    write, judge = e.flat("04_self_instruct", "M1", ""), e.flat("05_judge", "M1", "")
+    assert (sft["learning_rate"], sft["final_learning_rate"], sft["train_batch_size"], sft["dropout"]) == (
+        5.5e-6,
+        1.1e-6,
+        16,
+        0.1,
+    )
+    assert (dpo["learning_rate"], dpo["final_learning_rate"], dpo["train_batch_size"], dpo["beta"]) == (
+        1e-6,
+        1e-7,
+        16,
+        0.1,
+    )
+    assert (write["n_candidates"], write["temperature"], write["top_p"]) == (4, 0.7, 0.9)
+    assert (write["prompt_temperature"], write["prompt_top_p"]) == (0.6, 0.9)
+    assert (write["n_seed_demos"], write["n_generated_demos"]) == (6, 2)
+    assert (judge["judge_mode"], judge["n_samples"], judge["rubric"]) == ("sampled", 3, "additive")
+    assert e.run.iterations == 3
+
+
+def test_executed_example_notebooks_have_no_errors():
+    example = ROOT / "results" / "example" / "notebooks"
+    if not example.is_dir():
+        pytest.skip("results/example has not been rendered yet")
+    for path in example.glob("*.ipynb"):
+        text = path.read_text()
+        assert path.stat().st_size < 2_000_000
+        assert not re.search(r"/home/|/tmp/|/root/", text), f"{path.name} shows a path of the machine it ran on"
+        outputs = [o for c in json.loads(text)["cells"] if c["cell_type"] == "code" for o in c["outputs"]]
+        assert outputs and not any(o["output_type"] == "error" for o in outputs)

@@ -1,0 +1,349 @@
+"""The whole pipeline on the tiny model, through papermill and the command line, as a user runs it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+
+from srlm_utils.artefacts import read_json, read_jsonl
+from srlm_utils.metrics import METRICS
+from srlm_utils.report import COLUMNS
+from tests.conftest import ROOT, srlm
+
+MODELS = ["M0", "SFT", "M1", "M2", "M3"]
+
+
+def test_every_step_left_notebook_and_manifest(smoke):
+    steps = {p.stem for p in (smoke / "steps").glob("*.json")}
+    assert (
+        steps
+        == {p.stem for p in (smoke / "notebooks").glob("*.ipynb")}
+        == {
+            "01_seed_data@run",
+            "02_sft@SFT",
+            "03_build_eft@SFT",
+            "02_sft@M1",
+            "09_report@run",
+            *(f"08_evaluate@{m}" for m in MODELS),
+            "07_dpo@M2",
+            "07_dpo@M3",
+            *(f"{s}@{m}" for s in ("04_self_instruct", "05_judge", "06_build_pairs") for m in ("M1", "M2")),
+        }
+    )
+    assert not list((smoke / "steps").glob("*.work")) and not list((smoke / "steps").glob("*.lock"))
+    m = read_json(smoke / "steps" / "07_dpo@M2.json")
+    assert m["inputs"]["M1/model"]["sha256"].startswith(m["figures"]["reference_revision"])
+    assert m["inputs"]["M1/aift/pairs.jsonl"]["n_rows"] == m["figures"]["n_pairs"] > 0
+    assert {"torch", "transformers", "trl", "peft", "papermill"} <= set(m["versions"])
+    assert m["seconds"] > 0 and m["params"]["beta"] == 0.1
+
+
+def test_rows_refer_to_each_other(smoke):
+    for m in ("M1", "M2"):
+        prompts, candidates, judgements, pairs = (
+            read_jsonl(smoke / m / "aift" / f"{n}.jsonl") for n in ("prompts", "candidates", "judgements", "pairs")
+        )
+        ids = {p["prompt_id"] for p in prompts}
+        assert len(candidates) == 4 * len(prompts)
+        assert {c["prompt_id"] for c in candidates} == ids
+        assert {j["id"] for j in judgements} == {c["cand_id"] for c in candidates}
+        score = {j["id"]: j["score"] for j in judgements}
+        for p in pairs:
+            mine = [score[c["cand_id"]] for c in candidates if c["prompt_id"] == p["prompt_id"]]
+            assert (p["chosen_score"], p["rejected_score"]) == (max(mine), min(mine))
+        health = read_json(smoke / m / "aift" / "health.json")
+        assert len(pairs) + sum(health["drops"].values()) == len(prompts)
+
+
+def test_new_prompts_stay_away_from_the_seed(smoke):
+    from srlm_utils.self_instruct import rouge_l, words
+
+    held = [
+        words(r["prompt"])
+        for n in ("ift", "ranked_eval", "test_prompts")
+        for r in read_jsonl(smoke / f"seed/{n}.jsonl")
+    ]
+    for p in read_jsonl(smoke / "M1/aift/prompts.jsonl"):
+        assert max(rouge_l(words(p["prompt"]), h) for h in held) < 0.7
+
+
+def test_eft_rows_come_in_both_formats(smoke):
+    rows = read_jsonl(smoke / "SFT/eft/train.jsonl")
+    assert {r["format"] for r in rows} == {"justify_first", "score_first"}
+    assert all(r["response"] == f"Score: {r['score']}" for r in rows if r["format"] == "score_first")
+    assert all(r["response"].endswith(f"\nScore: {r['score']}") for r in rows if r["format"] == "justify_first")
+
+
+def test_metrics_csv(smoke):
+    table = pd.read_csv(smoke / "report/metrics.csv", keep_default_na=False, na_values=[""])
+    assert list(table.columns) == COLUMNS
+    assert set(table.metric) <= set(METRICS)
+    shares = table[(table.unit == "share") & table.value.notna()]
+    assert shares.value.between(0, 1).all()
+    bounded = shares[shares.low.notna()]
+    assert ((bounded.low <= bounded.value + 1e-9) & (bounded.value <= bounded.high + 1e-9)).all()
+    assert shares.n.gt(0).all()
+    agreement = table[table.metric == "pairwise_accuracy"]
+    assert set(zip(agreement.model, agreement.judge_mode, strict=True)) == {
+        (m, mode) for m in MODELS for mode in ("expected", "sampled")
+    }
+    h2h = table[table.metric.isin(["win", "tie", "loss"])].groupby(["model", "opponent", "judge"]).value.sum()
+    assert len(h2h) == 20 and h2h.between(1 - 1e-9, 1 + 1e-9).all()  # ten pairs, two judges
+    assert {"M0", "M1"} == set(table[table.metric == "win_rate"].judge)
+
+
+def test_verdict_rows_say_who_judged_and_in_which_order(smoke):
+    rows = read_jsonl(smoke / "M3/eval/verdicts/M3_vs_M2.jsonl")
+    assert {(r["judge"], r["judge_mode"], r["order"]) for r in rows} == {
+        ("M0", "pairwise", "AB"),
+        ("M0", "pairwise", "BA"),
+        ("M1", "score", "none"),
+    }
+    assert all(0 <= r["p_first"] <= 1 and r["judge_rev"] for r in rows)
+
+
+def test_report_is_one_file_without_outside_requests(smoke):
+    html = (smoke / "report/report.html").read_text()
+    assert "Content-Security-Policy" in html
+    assert not re.search(r'(src|href)="(?!data:)', html) and "<script" not in html
+    figures = {p.stem for p in (smoke / "report/figures").glob("*.png")}
+    assert (
+        figures
+        == {p.stem for p in (smoke / "report/figures").glob("*.csv")}
+        >= {"agreement", "win_rates", "answers", "funnel", "scores", "sft", "dpo", "mean_scores"}
+    )
+    assert html.count("data:image/png") == len(figures)
+
+
+def test_a_judge_of_the_run_is_named_as_inside_the_loop():
+    from srlm_utils.verdicts import judge_label
+
+    assert judge_label("M1", "score") == "M1, score (inside the loop)"
+    assert judge_label("M0", "pairwise") == "M0, pairwise (the models descend from it)"
+    assert judge_label("gemma-3-270m", "pairwise") == "gemma-3-270m, pairwise"
+
+
+def test_what_a_model_wrote_is_escaped(tmp_path):
+    from srlm_utils.report import write_html
+
+    evil = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+    write_html(
+        tmp_path / "r.html",
+        title="t",
+        lead="l",
+        foot="f",
+        sections=[{"title": "s", "text": "x", "table": pd.DataFrame({"a": [evil]})}],
+        pairs=[
+            {"prompt": evil, "candidates": [{"cand_id": "c", "score": 1.0, "role": "", "ended": True, "text": evil}]}
+        ],
+        answers=[{"prompt": evil, "answers": [("M1", evil, True)]}],
+    )
+    html = (tmp_path / "r.html").read_text()
+    assert "<script" not in html and "<img" not in html and "&lt;script&gt;" in html
+
+
+def test_a_second_run_does_nothing(smoke):
+    before = {p: p.stat().st_mtime_ns for p in smoke.rglob("*.json*")}
+    result = srlm("run", "params/smoke.yaml", "--run-name", smoke.name)
+    assert result.returncode == 0 and "all 18 steps are done" in result.stdout
+    assert before == {p: p.stat().st_mtime_ns for p in smoke.rglob("*.json*")}
+    assert "18 of 18 steps done" in srlm("plan", "params/smoke.yaml", "--run-name", smoke.name).stdout
+    status = srlm("status", str(smoke)).stdout
+    assert "18 steps done" in status and "07_dpo@M3" in status
+
+
+def test_plan_says_what_a_change_touches(smoke):
+    out = srlm("plan", "params/smoke.yaml", "--run-name", smoke.name, "--set", "dpo.beta=0.3").stdout
+    state = {line.split()[1]: line for line in out.splitlines() if "@" in line}
+    assert "beta changed: 0.1 -> 0.3" in state["07_dpo@M2"]
+    assert "after 07_dpo@M2" in state["08_evaluate@M2"] and state["05_judge@M2"].startswith("run")
+    for untouched in ("02_sft@M1", "06_build_pairs@M1", "08_evaluate@M1"):
+        assert state[untouched].startswith("done")
+
+
+def test_an_input_edited_by_hand_makes_its_steps_stale(smoke):
+    path = smoke / "M1/aift/candidates.jsonl"
+    original = path.read_bytes()
+    try:
+        path.write_bytes(original.replace(b'"ended": ', b'"ended":  ', 1))
+        out = srlm("plan", "params/smoke.yaml", "--run-name", smoke.name).stdout
+        assert "output was changed: M1/aift/candidates.jsonl" in out
+        assert "input changed: M1/aift/candidates.jsonl" in out
+    finally:
+        path.write_bytes(original)
+
+
+def test_replay_with_plain_papermill(smoke):
+    params = smoke / "params/06_build_pairs@M1.yaml"
+    out = smoke / "replayed.ipynb"
+    before = (smoke / "M1/aift/pairs.jsonl").read_bytes()
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "papermill",
+            "notebooks/06_build_pairs.ipynb",
+            str(out),
+            "-f",
+            str(params),
+            "--no-progress-bar",
+            "-k",
+            "python3",
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    assert (smoke / "M1/aift/pairs.jsonl").read_bytes() == before
+
+
+def copy_of(run, name):
+    target = run.parent / name
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(run, target)
+    return target
+
+
+def test_a_killed_run_resumes_and_skips(smoke):
+    """Kill runner and kernel in the middle of a step; the next run continues it and repeats nothing."""
+    run = copy_of(smoke, "test-killed")
+    try:
+        expected = read_jsonl(run / "M1/aift/judgements.jsonl")
+        (run / "steps/05_judge@M1.json").unlink()
+        (run / "M1/aift/judgements.jsonl").unlink()
+        command = [
+            sys.executable,
+            "-m",
+            "srlm_utils.cli",
+            "run",
+            "params/smoke.yaml",
+            "--run-name",
+            run.name,
+            "--set",
+            "judge.batch_size=2",
+        ]
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        log = run / "steps/05_judge@M1.work/judgements.jsonl"
+        deadline = time.time() + 120
+        while time.time() < deadline and not (log.is_file() and log.read_bytes().count(b"\n") >= 2):
+            time.sleep(0.005)
+        owner = (run / "steps/05_judge@M1.owner").read_text()
+        os.kill(int(re.search(r"process (\d+)", owner).group(1)), signal.SIGKILL)  # the kernel
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == 1 and "continue with: srlm run params/smoke.yaml" in output, output
+        kept = log.read_bytes().count(b"\n")
+        assert 2 <= kept < len(expected), "the kernel was killed too late to test anything"
+        with open(log, "ab") as f:
+            f.write(b'{"id": "half a ro')  # as if the kill had hit a write
+        before = (run / "steps/02_sft@M1.json").read_bytes()
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert result.returncode == 0, result.stdout + result.stderr
+        notebook = (run / "notebooks/05_judge@M1.ipynb").read_text()
+        assert f"continuing: {kept} rows of judgements.jsonl were made before" in notebook
+        assert "dropped an incomplete last row" in notebook
+        rows = read_jsonl(run / "M1/aift/judgements.jsonl")
+        assert [r["id"] for r in rows] == [r["id"] for r in expected]
+        assert [r["score"] for r in rows] == pytest.approx([r["score"] for r in expected], abs=1e-4)
+        assert (run / "steps/02_sft@M1.json").read_bytes() == before
+    finally:
+        shutil.rmtree(run, ignore_errors=True)
+
+
+def test_a_failing_cell_is_named_with_the_command_that_resumes(smoke):
+    run = copy_of(smoke, "test-failing")
+    try:
+        # a row that no check looks at, but pairing needs
+        path = run / "M1/aift/candidates.jsonl"
+        rows = [{k: v for k, v in r.items() if k != "ended"} for r in read_jsonl(path)]
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        result = srlm("run", "params/smoke.yaml", "--run-name", run.name, "--only", "06_build_pairs@M1")
+        assert result.returncode == 1
+        assert re.search(
+            r"06_build_pairs@M1 failed in results/test-failing/notebooks/06_build_pairs@M1\.ipynb, cell \d+: "
+            r"KeyError: 'ended'",
+            result.stderr,
+        ), result.stderr
+        assert "continue with: srlm run params/smoke.yaml --run-name test-failing" in result.stderr
+    finally:
+        shutil.rmtree(run, ignore_errors=True)
+
+
+# ---- bad input: one clear message, exit code 2, before any model loads, nothing overwritten
+
+
+@pytest.mark.parametrize(
+    "args,message",
+    [
+        (["--set", "dpo.betta=0.2"], "Did you mean 'beta'"),
+        (["--set", "dpo.beta=high"], "'high' is no float"),
+        (["--set", "judge.judge_mode=guess"], "is no"),
+        (["--set", "common.iterations=0"], "iterations"),
+        (["--set", "seed_data.ift_file=none.jsonl"], "none.jsonl: no such file"),
+        (["--only", "05_judge@M7"], "no step '05_judge@M7'"),
+        (["--run-name", "../outside"], "plain folder name"),
+        (["--set", "evaluate.win_judges=[M3:score]"], "exists before|before it does"),
+    ],
+)
+def test_bad_parameters(args, message):
+    name = [] if "--run-name" in args else ["--run-name", "test-bad"]
+    result = srlm("run", "params/smoke.yaml", *args, *name)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert re.search(message, result.stderr), result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (ROOT / "results/test-bad/steps").exists()
+    shutil.rmtree(ROOT / "results/test-bad", ignore_errors=True)
+
+
+def test_a_malformed_seed_row_stops_before_any_step(tmp_path):
+    bad = tmp_path / "ift.jsonl"
+    bad.write_text('{"prompt_id": "a", "prompt": "Hi", "response": 7}\n')
+    result = srlm("run", "params/smoke.yaml", "--set", f"seed_data.ift_file={bad}", "--run-name", "test-bad")
+    assert result.returncode == 2
+    assert "row 1 (a): response" in result.stderr and "found 7" in result.stderr
+    assert not (ROOT / "results/test-bad").exists()
+
+
+def test_a_missing_upstream_file_names_the_step_that_makes_it():
+    result = srlm("run", "params/smoke.yaml", "--only", "05_judge@M1", "--run-name", "test-upstream")
+    shutil.rmtree(ROOT / "results/test-upstream", ignore_errors=True)
+    assert result.returncode == 2
+    assert re.search(r"is missing: run (02_sft|04_self_instruct)@M1 first", result.stderr), result.stderr
+
+
+def test_a_seed_model_without_tokenizer_stops_the_run(tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    result = srlm("run", "params/smoke.yaml", "--set", f"common.seed_model={folder}", "--run-name", "test-no-tok")
+    shutil.rmtree(ROOT / "results/test-no-tok", ignore_errors=True)
+    assert result.returncode == 2
+    assert "no tokenizer_config.json" in result.stderr
+
+
+def test_two_runs_of_one_folder(smoke):
+    from filelock import FileLock
+
+    with FileLock(smoke / ".run.lock"):
+        result = srlm("run", "params/smoke.yaml", "--run-name", smoke.name)
+    assert result.returncode == 2 and "another process" in result.stderr
+
+
+def test_positives_only_variant_trains_on_positives():
+    from pathlib import Path
+
+    from srlm_utils.params import Experiment
+    from srlm_utils.plan import list_steps
+
+    e = Experiment.load([Path(ROOT / "params/smoke.yaml"), Path(ROOT / "params/variants/positives.yaml")])
+    steps = {s.name: s for s in list_steps(e)}
+    assert "07_dpo@M2" not in steps
+    assert steps["02_sft@M2"].reads == ("M1/model", "seed/ift.jsonl", "M1/aift/positives.jsonl")
+    assert "M1/aift/positives.jsonl" in steps["06_build_pairs@M1"].writes

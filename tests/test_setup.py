@@ -1,0 +1,64 @@
+"""The set-up files agree with each other."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def constraints():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return {
+        r.name.lower().replace("_", "-"): str(r.specifier).lstrip("=")
+        for r in (Requirement(line) for line in lines if line.strip() and not line.startswith("#"))
+    }
+
+
+def test_constraints_hold_a_tested_version_of_every_dependency():
+    pinned = constraints()
+    wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
+    for requirement in map(Requirement, wanted):
+        assert requirement.specifier.contains(Version(pinned[requirement.name.lower()])), requirement
+
+
+def test_environment_yml_installs_the_project_and_nothing_else():
+    env = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert env["channels"][0] == "conda-forge"
+    conda = [d for d in env["dependencies"] if isinstance(d, str)]
+    pip = next(d["pip"] for d in env["dependencies"] if isinstance(d, dict))
+    assert len(conda) == 2 and "pip" in conda  # python and pip: everything else stands in pyproject.toml once
+    python = next(d for d in conda if d.startswith("python="))
+    assert SpecifierSet(PROJECT["requires-python"]).contains(python.split("=")[1] + ".0")
+    assert pip == ["--constraint constraints.txt", "--editable .[test]"]
+
+
+def test_ci_calls_the_readmes_command():
+    assert "make test" in (ROOT / ".ci/run").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert "make run" in readme and "make test" in readme
+
+
+def test_every_path_in_the_readmes_tree_exists():
+    tree = re.search(r"```\n(notebooks/.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    for line in tree.splitlines():
+        for name in re.findall(r"^(\S+)", line):
+            assert (ROOT / name).exists(), name
+
+
+def test_light_modules_do_not_import_torch():
+    code = (
+        "import sys; import srlm_utils.metrics, srlm_utils.pairs, srlm_utils.plots, srlm_utils.params, "
+        "srlm_utils.plan, srlm_utils.report, srlm_utils.judge, srlm_utils.step, srlm_utils.cli; "
+        "print([m for m in ('torch', 'transformers', 'trl', 'peft') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,210 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from srlm_utils import chat, train
+from srlm_utils.errors import ParamError
+from srlm_utils.params import Dpo
+
+ANSWERS = [
+    ("Name a fruit.", "Apples are a fine fruit."),
+    ("Name a colour.", "Blue."),
+    ("Why?", "Because it is so."),
+] * 4
+PAIRS = [
+    {"prompt": q, "chosen": a, "rejected": "No no no no.", "chosen_ended": True, "rejected_ended": False}
+    for q, a in ANSWERS
+]
+
+
+class FakeStep:
+    """What `train.train` needs of a step."""
+
+    def progress(self, total, unit):
+        self.n = 0
+        return self
+
+    def update(self, n=1):
+        self.n += n
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        pass
+
+
+def params(**kw):
+    values = Dpo(
+        **(
+            {
+                "device": "cpu",
+                "dtype": "float32",
+                "lora_r": 4,
+                "lora_alpha": 8,
+                "learning_rate": 1e-2,
+                "final_learning_rate": 1e-3,
+                "train_batch_size": 4,
+                "micro_batch_size": 2,
+                "save_steps": 0,
+            }
+            | kw
+        )
+    )
+    return SimpleNamespace(**values.model_dump())
+
+
+def test_loss_falls_on_the_assistants_tokens_alone(tiny, tmp_path):
+    p = params()
+    net, tok = train.load(tiny, p)
+    rows, dropped = train.sft_rows(tok, [{"prompt": q, "response": a} for q, a in ANSWERS], 512)
+    assert dropped == 0
+    trainer = train.sft_trainer(net, tok, rows, p, tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        target = labels[labels != -100].tolist()
+        assert tok.decode(target).rstrip().endswith("<|im_end|>")
+        assert tok.decode(target[:-1]) in {a for _, a in ANSWERS}
+        first = int((labels != -100).nonzero()[0])
+        assert tok.decode(ids[:first]).endswith("<|im_start|>assistant\n")
+    logits = net(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    by_hand = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100
+    )
+    assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+def test_rows_that_are_too_long_are_dropped_and_counted(tiny):
+    _, tok = train.load(tiny, params())
+    rows, dropped = train.sft_rows(
+        tok, [{"prompt": "x", "response": "word " * 200}, {"prompt": "x", "response": "y"}], 64
+    )
+    assert (len(rows), dropped) == (1, 1)
+    rows, dropped = train.dpo_rows(tok, [PAIRS[0] | {"rejected": "word " * 200}, PAIRS[1]], 64)
+    assert (len(rows), dropped) == (1, 1)
+
+
+def test_a_cut_off_answer_is_trained_without_an_end(tiny):
+    _, tok = train.load(tiny, params())
+    row = train.dpo_rows(tok, PAIRS[:1], 512)[0][0]
+    assert row["chosen_ids"][-1] == chat.end_of_turn(tok)
+    assert row["rejected_ids"] == chat.text_ids(tok, "No no no no.")
+
+
+def test_batches_hold_one_kind_and_every_row_once_an_epoch():
+    lengths, kinds = list(range(30)), ["ift"] * 17 + ["score_first"] * 13
+    order = train.batch_order(lengths, kinds, 4, 2, seed=1)
+    assert sorted(order[:30]) == sorted(order[30:]) == list(range(30))
+    assert order[:30] != order[30:]
+    # 17 = 4 full batches + 1 row, 13 = 3 full batches + 1 row: the two short ones come last
+    for i in range(0, 28, 4):
+        assert len({kinds[j] for j in order[i : i + 4]}) == 1
+
+
+def log_probs(model, prompt, answer):
+    """Sum of the answer's token log-probabilities, by hand."""
+    ids = torch.tensor([prompt + answer])
+    with torch.no_grad():
+        lp = model(ids).logits[0, :-1].log_softmax(-1)
+    return sum(float(lp[i - 1, ids[0, i]]) for i in range(len(prompt), ids.shape[1]))
+
+
+@pytest.fixture(scope="module")
+def m1(tiny, tmp_path_factory):
+    """A model that differs from M0, saved; its config still names M0, as a merged model's may."""
+    folder = tmp_path_factory.mktemp("m1") / "model"
+    p = params(dtype="bfloat16", learning_rate=2e-2)
+    net, tok = train.load(tiny, p)
+    rows, _ = train.sft_rows(tok, [{"prompt": q, "response": a} for q, a in ANSWERS], 512)
+    trainer = train.sft_trainer(net, tok, rows, p, folder.parent)
+    train.train(trainer, FakeStep())
+    train.save(trainer, tok, folder, p, "# M1\n")
+    return folder
+
+
+@pytest.mark.parametrize("lora_r", [4, 0])
+def test_the_reference_policy_is_the_starting_model(tiny, m1, tmp_path, lora_r):
+    p = params(lora_r=lora_r)
+    net, tok = train.load(str(m1), p)
+    net.config._name_or_path = tiny  # trl's own default would reload the reference from here
+    rows, _ = train.dpo_rows(tok, PAIRS, 512)
+    trainer = train.dpo_trainer(net, tok, rows, p, tmp_path)
+    start = AutoModelForCausalLM.from_pretrained(m1, dtype=torch.float32)
+    other = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    for row in trainer.train_dataset.select(range(3)):
+        for side in ("chosen", "rejected"):
+            by_hand = log_probs(start, row["prompt_ids"], row[f"{side}_ids"])
+            assert row[f"ref_{side}_logps"] == pytest.approx(by_hand, rel=1e-3)
+            assert abs(by_hand - log_probs(other, row["prompt_ids"], row[f"{side}_ids"])) > 0.5  # M0 is not M1
+    log = train.train(trainer, FakeStep())
+    assert log.loss.iloc[0] == pytest.approx(math.log(2), abs=1e-4)  # policy = reference at the start
+    assert log["rewards/margins"].iloc[0] == pytest.approx(0, abs=1e-4)
+    assert log.loss.iloc[-1] < math.log(2)
+
+
+@pytest.mark.parametrize("lora_r,dtype", [(4, "float32"), (0, "float32"), (4, "bfloat16")])
+def test_saved_weights_are_the_trained_ones(tiny, tmp_path, lora_r, dtype):
+    p = params(lora_r=lora_r, dtype=dtype)
+    net, tok = train.load(tiny, p)
+    start = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    rows, _ = train.sft_rows(tok, [{"prompt": q, "response": a} for q, a in ANSWERS], 512)
+    trainer = train.sft_trainer(net, tok, rows, p, tmp_path)
+    train.train(trainer, FakeStep())
+    ids = torch.tensor([chat.prompt_ids(tok, chat.user("Name a fruit."))])
+    with torch.no_grad():
+        before = start(ids).logits
+        trained = trainer.model.float()(ids).logits
+        train.save(trainer, tok, tmp_path / "model", p, "# card\n")
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)(ids).logits
+    change = float((trained - before).norm())
+    assert change > 0.1
+    assert float((saved - trained).norm()) < (1e-3 if dtype == "float32" else 0.2) * change
+    assert (tmp_path / "model" / "README.md").read_text() == "# card\n"
+    assert not list((tmp_path / "model").glob("*.bin"))
+
+
+def test_rounding_keeps_an_update_that_nearest_loses():
+    start = torch.randn(200_000, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    update = 1e-4 * torch.ones_like(start)
+    kept = train.round_to_bfloat16(start + update, torch.Generator().manual_seed(0)).float() - start
+    nearest = (start + update).bfloat16().float() - start
+    assert float(nearest.mean()) < 0.5e-4
+    assert float(kept.mean()) == pytest.approx(1e-4, rel=0.1)
+    assert torch.equal(train.round_to_bfloat16(start, torch.Generator()).float(), start)  # exact values stay
+
+
+def test_a_batch_that_does_not_divide_is_refused(tiny, tmp_path):
+    p = params(train_batch_size=4, micro_batch_size=3)
+    net, tok = train.load(tiny, p)
+    rows, _ = train.sft_rows(tok, [{"prompt": "x", "response": "y"}] * 4, 512)
+    with pytest.raises(ParamError, match="micro_batch_size"):
+        train.sft_trainer(net, tok, rows, p, tmp_path)
+
+
+def test_training_continues_from_its_checkpoint(tiny, tmp_path):
+    def run(folder, stop_at=None):
+        p = params(save_steps=2, epochs=2)
+        net, tok = train.load(tiny, p)
+        rows, _ = train.sft_rows(tok, [{"prompt": q, "response": a} for q, a in ANSWERS], 512)
+        trainer = train.sft_trainer(net, tok, rows, p, folder)
+        if stop_at:
+            from transformers import TrainerCallback
+
+            class Stop(TrainerCallback):
+                def on_step_begin(self, args, state, control, **kw):
+                    if state.global_step == stop_at:
+                        raise KeyboardInterrupt
+
+            trainer.add_callback(Stop())
+        return train.train(trainer, FakeStep())
+
+    whole = run(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", stop_at=3)
+    assert [d.name for d in (tmp_path / "b" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
+    continued = run(tmp_path / "b")
+    assert continued.step.tolist() == whole.step.tolist() == [1, 2, 3, 4, 5, 6]
+    assert continued.loss.tolist() == pytest.approx(whole.loss.tolist(), rel=1e-4)
