@@ -87,17 +87,21 @@ def thin_modal_score(rows: list[dict], max_share: float, seed: int) -> tuple[lis
 
 
 def training_rows(rows: list[dict], rubric: judge.Rubric, formats: list[str]) -> list[dict]:
-    """Judgements as (prompt, response) rows for supervised training, one for each format."""
+    """Judgements as (prompt, response) rows for supervised training, one for each entry of `formats`.
+
+    A format that stands there several times gives as many copies: a score-first row teaches by one
+    token, and a small model needs to see it more often than an answer.
+    """
     return [
         {
-            "prompt_id": f"{r['prompt_id']}/{r['reply_id']}/{fmt}",
+            "prompt_id": f"{r['prompt_id']}/{r['reply_id']}/{fmt}-{formats[: i + 1].count(fmt)}",
             "format": fmt,
             "score": r["score"],
             "prompt": rubric.render(r["prompt"], r["reply"], fmt),
             "response": judge.target(r["justification"], r["score"], fmt),
         }
         for r in rows
-        for fmt in formats
+        for i, fmt in enumerate(formats)
     ]
 
 

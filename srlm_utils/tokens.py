@@ -9,7 +9,7 @@ from srlm_utils.params import Experiment, stage_key
 from srlm_utils.plan import Step, list_steps, models_before, parse_win_judge
 
 # relative to one sampled token on two CPU cores (LOG.md has the rates)
-COST = {"generated": 1.0, "judged": 0.25, "trained": 1.5}
+COST = {"generated": 1.0, "judged": 0.25, "trained": 1.0}
 STEP_OVERHEAD = 2500  # start of a kernel, imports and loading a model, in sampled tokens
 SEED_ROWS = {"ift": 72, "ranked_train": 36, "ranked_eval": 16, "test": 64}  # bundled
 CHAT, PROMPT, ANSWER, REPLY, JUSTIFICATION, REPLIES = 30, 26, 84, 41, 30, 3.5
@@ -37,7 +37,7 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
             n["trained"] += (
                 _rows(experiment, "ranked_train")
                 * REPLIES
-                * (len(eft["formats"]) * row + JUSTIFICATION * ("justify_first" in eft["formats"]))
+                * (len(eft["formats"]) * row + JUSTIFICATION * eft["formats"].count("justify_first"))
             )
         n["trained"] *= p["epochs"]
     elif key == "self_instruct":
