@@ -13,29 +13,21 @@ def ranked_items(ranked: list[dict]) -> list[dict]:
 
 
 def judge_ranked(step, engine, rubric: judge.Rubric, ranked: list[dict], mode: str) -> list[dict]:
-    """Score every reply in one judge mode, continuing a row log; returns the rows."""
-    p, log = step.params, step.log(f"judgements_{mode}.jsonl")
-    done = {r["id"] for r in log.rows}
-    todo = [it for it in ranked_items(ranked) if it["id"] not in done]
-    batches = (
-        judge.expected_scores(engine, rubric, todo)
-        if mode == "expected"
-        else judge.sampled_scores(
-            engine,
-            rubric,
-            todo,
-            n_samples=p.n_samples,
-            temperature=p.judge_temperature,
-            top_p=p.judge_top_p,
-            max_new_tokens=p.judge_max_new_tokens,
-            seed=p.seed,
-        )
+    """Score every reply of a ranked set in one judge mode."""
+    p = step.params
+    return judge.judge_items(
+        step,
+        engine,
+        rubric,
+        ranked_items(ranked),
+        mode,
+        log=f"judgements_{mode}.jsonl",
+        n_samples=p.n_samples,
+        temperature=p.judge_temperature,
+        top_p=p.judge_top_p,
+        max_new_tokens=p.judge_max_new_tokens,
+        seed=p.seed,
     )
-    with step.progress(len(todo), "replies") as bar:
-        for batch in batches:
-            log.extend(batch)
-            bar.update(len(batch))
-    return sorted(log.rows, key=lambda r: r["id"])
 
 
 def agreement_rows(model: str, ranked: list[dict], judged: list[dict], mode: str, set_name: str) -> list[dict]:

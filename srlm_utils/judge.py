@@ -169,6 +169,25 @@ def sampled_scores(
         yield rows
 
 
+def judge_items(step, engine, rubric: Rubric, items: list[dict], mode: str, *, log: str, **sampling) -> list[dict]:
+    """Judge `items` in either mode, continuing the row log named `log`; returns all rows in order of id.
+
+    `sampling` are the further arguments of `sampled_scores`; `expected` needs none of them.
+    """
+    rows = step.log(log)
+    done = {r["id"] for r in rows.rows}
+    todo = [it for it in items if it["id"] not in done]
+    if mode == "expected":
+        batches = expected_scores(engine, rubric, todo)
+    else:
+        batches = sampled_scores(engine, rubric, todo, **sampling)
+    with step.progress(len(todo), "judgements") as bar:
+        for batch in batches:
+            rows.extend(batch)
+            bar.update(len(batch))
+    return sorted(rows.rows, key=lambda r: r["id"])
+
+
 def parse_rate(rows: list[dict]) -> float | None:
     """Share of sampled judgements with a valid score; None if there are none."""
     samples = [s for r in rows for s in r.get("samples", [])]

@@ -71,21 +71,22 @@ def _bars(ax, x, row, model):
 def agreement(metrics: pd.DataFrame):
     """Pairwise accuracy on held-out rankings by model and judge mode, beside chance and length."""
     acc = metrics[(metrics.metric == "pairwise_accuracy") & metrics.value.notna()]
-    modes = sorted(acc.judge_mode.unique())
-    fig, axes = plt.subplots(1, max(len(modes), 1), figsize=(4.2 * max(len(modes), 1), 3.6), sharey=True, squeeze=False)
-    for ax, mode in zip(axes[0], modes, strict=False):
+    modes = sorted(acc.judge_mode.unique()) or ["expected"]
+    fig, axes = plt.subplots(1, len(modes), figsize=(2.2 + 4.2 * len(modes), 3.8), sharey=True, squeeze=False)
+    for ax, mode in zip(axes[0], modes, strict=True):
         rows = acc[acc.judge_mode == mode].reset_index(drop=True)
         ties = metrics[(metrics.metric == "tie_rate") & (metrics.judge_mode == mode)].set_index("model").value
         for x, row in rows.iterrows():
             _bars(ax, x, row, row.model)
-        longer = metrics[(metrics.metric == "longer_baseline") & (metrics.judge_mode == mode)].value
-        ax.axhline(50, color="#555555", lw=1, ls="--")
-        ax.text(len(rows) - 0.5, 50, "chance", va="bottom", ha="right", fontsize=8, color="#555555")
-        if len(longer):
-            level = 100 * longer.iloc[0]
-            ax.axhline(level, color="#555555", lw=1, ls=":")
-            above = level >= 50
-            ax.text(-0.5, level, "prefers the longer", va="bottom" if above else "top", fontsize=8, color="#555555")
+        # a mode in which much is unparsed has fewer pairs: the first row's baseline stands for all of them
+        longer = metrics[(metrics.metric == "longer_baseline") & (metrics.judge_mode == mode) & metrics.value.notna()]
+        lines = [(50.0, "--", "chance")] + [(100 * v, ":", "longer wins") for v in longer.value[:1]]
+        for level, style, _ in lines:
+            ax.axhline(level, color="#555555", lw=1, ls=style)
+        lines.sort()
+        gap = [0, 0] if len(lines) < 2 or lines[1][0] - lines[0][0] > 6 else [-3, 3]
+        for (level, _, label), shift in zip(lines, gap, strict=False):
+            ax.text(len(rows) - 0.35, level + shift, label, va="center", fontsize=8, color="#555555")
         ax.set_xticks(
             range(len(rows)),
             [f"{r.model}\nn={r.n}\nties {100 * ties.get(r.model, 0):.0f} %" for r in rows.itertuples()],
@@ -94,7 +95,7 @@ def agreement(metrics: pd.DataFrame):
         ax.set_xlim(-0.6, len(rows) - 0.4)
         ax.set_ylim(0, 100)
         ax.set_title(f"judge mode: {mode}")
-    axes[0][0].set_ylabel("pairs ordered as people did, % of untied")
+    axes[0][0].set_ylabel("pairs ordered as people did,\n% of untied")
     fig.suptitle("Reward agreement with held-out rankings (95 % intervals over prompts)", fontsize=11)
     return fig, acc
 

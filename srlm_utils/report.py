@@ -28,6 +28,21 @@ COLUMNS = [
     "unit",
 ]
 
+# rows of the agreement table, in the order of Table 4 of the paper, with what it leaves open beside them
+AGREEMENT = [
+    "pairwise_accuracy",
+    "tie_rate",
+    "pairwise_accuracy_half_ties",
+    "longer_baseline",
+    "five_best",
+    "exact_match",
+    "spearman",
+    "kendall",
+    "parse_rate",
+    "score_mass",
+    "score_std",
+]
+
 
 def metrics_table(step) -> pd.DataFrame:
     """metrics.csv: one row a figure, from every model's metrics.json and every round's health.json."""

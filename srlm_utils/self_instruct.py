@@ -93,6 +93,24 @@ def request_ids(tokenizer, demos: list[str]) -> list[int]:
     return chat.prompt_ids(tokenizer, chat.user(task), prefill=f"{lines}\n{len(demos) + 1}.")
 
 
+def write_prompts(engine, ids: list[str], demos: list[str], kept: list[str], params, stop_ids) -> list[tuple]:
+    """One request for each attempt id; (attempt id, `engine.Sample`) in the order of `ids`."""
+    requests = []
+    for i in ids:
+        shown = pick_demos(demos, kept, params.n_seed_demos, params.n_generated_demos, f"{params.seed}:{i}")
+        requests.append((i, request_ids(engine.tokenizer, shown)))
+    batches = engine.generate(
+        requests,
+        max_new_tokens=params.max_prompt_tokens,
+        temperature=params.prompt_temperature,
+        top_p=params.prompt_top_p,
+        seed=params.seed,
+        stop_ids=stop_ids,
+    )
+    written = {s.key.rpartition("-")[0]: s for batch in batches for s in batch}
+    return [(i, written[i]) for i in ids]
+
+
 def is_demo(prompt: str, max_words: int) -> bool:
     """Whether a seed prompt can stand as one line of the list."""
     return "\n" not in prompt and len(prompt.split()) <= max_words
