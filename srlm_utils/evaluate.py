@@ -54,33 +54,6 @@ def agreement_rows(model: str, ranked: list[dict], judged: list[dict], mode: str
     return metrics.metric_rows(figures, model=model, set=set_name, judge=model, judge_mode=mode)
 
 
-def write_answers(step, engine, prompts: list[dict]) -> list[dict]:
-    """One sampled answer to each test prompt, continuing a row log."""
-    from srlm_utils import chat
-
-    p, log = step.params, step.log("answers.jsonl")
-    done, text = {r["prompt_id"] for r in log.rows}, {r["prompt_id"]: r["prompt"] for r in prompts}
-    todo = [
-        (r["prompt_id"], chat.prompt_ids(engine.tokenizer, chat.user(r["prompt"])))
-        for r in prompts
-        if r["prompt_id"] not in done
-    ]
-    with step.progress(len(todo), "answers") as bar:
-        for batch in engine.generate(
-            todo, max_new_tokens=p.max_new_tokens, temperature=p.temperature, top_p=p.top_p, seed=p.seed
-        ):
-            ids = [s.key.rpartition("-")[0] for s in batch]
-            log.extend(
-                [
-                    {"prompt_id": i, "prompt": text[i], "text": s.text, "n_tokens": s.n_tokens, "ended": s.ended}
-                    for i, s in zip(ids, batch, strict=True)
-                ]
-            )
-            bar.update(len(batch))
-    order = {r["prompt_id"]: i for i, r in enumerate(prompts)}
-    return sorted(log.rows, key=lambda r: order[r["prompt_id"]])
-
-
 def score_answers(step, engine, rubric: judge.Rubric, name: str, answers: list[dict]) -> list[dict]:
     """Expected scores of test answers by one scoring win judge."""
     items = [{"id": a["prompt_id"], "prompt": a["prompt"], "response": a["text"]} for a in answers]

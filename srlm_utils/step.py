@@ -25,14 +25,15 @@ from filelock import FileLock, Timeout
 from srlm_utils import seed_model
 from srlm_utils.artefacts import RowLog, describe, read_json, read_jsonl, write_json
 from srlm_utils.errors import DataError, LockedError, MissingInputError, ParamError
-from srlm_utils.params import STAGES, check, stage_key
+from srlm_utils.params import STAGES, Experiment, check, stage_key
 from srlm_utils.paths import EXAMPLE, PROJ_ROOT, resolve
 from srlm_utils.plan import (
     external_inputs,
     fingerprint,
     is_model_name,
+    list_steps,
     make_step,
-    model_names,
+    maker_of,
     rubric_path,
     weights,
 )
@@ -260,29 +261,12 @@ def begin_step(stage: str, namespace: dict) -> StepRun:
 
 
 def _maker(path: str) -> str:
-    """Name of the step that makes `path` in a run, whatever the run's length."""
-    for m in ["run", *model_names(20)]:
-        for stage in (
-            "01_seed_data",
-            "02_sft",
-            "03_build_eft",
-            "04_self_instruct",
-            "05_judge",
-            "06_build_pairs",
-            "07_dpo",
-            "08_evaluate",
-        ):
-            if (m == "run") != (stage == "01_seed_data"):
-                continue
-            if stage in ("02_sft", "07_dpo") and (m == "M0" or (m in ("SFT", "M1")) != (stage == "02_sft")):
-                continue
-            if stage == "03_build_eft" and m != "SFT":
-                continue
-            if m in ("M0", "SFT") and stage[:2] in ("04", "05", "06"):
-                continue
-            if path in make_step(stage, m, {}).writes:
-                return f"{stage}@{m}"
-    return "06_build_pairs with learn_from: positives" if path.endswith("positives.jsonl") else "the step that makes it"
+    """Name of the step that makes `path` in a run, whatever the run's length and variant."""
+    for learn_from in ("pairs", "positives"):
+        longest = Experiment({"common": {"iterations": 20, "learn_from": learn_from}})
+        if name := maker_of(path, list_steps(longest)):
+            return name
+    return "the step that makes it"
 
 
 def versions() -> dict[str, str]:
