@@ -68,30 +68,34 @@ def _bars(ax, x, row, model):
     )
 
 
-def agreement(metrics: pd.DataFrame):
-    """Pairwise accuracy on held-out rankings by model and judge mode, beside chance and length."""
-    acc = metrics[(metrics.metric == "pairwise_accuracy") & metrics.value.notna()]
+def agreement(metrics: pd.DataFrame, min_pairs: int = 10):
+    """Pairwise accuracy on held-out rankings by model and judge mode, beside chance and length.
+
+    Models with fewer than `min_pairs` scored pairs (a judge that can hardly be parsed) are named, not drawn.
+    """
+    acc = metrics[metrics.metric == "pairwise_accuracy"]
     modes = sorted(acc.judge_mode.unique()) or ["expected"]
     fig, axes = plt.subplots(1, len(modes), figsize=(2.2 + 4.2 * len(modes), 3.8), sharey=True, squeeze=False)
     for ax, mode in zip(axes[0], modes, strict=True):
         rows = acc[acc.judge_mode == mode].reset_index(drop=True)
-        ties = metrics[(metrics.metric == "tie_rate") & (metrics.judge_mode == mode)].set_index("model").value
+        by_name = metrics[metrics.judge_mode == mode].set_index(["metric", "model"])
+        labels = []
         for x, row in rows.iterrows():
-            _bars(ax, x, row, row.model)
-        # a mode in which much is unparsed has fewer pairs: the first row's baseline stands for all of them
-        longer = metrics[(metrics.metric == "longer_baseline") & (metrics.judge_mode == mode) & metrics.value.notna()]
-        lines = [(50.0, "--", "chance")] + [(100 * v, ":", "longer wins") for v in longer.value[:1]]
-        for level, style, _ in lines:
+            if row.n >= min_pairs:
+                _bars(ax, x, row, row.model)
+                labels.append(
+                    f"{row.model}\nn={row.n}\nties {100 * by_name.loc[('tie_rate', row.model), 'value']:.0f} %"
+                )
+            else:
+                labels.append(f"{row.model}\nn={row.n}\ntoo few")
+        # on the most pairs that any model could be measured on
+        longer = by_name.loc["longer_baseline"].sort_values("n").value.iloc[-1]
+        lines = sorted([(50.0, "--", "chance"), (100 * longer, ":", "longer wins")])
+        apart = 0 if lines[1][0] - lines[0][0] > 6 else 3
+        for (level, style, label), shift in zip(lines, (-apart, apart), strict=True):
             ax.axhline(level, color="#555555", lw=1, ls=style)
-        lines.sort()
-        gap = [0, 0] if len(lines) < 2 or lines[1][0] - lines[0][0] > 6 else [-3, 3]
-        for (level, _, label), shift in zip(lines, gap, strict=False):
             ax.text(len(rows) - 0.35, level + shift, label, va="center", fontsize=8, color="#555555")
-        ax.set_xticks(
-            range(len(rows)),
-            [f"{r.model}\nn={r.n}\nties {100 * ties.get(r.model, 0):.0f} %" for r in rows.itertuples()],
-            fontsize=8,
-        )
+        ax.set_xticks(range(len(rows)), labels, fontsize=8)
         ax.set_xlim(-0.6, len(rows) - 0.4)
         ax.set_ylim(0, 100)
         ax.set_title(f"judge mode: {mode}")
@@ -123,7 +127,7 @@ def win_rates(metrics: pd.DataFrame):
                 hatch = "//" if part == "loss" else None
                 ax.barh(y, width, left=left, color=shade, height=0.72, hatch=hatch, edgecolor="white", lw=0.6)
                 if width >= 9:
-                    box = {"facecolor": shade, "edgecolor": "none", "pad": 1} if hatch else None
+                    box = {"facecolor": shade, "edgecolor": "none", "pad": 1}
                     ax.text(
                         left + width / 2, y, f"{width:.0f}", ha="center", va="center", fontsize=8, color=ink, bbox=box
                     )

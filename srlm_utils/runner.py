@@ -159,15 +159,13 @@ def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
 
 
 def _forget_this_machine(notebook: Path) -> None:
-    """Make the paths that papermill recorded relative, so that an executed notebook can be shared."""
-    if not notebook.is_file():
-        return
-    nb = read_json(notebook)
-    recorded = nb.get("metadata", {}).get("papermill", {})
-    for key in ("input_path", "output_path"):
-        if recorded.get(key):
-            recorded[key] = shown(Path(recorded[key]))
-    write_text(notebook, json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
+    """Make paths below the repository relative, in outputs and in what papermill recorded, so that an
+    executed notebook can be shared."""
+    if notebook.is_file():
+        text = notebook.read_text(encoding="utf-8")
+        for place, name in ((f"{PROJ_ROOT}/", ""), (sys.prefix, ".venv"), (str(Path.home()), "~")):
+            text = text.replace(json.dumps(place)[1:-1], name)
+        write_text(notebook, text)
 
 
 class ProgressLine:

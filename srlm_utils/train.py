@@ -9,6 +9,7 @@ import math
 import os
 import random
 import shutil
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from srlm_utils import chat
 from srlm_utils.artefacts import write_text
 from srlm_utils.engine import pick_device
 from srlm_utils.errors import ModelError, ParamError, StepFailed
+
+# trl 1.16 sets this itself, whatever is passed
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated", category=FutureWarning)
 
 
 @contextmanager
