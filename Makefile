@@ -26,7 +26,7 @@ test-quick: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
 
 lab: $(READY)
-	$(BIN)/jupyter lab notebooks/00_tour.ipynb
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_tour.ipynb
 
 lint: $(READY)
 	$(BIN)/ruff check .
