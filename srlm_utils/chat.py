@@ -42,7 +42,9 @@ def load_tokenizer(folder: str, *, revision: str = "", chat_template: str = "", 
             "eos_token in its tokenizer_config.json."
         )
     if chat_template or not tokenizer.chat_template:
-        tokenizer.chat_template = TEMPLATES[chat_template or "plain"]
+        # models that were pretrained behind a BOS token (Llama, Gemma) write nonsense without it
+        starts = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        tokenizer.chat_template = ("{{ bos_token }}" if starts else "") + TEMPLATES[chat_template or "plain"]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -88,7 +90,7 @@ def end_of_turn(tokenizer) -> int:
 def answer_ids(tokenizer, text: str, *, ended: bool = True) -> list[int]:
     """Token ids that an assistant which answers `text` writes; with the end of turn only if it `ended`."""
     # a template that leaves no space after its "Assistant:" wants the space in front of the answer
-    lead = " " if tokenizer.chat_template == PLAIN_TEMPLATE else ""
+    lead = " " if tokenizer.chat_template.endswith(PLAIN_TEMPLATE) else ""
     return text_ids(tokenizer, lead + text) + ([end_of_turn(tokenizer)] if ended else [])
 
 

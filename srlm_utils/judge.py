@@ -69,7 +69,8 @@ def parse_score(text: str) -> tuple[float | None, str]:
     judgement is unparsed: it is neither 0 nor a reason to reject the answer.
     """
     for line in reversed(text.splitlines()):
-        if m := _SCORE_LINE.match(line):
+        # a longer line is no score line, and must not cost the matching time of a hostile one
+        if len(line) <= 80 and (m := _SCORE_LINE.match(line)):
             score = float(m.group(1))
             return (score, "ok") if MIN_SCORE <= score <= MAX_SCORE else (None, "out_of_range")
     return None, "no_score"

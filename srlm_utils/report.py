@@ -113,7 +113,7 @@ def example_answers(step, n: int) -> list[dict]:
     """`n` test prompts with every model's answer."""
     names = model_names(step.params.iterations)
     answers = {m: {a["prompt_id"]: a for a in step.rows(f"{m}/eval/answers.jsonl")} for m in names}
-    ids = list(answers[names[0]])
+    ids = [i for i in answers[names[0]] if all(i in answers[m] for m in names)]
     picked = [ids[i * len(ids) // n] for i in range(min(n, len(ids)))]
     return [
         {
