@@ -77,6 +77,17 @@ def plain(value: float | None, n: int) -> dict:
     return {"value": value, "low": None, "high": None, "n": n}
 
 
+AGREEMENT = (
+    "pairwise_accuracy",
+    "tie_rate",
+    "pairwise_accuracy_half_ties",
+    "longer_baseline",
+    "five_best",
+    "exact_match",
+    "spearman",
+    "kendall",
+)
+
 # ---- reward agreement (Yuan et al. 2024, section 3.2 and Table 4)
 
 
@@ -121,20 +132,7 @@ def agreement(prompts: list[dict]) -> dict[str, dict]:
         )
     col = {k: np.array([r[k] for r in rows], float) for k in (rows[0] if rows else {})}
     if not rows:
-        none = plain(None, 0)
-        return dict.fromkeys(
-            (
-                "pairwise_accuracy",
-                "tie_rate",
-                "pairwise_accuracy_half_ties",
-                "longer_baseline",
-                "five_best",
-                "exact_match",
-                "spearman",
-                "kendall",
-            ),
-            none,
-        )
+        return dict.fromkeys(AGREEMENT, plain(None, 0))
     return {
         "pairwise_accuracy": ratio(col["right"], col["n"] - col["ties"]),
         "tie_rate": ratio(col["ties"], col["n"]),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment
 
+from srlm_utils import metrics
 from srlm_utils.artefacts import read_json, write_text
 from srlm_utils.errors import MissingInputError
 from srlm_utils.paths import PACKAGE
@@ -28,20 +29,8 @@ COLUMNS = [
     "unit",
 ]
 
-# rows of the agreement table, in the order of Table 4 of the paper, with what it leaves open beside them
-AGREEMENT = [
-    "pairwise_accuracy",
-    "tie_rate",
-    "pairwise_accuracy_half_ties",
-    "longer_baseline",
-    "five_best",
-    "exact_match",
-    "spearman",
-    "kendall",
-    "parse_rate",
-    "score_mass",
-    "score_std",
-]
+# rows of the agreement table: the figures of Table 4 of the paper, then what says how far to trust them
+AGREEMENT = [*metrics.AGREEMENT, "parse_rate", "score_mass", "score_std"]
 
 
 def metrics_table(step) -> pd.DataFrame:
@@ -136,9 +125,9 @@ def rate(row) -> str:
     return f"{text}, n={row['n']}"
 
 
-def wide(metrics: pd.DataFrame, names: list[str], **where) -> pd.DataFrame:
+def wide(table: pd.DataFrame, names: list[str], **where) -> pd.DataFrame:
     """Chosen metrics as a table: a row a metric, a column a model, cells with interval and n."""
-    rows = metrics[metrics.metric.isin(names)]
+    rows = table[table.metric.isin(names)]
     for column, value in where.items():
         rows = rows[rows[column] == value]
     rows = rows.assign(cell=[rate(r) for r in rows.to_dict("records")])

@@ -159,6 +159,29 @@ def test_a_second_run_does_nothing(smoke):
     assert "18 steps done" in status and "07_dpo@M3" in status
 
 
+def test_from_and_force_run_the_steps_they_name(smoke):
+    result = srlm("run", "params/smoke.yaml", "--run-name", smoke.name, "--from", "09_report@run", "--force")
+    assert result.returncode == 0 and "[1/1] 09_report@run" in result.stdout
+
+
+@pytest.mark.slow
+def test_positives_only_runs_to_its_end():
+    run = ROOT / "results" / "test-positives"
+    shutil.rmtree(run, ignore_errors=True)
+    # the random model's scores are near 2.5 and few of its answers end
+    sets = ["common.iterations=2", "build_pairs.positive_min_score=1.0", "self_instruct.max_new_tokens=200"]
+    args = [a for s in sets for a in ("--set", s)]
+    result = srlm("run", "params/smoke.yaml", "params/variants/positives.yaml", *args, "--run-name", run.name)
+    try:
+        assert result.returncode == 0, result.stdout + result.stderr
+        positives = read_jsonl(run / "M1/aift/positives.jsonl")
+        sft = read_json(run / "steps/02_sft@M2.json")
+        assert sft["figures"]["n_rows"] == 16 + len(positives) and len(positives) > 0
+        assert "M1/model" in sft["inputs"] and (run / "report/report.html").is_file()
+    finally:
+        shutil.rmtree(run, ignore_errors=True)
+
+
 def test_plan_says_what_a_change_touches(smoke):
     out = srlm("plan", "params/smoke.yaml", "--run-name", smoke.name, "--set", "dpo.beta=0.3").stdout
     state = {line.split()[1]: line for line in out.splitlines() if "@" in line}
