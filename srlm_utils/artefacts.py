@@ -48,7 +48,8 @@ def read_jsonl(path: Path) -> list[dict]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
-        raise DataError(f"{path}: not UTF-8 (byte {e.start}). Save the file as UTF-8.") from e
+        line = e.object[: e.start].count(b"\n") + 1
+        raise DataError(f"{path}:{line}: not UTF-8 (byte {e.start}). Save the file as UTF-8.") from e
     # not splitlines(): JSON strings may hold U+2028 and its like, which are no line ends here
     for i, line in enumerate(text.split("\n"), 1):
         if not line.strip():

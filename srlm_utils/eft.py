@@ -39,6 +39,7 @@ def accept(ranked: list[dict], judged: list[dict]) -> tuple[list[dict], dict[str
             continue
         for r, s in zip(row["replies"], good, strict=True):
             lines = s["text"].rstrip().splitlines()
+            at = max(i for i, line in enumerate(lines) if judge.parse_score(line)[1] != "no_score")
             kept.append(
                 {
                     "prompt_id": row["prompt_id"],
@@ -46,7 +47,7 @@ def accept(ranked: list[dict], judged: list[dict]) -> tuple[list[dict], dict[str
                     "prompt": row["prompt"],
                     "reply": r["text"],
                     "score": round(s["score"]),
-                    "justification": "\n".join(lines[:-1]),
+                    "justification": "\n".join(lines[:at]),
                 }
             )
     return kept, drops
@@ -80,8 +81,12 @@ def thin_modal_score(rows: list[dict], max_share: float, seed: int) -> tuple[lis
         return rows, 0
     modal = max(by_score, key=lambda s: len(by_score[s]))
     others = len(rows) - len(by_score[modal])
-    allowed = int(max_share / (1 - max_share) * others) if max_share < 1 else len(rows)
-    order = sorted(by_score[modal], key=lambda r: hashlib.sha256(f"{seed}:{r['reply_id']}".encode()).hexdigest())
+    allowed = int(max_share / (1 - max_share) * others + 1e-9) if max_share < 1 else len(rows)
+
+    def shuffled(r: dict) -> str:  # reply ids are unique within their prompt only
+        return hashlib.sha256(f"{seed}:{r.get('prompt_id')}/{r['reply_id']}".encode()).hexdigest()
+
+    order = sorted(by_score[modal], key=shuffled)
     gone = {id(r) for r in order[allowed:]}
     return [r for r in rows if id(r) not in gone], len(gone)
 

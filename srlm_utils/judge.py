@@ -19,7 +19,7 @@ from srlm_utils.plan import rubric_path
 
 MIN_SCORE, MAX_SCORE = 0, 5
 FORMATS = ("justify_first", "score_first")
-_SCORE_LINE = re.compile(r"^[\s*_#]*score\s*[:=][\s*_]*(-?\d+(?:\.\d+)?)\s*(?:/\s*5)?[\s*_.]*$", re.IGNORECASE)
+_SCORE_LINE = re.compile(r"^[\s*_#]*score[\s*_]*[:=][\s*_]*(-?\d+(?:\.\d+)?)\s*(?:/\s*5)?[\s*_.]*$", re.IGNORECASE)
 _BLOCK_TAG = re.compile(r"<(/?\s*(?:prompt|question|response|answer_A|answer_B)\s*)>", re.IGNORECASE)
 
 
@@ -28,7 +28,7 @@ def load_template(path: Path):
     env = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
     try:
         return env.from_string(path.read_text(encoding="utf-8"))
-    except (OSError, TemplateError) as e:
+    except (OSError, UnicodeDecodeError, TemplateError) as e:
         raise ParamError(f"{path}: cannot be used as a template ({e}).") from e
 
 
@@ -38,13 +38,13 @@ class Rubric:
     def __init__(self, name: str):
         self.name, path = name, rubric_path(name)
         self._template = load_template(path)
-        probe = self.render("[PROBE PROMPT]", "[PROBE RESPONSE]", "justify_first")
+        probes = [self.render("[PROBE PROMPT]", "[PROBE RESPONSE]", f) for f in FORMATS]
         for needed, what in (
             ("[PROBE PROMPT]", "{{ prompt }}"),
             ("[PROBE RESPONSE]", "{{ response }}"),
             ("Score: ", "Score: "),
         ):
-            if needed not in probe:
+            if any(needed not in probe for probe in probes):
                 raise ParamError(
                     f"{path}: the rendered rubric lacks {what}; a rubric shows {{{{ prompt }}}} and "
                     '{{ response }} and asks for a line "Score: ".'
@@ -53,7 +53,7 @@ class Rubric:
     def render(self, prompt: str, response: str, format: str) -> str:
         try:
             return self._template.render(prompt=inert(prompt), response=inert(response), format=format)
-        except TemplateError as e:
+        except Exception as e:  # a template is the user's code
             raise ParamError(f"rubric {self.name}: {e}.") from e
 
 

@@ -64,7 +64,7 @@ def ratio(num, den, *, seed: int = 0) -> dict:
     dens = draws @ den
     ok = dens > 0
     low, high = np.quantile((draws[ok] @ num) / dens[ok], (0.025, 0.975))
-    return {"value": value, "low": float(low), "high": float(high), "n": n}
+    return {"value": value, "low": min(float(low), value), "high": max(float(high), value), "n": n}
 
 
 def mean(values, *, seed: int = 0) -> dict:
@@ -158,8 +158,12 @@ def outcomes(verdicts: list[dict]) -> dict[str, float]:
     by_prompt: dict[str, list[float]] = {}
     for v in verdicts:
         p_a = 1 - v["p_first"] if v["order"] == "BA" else v["p_first"]
-        by_prompt.setdefault(v["prompt_id"], []).append(1.0 if p_a > 0.5 else 0.0 if p_a < 0.5 else 0.5)
+        by_prompt.setdefault(v["prompt_id"], []).append(_side(p_a))
     return {k: 1.0 if min(v) == 1 else 0.0 if max(v) == 0 else 0.5 for k, v in by_prompt.items()}
+
+
+def _side(p: float) -> float:
+    return 1.0 if p > 0.5 else 0.0 if p < 0.5 else 0.5
 
 
 def head_to_head(verdicts: list[dict]) -> dict[str, dict]:
@@ -168,11 +172,11 @@ def head_to_head(verdicts: list[dict]) -> dict[str, dict]:
     out = {"win_rate": mean(result), "win": mean(result == 1), "tie": mean(result == 0.5), "loss": mean(result == 0)}
     two = [v for v in verdicts if v["order"] in ("AB", "BA")]
     if two:
-        first: dict[str, list[bool]] = {}
+        first: dict[str, list[float]] = {}
         for v in two:
-            first.setdefault(v["prompt_id"], []).append(v["p_first"] > 0.5)
+            first.setdefault(v["prompt_id"], []).append(_side(v["p_first"]))
         out["first_position_rate"] = ratio([sum(f) for f in first.values()], [len(f) for f in first.values()])
-        out["order_disagreement"] = mean([len(f) == 2 and f[0] == f[1] for f in first.values()])
+        out["order_disagreement"] = mean([len(f) == 2 and f[0] == f[1] != 0.5 for f in first.values()])
     return out
 
 

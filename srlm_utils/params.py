@@ -16,7 +16,7 @@ from srlm_utils.errors import ParamError
 
 
 class _Params(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Run(_Params):
@@ -86,7 +86,7 @@ class Dpo(_Train):
 
 class BuildEft(_ModelStep):
     rubric: str = "short"  # a template of srlm_utils/prompts, or a path to your own
-    formats: list[str] = ["justify_first", "score_first"]
+    formats: list[Literal["justify_first", "score_first"]] = ["justify_first", "score_first"]
     n_samples: int = Field(4, ge=1)
     temperature: float = Field(0.7, gt=0)
     top_p: float = Field(0.9, gt=0, le=1)
@@ -131,7 +131,7 @@ class BuildPairs(Step):
 class Evaluate(_ModelStep):
     max_rows: int = Field(0, ge=0)  # ranked prompts, and test prompts
     rubric: str = "short"
-    judge_modes: list[str] = ["expected", "sampled"]
+    judge_modes: list[Literal["expected", "sampled"]] = ["expected", "sampled"]
     n_samples: int = Field(3, ge=1)
     judge_temperature: float = Field(0.7, gt=0)
     judge_top_p: float = Field(0.9, gt=0, le=1)
@@ -229,7 +229,7 @@ def parse_set(text: str) -> dict:
     """``--set dpo.beta=0.2`` or ``by_model.M2.dpo.beta=0.2`` as a nested dict, typed by the field."""
     path, eq, value = text.partition("=")
     keys = path.strip().split(".")
-    if not eq or len(keys) < 2:
+    if not eq or len(keys) != (4 if keys[0] == "by_model" else 2):
         raise ParamError(f"--set {text}: expected section.name=value, for example --set dpo.beta=0.2.")
     tree: dict = {}
     at = tree
@@ -292,7 +292,7 @@ class Experiment:
         known = {"SFT", *(f"M{i}" for i in range(self.run.iterations + 1))}
         for model, stages in tree.get("by_model", {}).items():
             if model not in known:
-                raise ParamError(f"{source}: by_model.{model}: no such model.{_suggest(model, known)}")
+                raise ParamError(f"{source}: by_model.{model}: no such model.{_suggest(str(model), known)}")
             for stage in stages:
                 self.flat(f"00_{stage}", model, "run")
 

@@ -38,7 +38,7 @@ KEYWORDS = (
     "url",
     "attached",
 )
-_WORD = re.compile(r"[a-z0-9]+")
+_WORD = re.compile(r"[^\W_]+")
 
 
 def words(text: str) -> list[str]:

@@ -31,6 +31,9 @@ def test_a_log_cut_at_any_byte_keeps_whole_rows(tmp_path):
         (b'{"a": 1}\n{"a": \n', r"f\.jsonl:2: not valid JSON"),
         (b"[1]\n", r"f\.jsonl:1: found list, expected a JSON object"),
         (b'{"a": "\xff"}\n', "not UTF-8"),
+        (b'{"a": 1}\n\n{"a": "\xff"}\n', r"f\.jsonl:3: not UTF-8"),
+        (b'{"a": 1}\n\nnull\n', r"f\.jsonl:3: found NoneType"),
+        (b'{"a": 1} {"b": 2}\n', r"f\.jsonl:1: not valid JSON"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, data, says):
@@ -111,3 +114,101 @@ def test_own_fields_travel_along_and_missing_files_are_named(tmp_path):
     assert load_rows(path, IftRow)[0]["note"] == "mine"
     with pytest.raises(MissingInputError, match=r"none\.jsonl: no such file"):
         load_rows(tmp_path / "none.jsonl", IftRow)
+
+
+def test_a_torn_log_continues_in_small_batches(tmp_path):
+    path = tmp_path / "log.jsonl"
+    whole = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS).encode()
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        for row in ROWS[whole[:cut].count(b"\n") :]:
+            log = artefacts.RowLog(path)
+            log.extend([row])
+            log.close()
+        assert artefacts.read_jsonl(path) == ROWS
+
+
+def test_a_log_makes_its_folder_and_takes_nothing(tmp_path):
+    log = artefacts.RowLog(tmp_path / "new" / "log.jsonl")
+    log.extend([])
+    log.close()
+    assert log.rows == [] and log.path.read_bytes() == b""
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.json"
+    artefacts.write_json(path, {"n": 1})
+    with pytest.raises(TypeError):
+        artefacts.write_json(path, {"n": object()})
+    assert artefacts.read_json(path) == {"n": 1} and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_reader_keeps_the_file_it_opened(tmp_path):
+    path = tmp_path / "x.json"
+    artefacts.write_json(path, {"n": 1})
+    with open(path, encoding="utf-8") as f:
+        artefacts.write_json(path, {"n": 2})
+        assert json.load(f) == {"n": 1}  # replaced, not written over
+    assert artefacts.read_json(path) == {"n": 2}
+
+
+def test_rows_written_are_rows_read(tmp_path):
+    artefacts.write_jsonl(tmp_path / "r.jsonl", ROWS)
+    assert artefacts.read_jsonl(tmp_path / "r.jsonl") == ROWS
+    assert artefacts.describe(tmp_path / "r.jsonl")["n_rows"] == 3
+
+
+def test_bad_json_files_are_named(tmp_path):
+    for data in (b"{", b"\xff", b""):
+        (tmp_path / "x.json").write_bytes(data)
+        with pytest.raises(DataError, match=r"x\.json: not valid JSON"):
+            artefacts.read_json(tmp_path / "x.json")
+
+
+def test_hashes_of_folders(tmp_path):
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder / "sub").mkdir(parents=True)
+        (tmp_path / folder / ("sub/f" if folder != "c" else "f")).write_text("same")
+    a, b, c = (artefacts.sha256(tmp_path / f) for f in "abc")
+    assert a == b != c  # the place within the folder counts, the folder's own does not
+    (tmp_path / "a" / ".hidden").write_text("x")
+    assert artefacts.sha256(tmp_path / "a") == a
+    (tmp_path / "a" / "more").write_text("")
+    assert artefacts.sha256(tmp_path / "a") != a
+    # of the four bytes "same", by sha256sum
+    assert artefacts.sha256(tmp_path / "c" / "f") == "0967115f2813a3541eaef77de9d9d5773f1c0c04314b0bbfe4ff3b3b1c55b5d5"
+
+
+RANKED = {"prompt_id": "p2", "prompt": "Q?", "replies": REPLIES}
+
+
+@pytest.mark.parametrize(
+    "shape,good,bad,field",
+    [
+        (IftRow, GOOD, {"prompt_id": "p2", "prompt": "Q?"}, "response"),
+        (IftRow, GOOD, {"prompt_id": "p2", "prompt": " \n", "response": "A."}, "prompt"),
+        (IftRow, GOOD, {"prompt_id": "p2", "prompt": ["Q?"], "response": "A."}, "prompt"),
+        (IftRow, GOOD, {"prompt_id": 2, "prompt": "Q?", "response": "A."}, "prompt_id"),
+        (IftRow, GOOD, GOOD, "prompt_id"),
+        (RankedRow, RANKED | {"prompt_id": "p1"}, RANKED | {"replies": [REPLIES[1], REPLIES[1]]}, "reply_id"),
+        (RankedRow, RANKED | {"prompt_id": "p1"}, RANKED | {"replies": [r | {"rank": 1} for r in REPLIES]}, "rank"),
+        (RankedRow, RANKED | {"prompt_id": "p1"}, RANKED | {"replies": [REPLIES[0], REPLIES[1] | {"score": 6}]},
+         "replies.1.score"),
+    ],
+)  # fmt: skip
+def test_errors_name_file_row_and_field(tmp_path, shape, good, bad, field):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(f"{json.dumps(good)}\n{json.dumps(bad)}\n")
+    with pytest.raises(DataError) as e:
+        load_rows(path, shape)
+    assert str(e.value).startswith(f"{path}: row 2 (") and field in str(e.value).split(")", 1)[1]
+
+
+def test_a_limit_cuts_but_every_row_is_checked(tmp_path):
+    path = tmp_path / "ift.jsonl"
+    rows = [GOOD | {"prompt_id": f"p{i}"} for i in range(3)]
+    artefacts.write_jsonl(path, rows)
+    assert load_rows(path, IftRow, 2) == rows[:2] and load_rows(path, IftRow) == rows
+    artefacts.write_jsonl(path, [*rows, {}])
+    with pytest.raises(DataError, match="row 4"):
+        load_rows(path, IftRow, 2)

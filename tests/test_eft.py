@@ -11,6 +11,9 @@ from srlm_utils import eft, judge
         ([0, 1, 2], [3, 3, 3], False),  # nothing is told apart
         ([0, 1, 2], [5, 1, 3], False),  # one pair reversed
         ([0, 0, 1], [2, 4, 1], True),  # people ranked the first two alike
+        ([1, 0, 2], [3, 5, 1], True),  # rows need not be in order of rank
+        ([0, 1], [2, 4], False),
+        ([0, 0], [5, 1], False),  # people told nothing apart
     ],
 )
 def test_agrees(ranks, scores, yes):
@@ -70,3 +73,65 @@ def test_each_judgement_in_each_format():
     made = eft.training_rows(rows, judge.Rubric("short"), ["justify_first", "score_first", "score_first"])
     assert [r["response"] for r in made] == ["Fine.\nScore: 3", "Score: 3", "Score: 3"]
     assert len({r["prompt_id"] for r in made}) == 3
+
+
+def test_a_try_that_is_half_parsed_is_skipped():
+    kept, drops = eft.accept([ranked()], sampled("p", [5.0, 4.0, 3.0], [None, 2.0, 1.0]))
+    assert [r["score"] for r in kept] == [4, 2] and sum(drops.values()) == 0
+
+
+def test_some_parsed_but_none_agreeing_counts_as_disagreement():
+    assert eft.accept([ranked()], sampled("p", [None, 2.0], [3.0, 2.0])) == ([], {"unparsed": 0, "disagrees": 1})
+
+
+def test_words_after_the_score_stay_out_of_the_target():
+    judged = sampled("p", [4.0], [2.0])
+    judged[0]["samples"][0]["text"] = "Because.\nScore: 4\nThat is all."
+    kept, _ = eft.accept([ranked()], judged)
+    target = judge.target(kept[0]["justification"], kept[0]["score"], "justify_first")
+    assert target.count("Score:") == 1
+
+
+def test_a_scored_seed_row_is_whole():
+    reply = {"reply_id": "a", "text": "A.", "rank": 0, "score": 3, "justification": "Fine.", "note": "mine"}
+    assert eft.from_scored([{"prompt_id": "p", "prompt": "Q?", "replies": [reply]}]) == [
+        {"prompt_id": "p", "reply_id": "a", "prompt": "Q?", "reply": "A.", "score": 3, "justification": "Fine."}
+    ]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.9])
+@pytest.mark.parametrize("others", [1, 2, 3, 7])
+def test_thinning_reaches_the_share_and_drops_no_more_than_it_must(share, others):
+    rows = [{"reply_id": f"r{i}", "score": 4 if i < 100 else i % 4} for i in range(100 + others)]
+    kept, gone = eft.thin_modal_score(rows, share, seed=1)
+    left = sum(r["score"] == 4 for r in kept)
+    assert len(kept) + gone == len(rows) and len(kept) - left == others
+    assert left / len(kept) <= share + 1e-9 < (left + 1) / (len(kept) + 1)
+
+
+def test_thinning_leaves_alone_what_is_fine():
+    rows = [{"reply_id": f"r{i}", "score": i % 5} for i in range(10)]
+    assert eft.thin_modal_score(rows, 0.4, seed=1) == (rows, 0)
+    same = [{"reply_id": f"r{i}", "score": 4} for i in range(5)]
+    assert eft.thin_modal_score(same, 0.4, seed=1) == (same, 0)  # nothing else to keep
+
+
+def test_thinning_is_seeded_where_prompts_name_their_replies_alike():
+    # reply ids are unique within a row only
+    rows = [{"prompt_id": f"p{i}", "reply_id": "a", "score": 4 if i < 8 else i - 8} for i in range(11)]
+    picked = {tuple(r["prompt_id"] for r in eft.thin_modal_score(rows, 0.4, seed=s)[0]) for s in range(10)}
+    assert len(picked) > 1
+
+
+def test_training_rows_have_ids_of_their_own():
+    rows = [
+        {"prompt_id": p, "reply_id": r, "prompt": "Q?", "reply": "A.", "score": 3, "justification": "Fine."}
+        for p in "pq"
+        for r in "ab"
+    ]
+    rubric = judge.Rubric("short")
+    made = eft.training_rows(rows, rubric, list(judge.FORMATS))
+    assert len({r["prompt_id"] for r in made}) == len(made) == 8  # 2 prompts, 2 replies, 2 formats
+    for r in made:
+        assert r["prompt"] == rubric.render("Q?", "A.", r["format"])
+        assert judge.parse_score(r["response"]) == (3, "ok")

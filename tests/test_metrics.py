@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from srlm_utils import metrics
+from srlm_utils import evaluate, metrics
 
 
 def prompt(ranks, scores, lengths=None):
@@ -112,3 +112,132 @@ def test_every_figure_is_in_the_table_of_metrics():
     rows = metrics.metric_rows(figures, model="M1")
     assert {r["metric"] for r in rows} == set(figures) <= set(metrics.METRICS)
     assert all(r["unit"] and r["opponent"] == "" for r in rows)
+
+
+def test_kendall_by_hand():
+    # ranks 0,1,2 against scores 4,1,2: two of three pairs right, one wrong, (2 - 1) / 3
+    assert values(prompt([0, 1, 2], [4, 1, 2]))["kendall"] == pytest.approx(1 / 3)
+
+
+def test_equal_ranks_and_scores_equal_scipys():
+    ranks, scores = [0, 0, 1, 2], [5, 3, 3, 1]
+    found = values(prompt(ranks, scores))
+    assert found["spearman"] == pytest.approx(-stats.spearmanr(scores, ranks).statistic)
+    assert found["kendall"] == pytest.approx(-stats.kendalltau(scores, ranks).statistic)
+    # pairs 0>2, 0>3, 1>2 (tied by the judge), 1>3, 2>3
+    assert found["tie_rate"] == pytest.approx(1 / 5) and found["pairwise_accuracy"] == 1
+    assert found["pairwise_accuracy_half_ties"] == pytest.approx(4.5 / 5)
+    assert found["exact_match"] == 0  # a tie is a miss
+
+
+def test_a_tied_prompt_has_no_correlation_and_no_accuracy():
+    found = values(prompt([0, 1, 2], [3, 3, 3]))
+    assert found["spearman"] == 0 == found["kendall"] and found["pairwise_accuracy"] is None
+    assert found["tie_rate"] == 1 and found["pairwise_accuracy_half_ties"] == 0.5
+
+
+def test_prompts_that_people_rank_alike_do_not_count():
+    assert metrics.agreement([prompt([0, 0], [5, 1]), prompt([0, 1], [5, 1])])["exact_match"]["n"] == 1
+
+
+def test_exact_match_by_hand():
+    two = [prompt([0, 1, 2], [5, 3, 1]), prompt([0, 1, 2], [5, 1, 3])]
+    assert values(*two)["exact_match"] == 1 / 2
+
+
+@pytest.mark.parametrize("lengths,share", [([9, 5], 1), ([5, 9], 0), ([7, 7], 0.5)])
+def test_longer_baseline_knows_nothing_but_length(lengths, share):
+    assert {values(prompt([0, 1], s, lengths))["longer_baseline"] for s in ([5, 1], [1, 5], [3, 3])} == {share}
+
+
+def test_a_best_reply_without_a_score_does_not_make_the_next_one_best():
+    found = metrics.agreement([prompt([0, 1, 2], [None, 5, 1])])["five_best"]
+    assert (found["value"], found["n"]) == (0, 1)
+
+
+def test_no_fives_is_none():
+    assert values(prompt([0, 1], [4.4, 1]))["five_best"] is None
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 0.7, 1, 2.5])
+@pytest.mark.parametrize("n", [2, 20, 60])
+def test_the_interval_of_equal_values_contains_them(value, n):
+    m = metrics.mean([value] * n)
+    assert m["low"] <= m["value"] <= m["high"]
+
+
+def test_the_interval_contains_the_value():
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        den = rng.integers(0, 5, 12)
+        num = rng.binomial(den, 0.4)
+        m = metrics.ratio(num, den)
+        assert m["low"] <= m["value"] <= m["high"] and m["n"] == den.sum()
+
+
+def test_means_of_little():
+    assert metrics.mean([3.0]) == {"value": 3.0, "low": None, "high": None, "n": 1}
+    assert metrics.mean([]) == {"value": None, "low": None, "high": None, "n": 0}
+    assert metrics.ratio([0], [0]) == {"value": None, "low": None, "high": None, "n": 0}
+
+
+def test_replies_are_resampled_with_their_prompt():
+    # two prompts of 100 pairs, one all right and one all wrong: a draw is 0, 0.5 or 1, not near 0.5
+    m = metrics.ratio([100, 0], [100, 100])
+    assert (m["value"], m["low"], m["high"], m["n"]) == (0.5, 0, 1, 200)
+
+
+def test_one_order_without_a_preference_makes_a_tie():
+    assert metrics.outcomes([verdict("p", "AB", 0.9), verdict("p", "BA", 0.5)]) == {"p": 0.5}
+
+
+@pytest.mark.parametrize(
+    "figure,value",
+    [
+        ("tie", 1),
+        ("win_rate", 0.5),
+        ("order_disagreement", 0),  # neither verdict is opposite to the other
+        ("first_position_rate", 0.5),  # "0.5 is a judge without position bias"
+    ],
+)
+def test_a_judge_without_preference_is_not_biased(figure, value):
+    found = metrics.head_to_head([verdict(p, o, 0.5) for p in "ab" for o in ("AB", "BA")])
+    assert found[figure]["value"] == value
+
+
+def test_a_judge_of_single_answers_has_no_position():
+    found = metrics.head_to_head([verdict("a", "none", 1.0), verdict("b", "none", 0.5), verdict("c", "none", 0.0)])
+    assert set(found) == {"win_rate", "win", "tie", "loss"}
+    assert [found[k]["value"] for k in ("win", "tie", "loss")] == [pytest.approx(1 / 3)] * 3
+
+
+def test_always_the_first_is_all_bias():
+    found = metrics.head_to_head([verdict(p, o, 0.8) for p in "ab" for o in ("AB", "BA")])
+    assert found["first_position_rate"]["value"] == 1 == found["order_disagreement"]["value"]
+    assert found["tie"]["value"] == 1
+
+
+@pytest.mark.parametrize("text,n,share", [("", 4, 0), ("A b a B", 2, 1 / 3), ("a b c d", 4, 0), ("x x x", 1, 2 / 3)])
+def test_repeated_ngrams_of_any_length(text, n, share):
+    assert metrics.repeated_ngrams(text, n) == pytest.approx(share)  # "a b", "b a", "a b": one of three again
+
+
+@pytest.mark.parametrize("mode", ["expected", "sampled"])
+def test_agreement_rows_of_an_evaluation(mode):
+    replies = [{"reply_id": r, "text": "x" * n, "rank": i} for i, (r, n) in enumerate([("a", 5), ("b", 3)])]
+    ranked = [{"prompt_id": "p", "prompt": "Q?", "replies": replies}]
+    judged = [{"id": f"p/{r}", "score": s, "mass": 0.9, "samples": [{"score": s}]} for r, s in (("a", 4.0), ("b", 2.0))]
+    rows = evaluate.agreement_rows("M1", ranked, judged, mode, "ranked_eval")
+    by = {r["metric"]: r["value"] for r in rows}
+    assert set(by) <= set(metrics.METRICS) and set(metrics.AGREEMENT) <= set(by)
+    assert by["pairwise_accuracy"] == 1 == by["longer_baseline"] and by["score_std"] == pytest.approx(2**0.5)
+    assert by["score_mass" if mode == "expected" else "parse_rate"] == pytest.approx(0.9 if mode == "expected" else 1)
+
+
+def test_columns_of_metric_rows():
+    (row,) = metrics.metric_rows({"score_std": metrics.plain(0.5, 7)}, model="M2", set="test_prompts")
+    assert row == {
+        "model": "M2", "opponent": "", "set": "test_prompts", "judge": "", "judge_mode": "", "metric": "score_std",
+        "value": 0.5, "low": None, "high": None, "n": 7, "unit": "points"}  # fmt: skip
+    with pytest.raises(KeyError):
+        metrics.metric_rows({"no_such_metric": metrics.plain(1, 1)})

@@ -1,3 +1,5 @@
+import random
+
 import pytest
 
 from srlm_utils import health, pairs
@@ -69,3 +71,82 @@ def test_health_figures():
     assert rows["candidate_score_std"]["value"] == pytest.approx(2**0.5)  # of 1 and 3
     assert rows["chosen_chars"]["value"] == len("answer 1")
     assert rows["candidate_parse_rate"]["value"] == 1
+
+
+def test_a_margin_at_the_minimum_is_kept():
+    assert len(pairs.build_pairs(*case([3.0, 2.5]), min_margin=0.5)[0]) == 1
+    assert pairs.build_pairs(*case([3.0, 2.5]), min_margin=0.75)[1]["small_margin"] == 1
+
+
+def test_a_candidate_that_was_not_judged_takes_no_part():
+    prompts, cands, judged = case([4.0, 1.0, 2.0])
+    (pair,), _ = pairs.build_pairs(prompts, cands, [j for j in judged if j["id"] != "p-1"])
+    assert pair["rejected_id"] == "p-2"
+
+
+def test_a_pair_carries_what_training_needs():
+    (pair,), _ = pairs.build_pairs(*case([1.0, 4.0]))
+    assert pair == {
+        "prompt_id": "p", "prompt": "Q?", "chosen_id": "p-1", "rejected_id": "p-0", "chosen": "answer 1",
+        "rejected": "answer 0", "chosen_score": 4.0, "rejected_score": 1.0, "chosen_ended": True,
+        "rejected_ended": True}  # fmt: skip
+
+
+def test_random_rounds_lose_no_prompt_and_ignore_row_order():
+    rng = random.Random(0)
+    parts = [
+        case([rng.choice([None, 1, 1.5, 3]) for _ in range(4)], [rng.choice(["", "a", "b"]) for _ in range(4)],
+             pid=f"p{i}") for i in range(200)
+    ]  # fmt: skip
+    prompts, cands, judged = ([r for p in parts for r in p[k]] for k in range(3))
+    made, drops = pairs.build_pairs(prompts, cands, judged, seed=3, min_margin=1)
+    assert len({r["prompt_id"] for r in made}) == len(made) and len(made) + sum(drops.values()) == 200
+    assert min(drops.values()) > 0  # every reason occurs
+    score = {j["id"]: j["score"] for j in judged}
+    for r in made:
+        valid = [score[c["cand_id"]] for c in cands if c["prompt_id"] == r["prompt_id"]]
+        valid = [s for s in valid if s is not None]
+        assert (r["chosen_score"], r["rejected_score"]) == (max(valid), min(valid))
+        assert r["chosen"] and r["chosen"] != r["rejected"]
+    rng.shuffle(cands)
+    rng.shuffle(judged)
+    assert pairs.build_pairs(prompts, cands, judged, seed=3, min_margin=1) == (made, drops)
+
+
+@pytest.mark.parametrize(
+    "scores,texts,reason",
+    [([None, None], None, "few_scored"), ([5.0], [""], "few_scored"), ([4.49, 1.0], None, "low_score")],
+)
+def test_prompts_without_a_positive_are_counted_once(scores, texts, reason):
+    made, drops = pairs.build_positives(*case(scores, texts))
+    assert made == [] and drops[reason] == 1 and sum(drops.values()) == 1
+
+
+def test_positives_take_one_score_and_choose_among_equals_by_seed():
+    assert len(pairs.build_positives(*case([4.5]))[0]) == 1  # the least that counts as a 5
+    assert len(pairs.build_positives(*case([3.0]), min_score=3.0)[0]) == 1
+    prompts, cands, judged = case([5.0, 5.0, 5.0])
+    picked = [pairs.build_positives(prompts, cands, judged, seed=s)[0][0]["cand_id"] for s in range(20)]
+    again = [pairs.build_positives(prompts, cands[::-1], judged, seed=s)[0][0]["cand_id"] for s in range(20)]
+    assert picked == again and len(set(picked)) == 3
+
+
+def test_health_of_a_sampled_round_by_hand():
+    prompts, cands, judged = ([*a, *b] for a, b in zip(case([1, 3], pid="p"), case([2, 2], pid="q"), strict=True))
+    tries = {"p-0": [1.0, None], "p-1": [3.0, 3.0], "q-0": [2.0, 2.0], "q-1": [None, 2.0]}
+    judged = [j | {"judge_mode": "sampled", "samples": [{"score": s} for s in tries[j["id"]]]} for j in judged]
+    made, _ = pairs.build_pairs(prompts, cands, judged)
+    rows = {r["metric"]: r for r in health.round_metrics("M1", prompts, cands, judged, made)}
+    assert rows["pair_yield"]["value"] == 1 / 2  # p; q is a tie
+    assert (rows["candidate_parse_rate"]["value"], rows["candidate_parse_rate"]["n"]) == (6 / 8, 8)
+    # 1, 3, 2, 2 about 2: (1 + 1 + 0 + 0) / 3
+    assert rows["candidate_score_std"]["value"] == pytest.approx((2 / 3) ** 0.5)
+    assert rows["within_prompt_score_std"]["value"] == pytest.approx(2**0.5 / 2)  # sqrt 2 and 0
+    assert {(r["set"], r["judge"], r["judge_mode"]) for r in rows.values()} == {("aift", "M1", "sampled")}
+
+
+def test_health_of_a_round_that_kept_nothing():
+    prompts, cands, judged = case([None])
+    rows = {r["metric"]: r for r in health.round_metrics("M1", prompts, cands, judged, [])}
+    assert rows["pair_yield"]["value"] == 0 == rows["candidate_parse_rate"]["value"]
+    assert rows["within_prompt_score_std"]["value"] is None and "chosen_chars" not in rows

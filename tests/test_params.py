@@ -1,7 +1,7 @@
 import pytest
 
 from srlm_utils.errors import ParamError
-from srlm_utils.params import Experiment, merge, parse_set, read_yaml
+from srlm_utils.params import STAGES, Experiment, merge, parse_set, read_yaml
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,21 @@ from srlm_utils.params import Experiment, merge, parse_set, read_yaml
         ({"dpo": {"learning_rate": "5e-7"}}, r"write 5\.0e-7"),
         ({"judge": {"judge_mode": "both"}}, "judge_mode = 'both'"),
         ({"by_model": {"M2": {"dpo": {"beta": "x"}}}}, "beta = 'x'"),
+        ({"common": {"iterations": 0}}, "iterations = 0"),
+        ({"sft": {"dropout": 1.0}}, "dropout = 1.0"),
+        ({"dpo": {"epochs": True}}, "epochs = True"),
+        ({"dpo": {"epochs": "2"}}, "without quotes"),
+        ({"dpo": {"beta": float("nan")}}, "beta = nan"),
+        ({"dpo": {"beta": float("inf")}}, "beta = inf"),
+        ({"build_eft": {"formats": "score_first"}}, "formats = 'score_first'.*list"),
+        ({"build_eft": {"formats": ["score_frist"]}}, "score_frist"),  # would train as justify_first
+        ({"evaluate": {"judge_modes": ["expcted"]}}, "expcted"),  # would judge as sampled
+        ({"by_model": {2: {"dpo": {"beta": 0.1}}}}, "by_model.2: no such model"),
+        ({"by_model": {"M2": {"dop": {"beta": 0.1}}}}, "unknown section 'dop'.*'dpo'"),
+        ({"by_model": {"M2": None}}, "expected stage sections"),
+        ({"common": {"beta": 0.1}}, "unknown parameter common.beta"),  # only dpo takes it
+        ([], "found list"),
+        ({1: {}}, "unknown section 1"),
     ],
 )
 def test_misfits_are_named(tree, says):
@@ -44,9 +59,17 @@ def test_set_is_typed_by_the_field(text, tree):
     assert parse_set(text) == tree
 
 
-@pytest.mark.parametrize("text", ["beta=1", "dpo.beta", "dpo.beta=high", "dpo.epochs=1.5", "nope.beta=1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "beta=1", "dpo.beta", "dpo.beta=high", "dpo.epochs=1.5", "nope.beta=1", "", "=", "=3", "dpo.=3", ".beta=3",
+        "dpo.beta=", "evaluate.win_judges=", "evaluate.win_judges=[1]", "evaluate.win_judges=[a", "dpo.epochs=True",
+        "judge.judge_mode=both", "dpo.run_dir=x", "by_model.M2=3", "by_model.M2.dpo=3", "by_model.M2.common.seed=1",
+        "dpo.beta.x=1", "common.seed.x=1", "by_model.M2.dpo.beta.x=1",
+    ],
+)  # fmt: skip
 def test_bad_sets(text):
-    with pytest.raises(ParamError):
+    with pytest.raises(ParamError, match="--set"):
         parse_set(text)
 
 
@@ -76,3 +99,62 @@ def test_files_that_cannot_be_read(tmp_path):
     tag.write_text("dpo: !!python/object/apply:os.system ['true']\n")
     with pytest.raises(ParamError, match="not valid YAML"):
         read_yaml(tag)
+
+
+@pytest.mark.parametrize(
+    "text,value", [("dpo.beta=1", 1.0), ("dpo.learning_rate=5e-7", 5e-7), ("dpo.seed=-1", -1), ("judge.rubric=1", "1")]
+)
+def test_set_values_have_the_fields_own_type(text, value):
+    (found,) = next(iter(parse_set(text).values())).values()
+    assert found == value and type(found) is type(value)
+
+
+def test_a_misspelt_set_suggests_the_name():
+    with pytest.raises(ParamError, match="Did you mean 'beta'"):
+        parse_set("by_model.M2.dpo.betta=0.1")
+
+
+def test_merge_lays_trees_over_each_other():
+    one = {"a": {"x": 1, "y": 2}, "b": 1}
+    assert merge(one, {"a": {"y": 3}}, {"a": {"z": 4}, "b": {"c": 5}}) == {"a": {"x": 1, "y": 3, "z": 4}, "b": {"c": 5}}
+    assert one == {"a": {"x": 1, "y": 2}, "b": 1} and merge() == {}
+    assert merge({"a": [1, 2]}, {"a": [3]}) == {"a": [3]}  # lists are replaced
+
+
+def test_each_layer_wins_over_the_one_below():
+    layers = [
+        {"common": {"learning_rate": 0.1}},
+        {"dpo": {"learning_rate": 0.2}},
+        {"by_model": {"M2": {"dpo": {"learning_rate": 0.3}}}},
+        {"by_model": {"M2": {"dpo": {"learning_rate": 0.4}}}},  # an overlay
+    ]
+    found = [Experiment(merge(*layers[:n])).flat("07_dpo", "M2", "r")["learning_rate"] for n in range(5)]
+    assert found == [1e-4, 0.1, 0.2, 0.3, 0.4]
+    assert Experiment(merge(*layers[::-1])).flat("07_dpo", "M2", "r")["learning_rate"] == 0.3
+    assert Experiment(merge(*layers)).flat("07_dpo", "M3", "r")["learning_rate"] == 0.2
+
+
+def test_files_then_overlays_then_sets(tmp_path):
+    for name, text in (("base", "dpo: {beta: 0.2, epochs: 2}"), ("over", "dpo: {beta: 0.3}\ncommon:\n  seed: 7")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    files = [tmp_path / "base.yaml", tmp_path / "over.yaml"]
+    flat = Experiment.load(files, ["common.seed=8", "common.seed=9"]).flat("07_dpo", "M2", "r")
+    assert (flat["beta"], flat["epochs"], flat["seed"]) == (0.3, 2, 9)
+
+
+def test_by_model_knows_as_many_models_as_there_are_rounds():
+    beta = {"M2": {"dpo": {"beta": 0.2}}}
+    assert Experiment({"common": {"iterations": 2}, "by_model": beta}).flat("07_dpo", "M2", "r")["beta"] == 0.2
+    with pytest.raises(ParamError, match=r"by_model\.M2: no such model"):
+        Experiment({"common": {"iterations": 1}, "by_model": beta})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_plain_values(stage):
+    flat = Experiment({"common": {"seed": 3}}).flat(f"00_{stage}", "M1", "r")
+    assert flat["seed"] == 3 and set(flat) == set(STAGES[stage].model_fields)
+    assert all(type(v) in (int, float, str, bool, list) for v in flat.values())
+
+
+def test_whole_numbers_are_floats_where_a_float_is_meant():
+    assert type(Experiment({"dpo": {"beta": 1}}).flat("07_dpo", "M2", "r")["beta"]) is float

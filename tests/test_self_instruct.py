@@ -73,3 +73,95 @@ def test_demonstrations():
     assert demos != si.pick_demos(seeds, ["new 1", "new 2", "new 3"], 6, 2, "other")
     assert len(si.pick_demos(seeds, [], 6, 2, "key")) == 8  # seeds fill in
     assert si.is_demo("One line.", 10) and not si.is_demo("Two\nlines.", 10) and not si.is_demo("w " * 11, 10)
+
+
+def test_rouge_l_of_equal_and_foreign_lists():
+    assert si.rouge_l(["a", "b"], ["a", "b"]) == 1 and si.rouge_l(["a"], ["b"]) == 0 == si.rouge_l(["a"], [])
+    assert si.rouge_l(list("abcd"), list("bd")) == pytest.approx(2 * 2 / 6)  # LCS b d
+
+
+def test_nearest_agrees_with_a_search_without_shortcuts():
+    rng = random.Random(1)
+    texts = [" ".join(rng.choices("abcd", k=rng.randrange(1, 9))) for _ in range(150)]
+    p = pool(*texts[:50])
+    for text in texts:
+        w = text.split()
+        near = [(2 * lcs(w, t.split()) / (len(w) + len(t.split())), f"t{i}") for i, t in enumerate(texts[:50])]
+        assert p.nearest(text) == next(((s, name) for s, name in near if s >= 0.7), None)
+
+
+def test_the_threshold_itself_is_similar():
+    # LCS 7 of 10 and 10 words: 2 * 7 / 20 = 0.7
+    p = pool("a b c d e f g h i j")
+    assert p.nearest("a b c d e f g x y z") == (0.7, "t0") and p.nearest("a b c d e f w x y z") is None
+    # 7 of 13 words: LCS 7, again 14 / 20
+    assert pool("a b c d e f g h i j k l m").nearest("a b c d e f g") == (0.7, "t0")
+
+
+def test_an_exact_duplicate_is_as_near_as_can_be():
+    p = pool("Why do cats purr?")
+    assert p.nearest("why do CATS purr") == (1.0, "t0") and "Why do dogs purr?" not in p
+
+
+def test_different_texts_in_another_script_are_no_duplicates():
+    assert "Почему кошки мурлычут" not in pool("Опишите восход солнца над морем")
+
+
+def test_equal_texts_in_another_script_are_near():
+    assert pool("Почему кошки мурлычут").nearest("Почему кошки мурлычут") == (1.0, "t0")
+
+
+def test_word_limits_are_inclusive():
+    check = {n: si.check_prompt("tea " * (n - 1) + "tea", True, pool(), min_words=3, max_words=5) for n in range(2, 7)}
+    assert check == {2: "too_short", 3: "kept", 4: "kept", 5: "kept", 6: "too_long"}
+
+
+@pytest.mark.parametrize("word", si.KEYWORDS)
+def test_every_keyword_is_refused_as_a_word_only(word):
+    assert si.check_prompt(f"Say what this {word.upper()}, says", True, pool(), min_words=1, max_words=9) == "keyword"
+    assert si.check_prompt(f"Say what x{word}x says", True, pool(), min_words=1, max_words=9) == "kept"
+
+
+@pytest.mark.parametrize(
+    "text,reason", [("", "too_short"), ("'Quoted' words count", "kept"), ("5 ways to rest", "kept")]
+)
+def test_beginnings(text, reason):
+    assert si.check_prompt(text, True, pool(), min_words=3, max_words=9) == reason
+
+
+def written(*texts):
+    return [(f"a{i}", SimpleNamespace(text=t, ended=True)) for i, t in enumerate(texts)]
+
+
+LIMITS = SimpleNamespace(min_prompt_words=3, max_prompt_words=20)
+
+
+def test_near_repeats_within_a_batch_are_dropped_and_drops_do_not_join_the_pool():
+    p = pool()
+    rows = si.filter_batch(
+        written("Draw me a cat.", " How deep is this lake?\n", "How deep is that lake?", "Find me a cat."), p,
+        LIMITS, wanted=9)  # fmt: skip
+    assert [r["reason"] for r in rows] == ["keyword", "kept", "similar", "kept"]
+    assert rows[1] == {"attempt_id": "a1", "text": "How deep is this lake?", "reason": "kept"}
+    assert p.nearest("How deep is this lake?") == (1.0, "a1") and "Draw me a cat." not in p
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 3, 9])
+def test_no_more_is_kept_than_wanted(wanted):
+    texts = ["Name a soup.", "Why do cats purr?", "How deep is a lake?", "Tell a joke now.", "What makes bread rise?"]
+    reasons = [r["reason"] for r in si.filter_batch(written(*texts), pool(), LIMITS, wanted=wanted)]
+    assert reasons == ["kept"] * min(wanted, 5) + ["not_needed"] * max(5 - wanted, 0)
+
+
+@pytest.mark.parametrize("n_new,shown", [(0, 0), (1, 1), (2, 2), (30, 2)])
+def test_seeds_fill_in_for_prompts_not_yet_generated(n_new, shown):
+    demos = si.pick_demos([f"seed {i}" for i in range(20)], [f"new {i}" for i in range(n_new)], 6, 2, "k")
+    assert len(set(demos)) == 8 and sum(d.startswith("new") for d in demos) == shown
+
+
+def test_few_seeds_are_shown_once_each():
+    assert sorted(si.pick_demos(["a", "b"], [], 6, 2, "k")) == ["a", "b"]
+
+
+def test_demonstrations_are_limited_in_words():
+    assert si.is_demo("w " * 10, 10) and si.is_demo("", 10)
