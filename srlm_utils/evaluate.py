@@ -30,10 +30,18 @@ def judge_ranked(step, engine, rubric: judge.Rubric, ranked: list[dict], mode: s
     )
 
 
-def agreement_rows(model: str, ranked: list[dict], judged: list[dict], mode: str, set_name: str) -> list[dict]:
-    """Metric rows of a judge's agreement with one ranked set."""
+def by_set(ranked: list[dict]) -> dict[str, list[dict]]:
+    """Ranked rows by the file they came from."""
+    sets: dict[str, list[dict]] = {}
+    for row in ranked:
+        sets.setdefault(row["set"], []).append(row)
+    return sets
+
+
+def scored_prompts(ranked: list[dict], judged: list[dict]) -> list[dict]:
+    """What `metrics.agreement` takes: ranks, lengths and one judge's scores of every ranked prompt."""
     score = {r["id"]: r["score"] for r in judged}
-    prompts = [
+    return [
         {
             "ranks": [r["rank"] for r in row["replies"]],
             "lengths": [len(r["text"]) for r in row["replies"]],
@@ -41,8 +49,14 @@ def agreement_rows(model: str, ranked: list[dict], judged: list[dict], mode: str
         }
         for row in ranked
     ]
-    figures = metrics.agreement(prompts)
-    valid = [s for s in score.values() if s is not None]
+
+
+def agreement_rows(model: str, ranked: list[dict], judged: list[dict], mode: str, set_name: str) -> list[dict]:
+    """Metric rows of a judge's agreement with one ranked set; `judged` may hold replies of others."""
+    ids = {item["id"] for item in ranked_items(ranked)}
+    judged = [r for r in judged if r["id"] in ids]
+    figures = metrics.agreement(scored_prompts(ranked, judged))
+    valid = [r["score"] for r in judged if r["score"] is not None]
     figures["score_std"] = metrics.plain(metrics.std(valid), len(valid))
     if mode == "sampled":
         tries = [r["samples"] for r in judged]
@@ -52,6 +66,15 @@ def agreement_rows(model: str, ranked: list[dict], judged: list[dict], mode: str
     else:
         figures["score_mass"] = metrics.mean([r["mass"] for r in judged])
     return metrics.metric_rows(figures, model=model, set=set_name, judge=model, judge_mode=mode)
+
+
+def gain_rows(
+    model: str, opponent: str, ranked: list[dict], judged: list[dict], theirs: list[dict], mode: str, set_name: str
+) -> list[dict]:
+    """Metric row of how much better `model` judges than `opponent` on the same replies."""
+    gain = metrics.agreement_gain(scored_prompts(ranked, judged), scored_prompts(ranked, theirs))
+    where = {"model": model, "opponent": opponent, "set": set_name, "judge": model, "judge_mode": mode}
+    return metrics.metric_rows({"agreement_gain": gain}, **where)
 
 
 def score_answers(step, engine, rubric: judge.Rubric, name: str, answers: list[dict]) -> list[dict]:

@@ -12,11 +12,12 @@ N_BOOTSTRAP = 10_000
 
 # name: (unit, what it says). Every metric of metrics.csv stands here and nowhere else.
 METRICS = {
-    "pairwise_accuracy": ("share", "reply pairs that the judge orders as people did, among pairs it does not tie"),
+    "pairwise_accuracy": ("share", "reply pairs that the judge orders as they are ranked, among pairs it does not tie"),
     "tie_rate": ("share", "reply pairs that the judge scores alike"),
     "pairwise_accuracy_half_ties": ("share", "pairwise accuracy with half credit for ties"),
+    "agreement_gain": ("share", "pairwise accuracy with half ties, minus the opponent's; unscored counts as a tie"),
     "longer_baseline": ("share", "the same pairs ordered by length alone: longer is better"),
-    "five_best": ("share", "replies scored 5 (4.5 or more) that people ranked best"),
+    "five_best": ("share", "replies scored 5 (4.5 or more) that are ranked best"),
     "exact_match": ("share", "prompts whose whole ranking is the human one; a tie is a miss"),
     "spearman": ("correlation", "mean over prompts of Spearman's rho of score and rank; 0 where all scores are equal"),
     "kendall": ("correlation", "mean over prompts of Kendall's tau-b of score and rank; 0 where all scores are equal"),
@@ -143,6 +144,25 @@ def agreement(prompts: list[dict]) -> dict[str, dict]:
         "spearman": mean(col["spearman"]),
         "kendall": mean(col["kendall"]),
     }
+
+
+def agreement_gain(ours: list[dict], theirs: list[dict]) -> dict:
+    """How much better one judge orders the same pairs than another: a paired bootstrap over prompts.
+
+    Both lists are rows of `agreement`, prompt by prompt. A pair earns 1 if it is ordered as ranked,
+    0 if it is reversed, and half if the judge ties it or scored only one of the two.
+    """
+    gains, n = [], []
+    for a, b in zip(ours, theirs, strict=True):
+        pairs = ordered_pairs(a["ranks"])
+        n.append(len(pairs))
+        gains.append(sum(_credit(a["scores"], *p) - _credit(b["scores"], *p) for p in pairs))
+    return ratio(gains, n)
+
+
+def _credit(scores: list, better: int, worse: int) -> float:
+    a, b = scores[better], scores[worse]
+    return 0.5 if a is None or b is None or a == b else float(a > b)
 
 
 # ---- head-to-head

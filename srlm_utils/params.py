@@ -36,7 +36,7 @@ class Step(_Params):
 
 class _ModelStep(Step):
     device: str = "auto"  # auto, cpu, cuda
-    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bfloat16 where the hardware has it
     batch_size: int = Field(32, ge=1)  # sequences generated at once; scoring takes half
     trust_remote_code: bool = False
 
@@ -46,13 +46,13 @@ class SeedData(Step):
     seed_model_revision: str = ""
     chat_template: str = ""
     trust_remote_code: bool = False
-    ift_file: str = ""  # "" is the bundled seed
-    ranked_train_file: str = ""
-    ranked_eval_file: str = ""
-    valid_file: str = ""
-    test_file: str = ""
+    ift_file: str = "ift"  # the name of a bundled file, or a path
+    ranked_train_files: list[str] = ["onpolicy_train", "ranked_train"]  # bundled names or paths
+    ranked_eval_files: list[str] = ["onpolicy_eval", "ranked_eval"]  # agreement is measured on each by itself
+    valid_file: str = "valid_prompts"
+    test_file: str = "test_prompts"
     n_ift: int = Field(0, ge=0)  # 0 takes all rows
-    n_ranked_train: int = Field(0, ge=0)
+    n_ranked_train: int = Field(0, ge=0)  # of each file
     n_ranked_eval: int = Field(0, ge=0)
     n_valid: int = Field(0, ge=0)
     n_test: int = Field(0, ge=0)
@@ -63,6 +63,7 @@ class _Train(_ModelStep):
     max_rows: int = Field(0, ge=0)  # 0 takes all rows; more is a taste of the step
     lora_r: int = Field(16, ge=0)  # 0 trains all weights
     lora_alpha: int = Field(32, ge=1)
+    lora_layers: int = Field(0, ge=0)  # adapters on the last so many layers, 0 is all; fewer train faster
     dropout: float = Field(0.0, ge=0, lt=1)
     learning_rate: float = Field(1e-4, gt=0)
     final_learning_rate: float = Field(1e-5, ge=0)  # end of the cosine

@@ -18,6 +18,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("SRLM_CACHE") or Path.home() / ".cache" / "srlm").expanduser()
 
 
+def shown(path: Path) -> str:
+    """`path` as people read it: relative to the repository where it lies in it."""
+    return str(path.relative_to(PROJ_ROOT)) if path.is_relative_to(PROJ_ROOT) else str(path)
+
+
 def resolve(path: str | Path) -> Path:
     """Absolute form of `path`; relative paths start at the repository, not at the kernel's folder."""
     path = Path(path).expanduser()

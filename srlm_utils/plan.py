@@ -114,7 +114,7 @@ def make_step(stage: str, model: str, params: dict) -> Step:
                 *(weights(j) for j in sorted(judges) if is_model_name(j)),
                 "seed/ranked_eval.jsonl",
                 "seed/test_prompts.jsonl",
-                *(f"{o}/eval/{f}.jsonl" for o in models_before(m) for f in ("answers", "answer_scores")),
+                *(f"{o}/eval/{f}.jsonl" for o in models_before(m) for f in ("answers", "answer_scores", "judgements")),
             ]
         )
         writes = ["judgements.jsonl", "answers.jsonl", "answer_scores.jsonl", "metrics.json"]
@@ -160,11 +160,17 @@ def external_inputs(stage: str, params: dict) -> dict[str, Path]:
     files = {}
     for name, value in params.items():
         if name.endswith("_file"):
-            bundled = {"valid_file": "valid_prompts", "test_file": "test_prompts"}.get(name, name[:-5])
-            files[f"{name}:{value or 'bundled'}"] = resolve(value) if value else SEED_DATA / f"{bundled}.jsonl"
+            files[f"{name}:{value}"] = seed_path(value)
+        if name.endswith("_files"):
+            files |= {f"{name}:{v}": seed_path(v) for v in value}
     if "rubric" in params:
         files[f"rubric:{params['rubric']}"] = rubric_path(params["rubric"])
     return files
+
+
+def seed_path(name: str) -> Path:
+    """A seed file by name (one that the kit carries) or by path."""
+    return SEED_DATA / f"{name}.jsonl" if re.fullmatch(r"\w+", name) else resolve(name)
 
 
 def rubric_path(name: str) -> Path:

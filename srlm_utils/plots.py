@@ -4,6 +4,7 @@ One colour and one marker a model, everywhere (Okabe and Ito's palette, safe for
 Rates are shown in %, with 95 % intervals and n.
 """
 
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -69,39 +70,53 @@ def _bars(ax, x, row, model):
 
 
 def agreement(metrics: pd.DataFrame, min_pairs: int = 10):
-    """Pairwise accuracy on held-out rankings by model and judge mode, beside chance and length.
+    """Pairwise accuracy on held-out rankings: a row of panels a set, a column a judge mode.
 
-    Models with fewer than `min_pairs` scored pairs (a judge that can hardly be parsed) are named, not drawn.
+    Beside chance, beside "longer wins" and, in points, beside M0 on the same pairs. Models with fewer
+    than `min_pairs` scored pairs (a judge that can hardly be parsed) are named, not drawn.
     """
     acc = metrics[metrics.metric == "pairwise_accuracy"]
-    modes = sorted(acc.judge_mode.unique()) or ["expected"]
-    fig, axes = plt.subplots(1, len(modes), figsize=(2.2 + 4.2 * len(modes), 3.8), sharey=True, squeeze=False)
-    for ax, mode in zip(axes[0], modes, strict=True):
-        rows = acc[acc.judge_mode == mode].reset_index(drop=True)
-        by_name = metrics[metrics.judge_mode == mode].set_index(["metric", "model"])
-        labels = []
-        for x, row in rows.iterrows():
-            if row.n >= min_pairs:
-                _bars(ax, x, row, row.model)
-                labels.append(
-                    f"{row.model}\nn={row.n}\nties {100 * by_name.loc[('tie_rate', row.model), 'value']:.0f} %"
-                )
-            else:
-                labels.append(f"{row.model}\nn={row.n}\ntoo few")
-        # on the most pairs that any model could be measured on
-        longer = by_name.loc["longer_baseline"].sort_values("n").value.iloc[-1]
-        lines = sorted([(50.0, "--", "chance"), (100 * longer, ":", "longer wins")])
-        apart = 0 if lines[1][0] - lines[0][0] > 6 else 3
-        for (level, style, label), shift in zip(lines, (-apart, apart), strict=True):
-            ax.axhline(level, color="#555555", lw=1, ls=style)
-            ax.text(len(rows) - 0.35, level + shift, label, va="center", fontsize=8, color="#555555")
-        ax.set_xticks(range(len(rows)), labels, fontsize=8)
-        ax.set_xlim(-0.6, len(rows) - 0.4)
-        ax.set_ylim(0, 100)
-        ax.set_title(f"judge mode: {mode}")
-    axes[0][0].set_ylabel("pairs ordered as people did,\n% of untied")
+    sets, modes = sorted(acc.set.unique()), sorted(acc.judge_mode.unique())
+    n_models = acc.model.nunique()
+    fig, axes = plt.subplots(
+        max(len(sets), 1),
+        max(len(modes), 1),
+        figsize=(1.2 + (0.6 + 0.85 * n_models) * max(len(modes), 1), 0.5 + 3.3 * max(len(sets), 1)),
+        sharey=True,
+        squeeze=False,
+    )
+    for (i, set_name), (j, mode) in product(enumerate(sets), enumerate(modes)):
+        _agreement_panel(axes[i][j], metrics[(metrics.set == set_name) & (metrics.judge_mode == mode)], min_pairs)
+        axes[i][j].set_title(f"{set_name}, {mode}")
+        axes[i][0].set_ylabel("pairs ordered as ranked,\n% of untied")
     fig.suptitle("Reward agreement with held-out rankings (95 % intervals over prompts)", fontsize=11)
     return fig, acc
+
+
+def _agreement_panel(ax, metrics: pd.DataFrame, min_pairs: int) -> None:
+    rows = metrics[metrics.metric == "pairwise_accuracy"].reset_index(drop=True)
+    ties = metrics[metrics.metric == "tie_rate"].set_index("model").value
+    gains = metrics[(metrics.metric == "agreement_gain") & (metrics.opponent == "M0")].set_index("model")
+    labels = []
+    for x, row in rows.iterrows():
+        if row.n < min_pairs:
+            labels.append(f"{row.model}\nn={row.n}\ntoo few")
+            continue
+        _bars(ax, x, row, row.model)
+        labels.append(f"{row.model}\nn={row.n}\nties {100 * ties[row.model]:.0f} %")
+        if row.model in gains.index:
+            g = gains.loc[row.model]
+            labels[-1] += f"\nvs M0 {100 * g.value:+.0f}\n[{100 * g.low:+.0f}, {100 * g.high:+.0f}]"
+    # on the most pairs that any model could be measured on
+    longer = metrics[metrics.metric == "longer_baseline"].sort_values("n").value.iloc[-1]
+    lines = sorted([(50.0, "--", "chance"), (100 * longer, ":", "longer wins")])
+    apart = 0 if lines[1][0] - lines[0][0] > 6 else 3
+    for (level, style, label), shift in zip(lines, (-apart, apart), strict=True):
+        ax.axhline(level, color="#555555", lw=1, ls=style)
+        ax.text(len(rows) - 0.35, level + shift, label, va="center", fontsize=8, color="#555555")
+    ax.set_xticks(range(len(rows)), labels, fontsize=8)
+    ax.set_xlim(-0.6, len(rows) - 0.4)
+    ax.set_ylim(0, 100)
 
 
 def win_rates(metrics: pd.DataFrame):

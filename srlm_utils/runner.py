@@ -14,16 +14,11 @@ from srlm_utils import errors
 from srlm_utils.artefacts import read_json, write_text
 from srlm_utils.errors import LockedError, MissingInputError, ParamError, SrlmError, StepFailed
 from srlm_utils.params import Experiment
-from srlm_utils.paths import NOTEBOOKS, PROJ_ROOT
+from srlm_utils.paths import NOTEBOOKS, PROJ_ROOT, shown
 from srlm_utils.plan import Step, list_steps, maker_of, plan
 from srlm_utils.seeds import load_seeds
 from srlm_utils.step import BATCH
 from srlm_utils.tokens import step_cost
-
-
-def shown(path: Path) -> str:
-    """A path as a reader would type it."""
-    return str(path.relative_to(PROJ_ROOT)) if path.is_relative_to(PROJ_ROOT) else str(path)
 
 
 def execute(

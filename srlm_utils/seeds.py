@@ -1,21 +1,40 @@
 """Reading the seed of a run and keeping what is measured apart from what is learned."""
 
-from srlm_utils.plan import SEED_FILES, external_inputs
+from srlm_utils.errors import DataError
+from srlm_utils.plan import seed_path
 from srlm_utils.rows import IftRow, PromptRow, RankedRow, load_rows
 from srlm_utils.self_instruct import Pool
 
 HELD_OUT = ("ranked_eval", "valid_prompts", "test_prompts")
-_SHAPES = (IftRow, RankedRow, RankedRow, PromptRow, PromptRow)
-_LIMITS = ("n_ift", "n_ranked_train", "n_ranked_eval", "n_valid", "n_test")
 
 
 def load_seeds(params: dict) -> dict[str, list[dict]]:
-    """The five seed files by name (`SEED_FILES`), every row checked, cut to the parameters' counts."""
-    paths = external_inputs("01_seed_data", params).values()
+    """The five seed sets by name (`plan.SEED_FILES`), every row checked, cut to the parameters' counts.
+
+    Ranked rows of several files stand one file after the other, each row with the file's name in `set`.
+    """
+    p = params
     return {
-        name: load_rows(path, shape, params[limit])
-        for name, path, shape, limit in zip(SEED_FILES, paths, _SHAPES, _LIMITS, strict=True)
+        "ift": load_rows(seed_path(p["ift_file"]), IftRow, p["n_ift"]),
+        "ranked_train": _ranked(p["ranked_train_files"], p["n_ranked_train"]),
+        "ranked_eval": _ranked(p["ranked_eval_files"], p["n_ranked_eval"]),
+        "valid_prompts": load_rows(seed_path(p["valid_file"]), PromptRow, p["n_valid"]),
+        "test_prompts": load_rows(seed_path(p["test_file"]), PromptRow, p["n_test"]),
     }
+
+
+def _ranked(files: list[str], limit: int) -> list[dict]:
+    rows, home = [], {}
+    for path in map(seed_path, files):
+        for row in load_rows(path, RankedRow, limit):
+            if row["prompt_id"] in home:
+                raise DataError(
+                    f"{path}: prompt_id {row['prompt_id']} stands in {home[row['prompt_id']]} too. "
+                    "Give each row of the ranked files an id of its own."
+                )
+            home[row["prompt_id"]] = path
+            rows.append(row | {"set": path.stem})
+    return rows
 
 
 def drop_leaks(seeds: dict[str, list[dict]], rouge_l_max: float) -> tuple[dict[str, list[dict]], list[dict]]:

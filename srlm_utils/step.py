@@ -26,7 +26,7 @@ from srlm_utils import seed_model
 from srlm_utils.artefacts import RowLog, describe, read_json, read_jsonl, write_json
 from srlm_utils.errors import DataError, LockedError, MissingInputError, ParamError
 from srlm_utils.params import STAGES, Experiment, check, stage_key
-from srlm_utils.paths import EXAMPLE, PROJ_ROOT, resolve
+from srlm_utils.paths import EXAMPLE, PROJ_ROOT, resolve, shown
 from srlm_utils.plan import (
     external_inputs,
     fingerprint,
@@ -65,7 +65,7 @@ class StepRun:
         if self.scratch and (EXAMPLE / path).exists():
             self._borrowed.add(path)
             return EXAMPLE / path
-        raise MissingInputError(f"{self._shown(self.run / path)} is missing: run {_maker(path)} first.")
+        raise MissingInputError(f"{shown(self.run / path)} is missing: run {_maker(path)} first.")
 
     def output(self, path: str) -> Path:
         """Where an output goes; its folder is made."""
@@ -117,9 +117,6 @@ class StepRun:
             model = "M0"  # its stand-in, see model_source()
         return describe(self.input(weights(model)))["sha256"][:12]
 
-    def _shown(self, path: Path) -> str:
-        return str(path.relative_to(PROJ_ROOT)) if path.is_relative_to(PROJ_ROOT) else str(path)
-
     # ---- life
 
     def begin(self) -> None:
@@ -135,10 +132,10 @@ class StepRun:
             shutil.rmtree(self.work, ignore_errors=True)
             self.work.mkdir(parents=True)
         self.manifest_path.unlink(missing_ok=True)  # not done again until finish()
-        where = self._shown(self.run)
+        where = shown(self.run)
         print(
             f"{self.name} in {where}"
-            + (f", inputs from {self._shown(EXAMPLE)}: {', '.join(sorted(self._borrowed))}" if self._borrowed else "")
+            + (f", inputs from {shown(EXAMPLE)}: {', '.join(sorted(self._borrowed))}" if self._borrowed else "")
         )
 
     def _check_inputs(self) -> None:
@@ -187,7 +184,7 @@ class StepRun:
             self.manifest_path,
             {
                 "step": self.name,
-                "params": vars(self.params) | {"run_dir": self._shown(self.run)},
+                "params": vars(self.params) | {"run_dir": shown(self.run)},
                 "inputs": inputs,
                 "outputs": {p: describe(self.run / p) for p in self.declared.writes},
                 "figures": figures,

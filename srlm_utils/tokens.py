@@ -11,17 +11,26 @@ from srlm_utils.plan import Step, list_steps, models_before, parse_win_judge
 # relative to one sampled token on two CPU cores (LOG.md has the rates)
 COST = {"generated": 1.0, "judged": 0.25, "trained": 1.0}
 STEP_OVERHEAD = 2500  # start of a kernel, imports and loading a model, in sampled tokens
-SEED_ROWS = {"ift": 72, "ranked_train": 36, "ranked_eval": 16, "test": 64}  # bundled
-CHAT, PROMPT, ANSWER, REPLY, JUSTIFICATION, REPLIES = 30, 26, 84, 41, 30, 3.5
+SEED_ROWS = {  # bundled
+    "ift": 244,
+    "ranked_train": 129,
+    "onpolicy_train": 94,
+    "ranked_eval": 43,
+    "onpolicy_eval": 31,
+    "test_prompts": 256,
+}
+CHAT, PROMPT, ANSWER, REPLY, JUSTIFICATION, REPLIES = 30, 30, 80, 80, 32, 3.85
 RUBRIC = {"short": 70, "additive": 285}
 
 
 def _rows(experiment: Experiment, name: str) -> int:
+    """Rows of a seed set; a file of one's own counts as its limit, or 1,000 rows without one."""
     p = experiment.flat("01_seed_data", "run", "")
-    limit = p[f"n_{name}"]
-    if p[f"{name}_file"]:
-        return limit or SEED_ROWS[name]
-    return min(limit or SEED_ROWS[name], SEED_ROWS[name])
+    limit, n = p[f"n_{name}"], 0
+    for file in p.get(f"{name}_files") or [p[f"{name}_file"]]:
+        has = SEED_ROWS.get(file, limit or 1000)
+        n += min(limit or has, has)
+    return n
 
 
 def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:

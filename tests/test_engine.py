@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from srlm_utils import chat, judge, verdicts
-from srlm_utils.engine import Engine
+from srlm_utils.engine import Engine, pick_dtype
 from srlm_utils.errors import ModelError
 
 PROMPTS = [
@@ -60,9 +60,14 @@ def test_stop_tokens_end_a_text_and_are_left_out(engine):
     assert stopped.ended and stopped.n_tokens < 8
 
 
-def test_choice_probs_are_the_softmax_at_the_last_position(engine):
+@pytest.mark.parametrize("grouped", [False, True])
+def test_choice_probs_are_the_softmax_at_the_last_position(engine, grouped):
     reqs = requests(engine)
-    found = {key: (probs, mass) for batch in engine.choice_probs(reqs, [5, 6, 7]) for key, probs, mass in batch}
+    # one request may be the beginning of another, or be the same
+    reqs += [("short", reqs[-1][1][:9]), ("same", reqs[-1][1])]
+    groups = [reqs[:2], reqs[2:]] if grouped else [[r] for r in reqs]
+    found = {key: (probs, mass) for batch in engine.choice_probs(groups, [5, 6, 7]) for key, probs, mass in batch}
+    assert len(found) == len(reqs)
     for key, ids in reqs:
         with torch.no_grad():
             p = engine.model(torch.tensor([ids])).logits[0, -1].softmax(-1)[[5, 6, 7]]
@@ -146,3 +151,12 @@ def test_pairwise_verdicts_ask_both_orders(engine):
     ]
     same = {r["order"]: r["p_first"] for r in rows if r["prompt_id"] == "p2"}
     assert same["AB"] == pytest.approx(same["BA"], abs=1e-5)  # the same two texts: the same question
+
+
+@pytest.mark.parametrize(
+    "flags,expected", [({}, "float32"), ({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16")]
+)
+def test_auto_dtype_is_what_the_processor_computes_in(monkeypatch, flags, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True} | flags)
+    assert pick_dtype("auto", "cpu") == expected
+    assert pick_dtype("bfloat16", "cpu") == "bfloat16"

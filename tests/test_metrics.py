@@ -227,7 +227,7 @@ def test_agreement_rows_of_an_evaluation(mode):
     replies = [{"reply_id": r, "text": "x" * n, "rank": i} for i, (r, n) in enumerate([("a", 5), ("b", 3)])]
     ranked = [{"prompt_id": "p", "prompt": "Q?", "replies": replies}]
     judged = [{"id": f"p/{r}", "score": s, "mass": 0.9, "samples": [{"score": s}]} for r, s in (("a", 4.0), ("b", 2.0))]
-    rows = evaluate.agreement_rows("M1", ranked, judged, mode, "ranked_eval")
+    rows = evaluate.agreement_rows("M1", ranked, judged + [{"id": "other/a", "score": 0}], mode, "ranked_eval")
     by = {r["metric"]: r["value"] for r in rows}
     assert set(by) <= set(metrics.METRICS) and set(metrics.AGREEMENT) <= set(by)
     assert by["pairwise_accuracy"] == 1 == by["longer_baseline"] and by["score_std"] == pytest.approx(2**0.5)
@@ -241,3 +241,26 @@ def test_columns_of_metric_rows():
         "value": 0.5, "low": None, "high": None, "n": 7, "unit": "points"}  # fmt: skip
     with pytest.raises(KeyError):
         metrics.metric_rows({"no_such_metric": metrics.plain(1, 1)})
+
+
+def test_agreement_gain_by_hand():
+    ours = [prompt([0, 1, 2], [4, 2, 1]), prompt([0, 1], [3, 3])]  # 3 right; a tie
+    theirs = [prompt([0, 1, 2], [4, 4, 5]), prompt([0, 1], [None, 2])]  # a tie, two reversed; unscored
+    found = metrics.agreement_gain(ours, theirs)
+    assert found["value"] == pytest.approx((3 + 0.5 - 0.5 - 0.5) / 4) and found["n"] == 4
+    back = metrics.agreement_gain(theirs, ours)
+    assert back["value"] == -found["value"] and back["low"] == pytest.approx(-found["high"], abs=1e-9)
+    same = metrics.agreement_gain(ours, ours)
+    assert same["low"] == same["value"] == same["high"] == 0  # paired: the same judge gains nothing, surely
+
+
+def test_gain_rows_take_the_replies_of_their_set_alone():
+    def ranked(pid):
+        replies = [{"reply_id": r, "text": "x", "rank": i} for i, r in enumerate("ab")]
+        return {"prompt_id": pid, "prompt": "Q?", "replies": replies, "set": "s"}
+
+    def judged(a, b):
+        return [{"id": f"{p}/{r}", "score": s} for p in ("p", "q") for r, s in (("a", a), ("b", b))]
+
+    (row,) = evaluate.gain_rows("M1", "M0", [ranked("p")], judged(4, 2), judged(1, 2), "expected", "s")
+    assert (row["metric"], row["value"], row["n"], row["opponent"]) == ("agreement_gain", 1.0, 1, "M0")

@@ -166,6 +166,21 @@ def test_saved_weights_are_the_trained_ones(tiny, tmp_path, lora_r, dtype):
     assert not list((tmp_path / "model").glob("*.bin"))
 
 
+def test_adapters_on_the_last_layers_leave_the_first_alone(tiny, tmp_path):
+    p = params(lora_layers=1)
+    net, tok = train.load(tiny, p)
+    start = {n: x.clone() for n, x in net.named_parameters()}
+    rows, _ = train.sft_rows(tok, [{"prompt": q, "response": a} for q, a in ANSWERS], 512)
+    trainer = train.sft_trainer(net, tok, rows, p, tmp_path)
+    train.train(trainer, FakeStep())
+    changed = {n for n, x in train.merged(trainer, "float32", 0).named_parameters() if not torch.equal(x, start[n])}
+    last = net.config.num_hidden_layers - 1
+    assert changed and all(f".layers.{last}." in n for n in changed)
+    assert {n.split(".")[-2] for n in changed} >= {"q_proj", "o_proj", "down_proj"}
+    with pytest.raises(ParamError, match="lora_layers = 99: this model has"):
+        train.lora_config(net, params(lora_layers=99))
+
+
 def test_rounding_keeps_an_update_that_nearest_loses():
     start = torch.randn(200_000, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     update = 1e-4 * torch.ones_like(start)
