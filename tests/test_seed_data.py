@@ -5,7 +5,6 @@ import re
 from collections import Counter
 
 import pytest
-from surface_ranker import pairwise_accuracy
 
 from srlm_utils import metrics
 from srlm_utils.artefacts import read_json, read_jsonl
@@ -17,6 +16,7 @@ from srlm_utils.rows import IftRow, PromptRow, RankedRow, load_rows
 from srlm_utils.seeds import drop_leaks, load_seeds, pairs_won_by_longer
 from srlm_utils.self_instruct import Pool
 from srlm_utils.tokens import SEED_ROWS
+from tests.surface_ranker import pairwise_accuracy
 
 SHAPES = {
     "ift": IftRow,
