@@ -14,9 +14,9 @@ STEP_OVERHEAD = 2500  # start of a kernel, imports and loading a model, in sampl
 SEED_ROWS = {  # bundled
     "ift": 244,
     "ranked_train": 129,
-    "onpolicy_train": 94,
+    "onpolicy_train": 93,
     "ranked_eval": 43,
-    "onpolicy_eval": 31,
+    "onpolicy_eval": 30,
     "test_prompts": 256,
 }
 CHAT, PROMPT, ANSWER, REPLY, JUSTIFICATION, REPLIES = 30, 30, 80, 80, 32, 3.85
