@@ -15,7 +15,10 @@ METRICS = {
     "pairwise_accuracy": ("share", "reply pairs that the judge orders as they are ranked, among pairs it does not tie"),
     "tie_rate": ("share", "reply pairs that the judge scores alike"),
     "pairwise_accuracy_half_ties": ("share", "pairwise accuracy with half credit for ties"),
-    "agreement_gain": ("share", "pairwise accuracy with half ties, minus the opponent's; unscored counts as a tie"),
+    "agreement_gain": (
+        "share difference",
+        "pairwise accuracy with half ties, minus the opponent's; unscored counts as a tie",
+    ),
     "longer_baseline": ("share", "the same pairs ordered by length alone: longer is better"),
     "five_best": ("share", "replies scored 5 (4.5 or more) that are ranked best"),
     "exact_match": ("share", "prompts whose whole ranking is the human one; a tie is a miss"),

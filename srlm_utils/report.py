@@ -114,11 +114,11 @@ def example_answers(step, n: int) -> list[dict]:
 
 
 def rate(row) -> str:
-    """``63.2 % [51.0, 74.1], n=112`` for shares, plain numbers otherwise."""
+    """``63.2 % [51.0, 74.1], n=112`` for shares, points for their differences, plain numbers otherwise."""
     if row["value"] is None or pd.isna(row["value"]):
         return f"– (n={row['n']})"
-    scale, unit = (100, " %") if row["unit"] == "share" else (1, "")
-    digits = 1 if row["unit"] in ("share", "characters", "tokens") else 2
+    scale, unit = {"share": (100, " %"), "share difference": (100, " points")}.get(row["unit"], (1, ""))
+    digits = 1 if row["unit"] in ("share", "share difference", "characters", "tokens") else 2
     text = f"{scale * row['value']:.{digits}f}{unit}"
     if row["low"] is not None and not pd.isna(row["low"]):
         text += f" [{scale * row['low']:.{digits}f}, {scale * row['high']:.{digits}f}]"

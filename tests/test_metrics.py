@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from srlm_utils import evaluate, metrics
+from srlm_utils import evaluate, metrics, report
 
 
 def prompt(ranks, scores, lengths=None):
@@ -264,3 +264,4 @@ def test_gain_rows_take_the_replies_of_their_set_alone():
 
     (row,) = evaluate.gain_rows("M1", "M0", [ranked("p")], judged(4, 2), judged(1, 2), "expected", "s")
     assert (row["metric"], row["value"], row["n"], row["opponent"]) == ("agreement_gain", 1.0, 1, "M0")
+    assert report.rate(row) == "100.0 points, n=1"

@@ -91,9 +91,11 @@ def test_metrics_csv(smoke):
     assert ((bounded.low <= bounded.value + 1e-9) & (bounded.value <= bounded.high + 1e-9)).all()
     assert shares.n.gt(0).all()
     agreement = table[table.metric == "pairwise_accuracy"]
-    assert set(zip(agreement.model, agreement.judge_mode, strict=True)) == {
-        (m, mode) for m in MODELS for mode in ("expected", "sampled")
+    assert set(zip(agreement.model, agreement.set, agreement.judge_mode, strict=True)) == {
+        (m, name, mode) for m in MODELS for name in ("onpolicy_eval", "ranked_eval") for mode in ("expected", "sampled")
     }
+    gains = table[table.metric == "agreement_gain"]
+    assert len(gains) == 10 * 4 and gains.value.between(-1, 1).all()  # ten pairs of models, two sets, two modes
     h2h = table[table.metric.isin(["win", "tie", "loss"])].groupby(["model", "opponent", "judge"]).value.sum()
     assert len(h2h) == 20 and h2h.between(1 - 1e-9, 1 + 1e-9).all()  # ten pairs, two judges
     assert {"M0", "M1"} == set(table[table.metric == "win_rate"].judge)
