@@ -15,7 +15,7 @@ from srlm_utils.artefacts import read_json, write_text
 from srlm_utils.errors import LockedError, MissingInputError, ParamError, SrlmError, StepFailed
 from srlm_utils.params import Experiment
 from srlm_utils.paths import NOTEBOOKS, PROJ_ROOT, shown
-from srlm_utils.plan import Step, list_steps, maker_of, plan
+from srlm_utils.plan import Step, list_steps, maker_of, plan, status
 from srlm_utils.seeds import load_seeds
 from srlm_utils.step import BATCH
 from srlm_utils.tokens import step_cost
@@ -64,6 +64,9 @@ def _execute(experiment, run, command, steps, start, only, force) -> int:
         return 0
     line = ProgressLine([(s.name, step_cost(s, experiment)) for s, _ in todo])
     for i, (step, params) in enumerate(todo):
+        # what a step before it made anew may have come out the same
+        if not force and status(step, params, run)[0]:
+            continue
         for path in step.reads:
             if not (run / path).exists():
                 raise MissingInputError(
