@@ -63,6 +63,7 @@ def _execute(experiment, run, command, steps, start, only, force) -> int:
         print(f"{shown(run)}: all {len(steps)} steps are done. Report: {shown(run / 'report/report.html')}")
         return 0
     line = ProgressLine([(s.name, step_cost(s, experiment)) for s, _ in todo])
+    n_ran = 0
     for i, (step, params) in enumerate(todo):
         # what a step before it made anew may have come out the same
         if not force and status(step, params, run)[0]:
@@ -77,11 +78,12 @@ def _execute(experiment, run, command, steps, start, only, force) -> int:
             _run_notebook(step, params | {"run_dir": shown(run)}, run, command)
         finally:
             line.end(i)
+        n_ran += 1
     if only:
         print(f"{only} done: {shown(run / 'notebooks')}/{only}.ipynb")
     else:
         print(f"report: {shown(run / 'report/report.html')}")
-    return len(todo)
+    return n_ran
 
 
 def _yaml(value) -> str:

@@ -166,6 +166,13 @@ def test_from_and_force_run_the_steps_they_name(smoke):
     assert result.returncode == 0 and "[1/1] 09_report@run" in result.stdout
 
 
+def test_what_comes_out_the_same_makes_nothing_else_run(smoke):
+    (smoke / "steps/06_build_pairs@M1.json").unlink()
+    result = srlm("run", "params/smoke.yaml", "--run-name", smoke.name)
+    assert result.returncode == 0 and "06_build_pairs@M1" in result.stdout
+    assert "07_dpo@M2" not in result.stdout and "09_report@run" not in result.stdout
+
+
 @pytest.mark.slow
 def test_positives_only_runs_to_its_end():
     run = ROOT / "results" / "test-positives"
