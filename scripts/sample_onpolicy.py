@@ -1,6 +1,6 @@
 """Sample the candidates of the on-policy seed rows: first four distinct of six answers a prompt.
 
-python scripts/sample_onpolicy.py PROMPTS.jsonl CANDIDATES.jsonl     rows {prompt_id, category, prompt}
+python scripts/sample_onpolicy.py PROMPTS.jsonl CANDIDATES.jsonl     rows with prompt_id and prompt
 
 What this writes was then read, ranked, scored and justified; `onpolicy_sampling.json` keeps its settings.
 """
