@@ -91,6 +91,14 @@ def test_ranked_rows_are_whole_and_scores_follow_ranks(files, name):
                 )
 
 
+@pytest.mark.parametrize("name", AUTHORED)
+def test_scores_of_written_replies_fall_strictly_with_the_rank(files, name):
+    for row in files[name]:
+        by_rank = sorted(row["replies"], key=lambda r: r["rank"])
+        assert [r["rank"] for r in by_rank] == list(range(len(by_rank)))
+        assert all(a["score"] > b["score"] for a, b in zip(by_rank, by_rank[1:], strict=False))
+
+
 @pytest.mark.parametrize("name", AUTHORED + ONPOLICY)
 def test_scores_are_spread(files, name):
     count = Counter(r["score"] for r in replies(files[name]))
