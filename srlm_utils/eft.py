@@ -26,7 +26,8 @@ def accept(ranked: list[dict], judged: list[dict]) -> tuple[list[dict], dict[str
 
     `judged` are `judge.sampled_scores` rows with ids ``<prompt_id>/<reply_id>``. The s-th judgement of
     every reply of a prompt makes the s-th try; the first try that is parsed for all replies and
-    `agrees` is kept. Returns ({prompt_id, prompt, reply, score, justification} rows, drops by reason).
+    `agrees` is kept. Returns ({prompt_id, reply_id, rank, prompt, reply, score, justification} rows, drops by
+    reason).
     """
     samples = {row["id"]: row["samples"] for row in judged}
     kept, drops = [], {"unparsed": 0, "disagrees": 0}
@@ -44,6 +45,7 @@ def accept(ranked: list[dict], judged: list[dict]) -> tuple[list[dict], dict[str
                 {
                     "prompt_id": row["prompt_id"],
                     "reply_id": r["reply_id"],
+                    "rank": r["rank"],
                     "prompt": row["prompt"],
                     "reply": r["text"],
                     "score": round(s["score"]),
@@ -59,6 +61,7 @@ def from_scored(ranked: list[dict]) -> list[dict]:
         {
             "prompt_id": row["prompt_id"],
             "reply_id": r["reply_id"],
+            "rank": r["rank"],
             "prompt": row["prompt"],
             "reply": r["text"],
             "score": r["score"],
@@ -92,21 +95,22 @@ def thin_modal_score(rows: list[dict], max_share: float, seed: int) -> tuple[lis
 
 
 def training_rows(rows: list[dict], rubric: judge.Rubric, formats: list[str]) -> list[dict]:
-    """Judgements as (prompt, response) rows for supervised training, one for each entry of `formats`.
+    """Judgements as (prompt, response) rows for supervised training, one for each format.
 
-    A format that stands there several times gives as many copies: a score-first row teaches by one
-    token, and a small model needs to see it more often than an answer.
+    `group` is the ranked prompt: its rows are trained together, and `rank` says how people ordered them.
     """
     return [
         {
-            "prompt_id": f"{r['prompt_id']}/{r['reply_id']}/{fmt}-{formats[: i + 1].count(fmt)}",
+            "prompt_id": f"{r['prompt_id']}/{r['reply_id']}/{fmt}",
+            "group": r["prompt_id"],
+            "rank": r["rank"],
             "format": fmt,
             "score": r["score"],
             "prompt": rubric.render(r["prompt"], r["reply"], fmt),
             "response": judge.target(r["justification"], r["score"], fmt),
         }
         for r in rows
-        for i, fmt in enumerate(formats)
+        for fmt in dict.fromkeys(formats)
     ]
 
 

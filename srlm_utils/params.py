@@ -78,7 +78,7 @@ class _Train(_ModelStep):
 
 
 class Sft(_Train):
-    pass
+    rank_weight: float = Field(0.0, ge=0)  # of the ranking loss on EFT's scores; 0 is cross-entropy alone (the paper)
 
 
 class Dpo(_Train):

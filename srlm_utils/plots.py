@@ -258,19 +258,29 @@ def funnel(steps: pd.DataFrame):
 
 
 def training(logs: pd.DataFrame):
-    """Loss by optimizer step; for DPO also the share of pairs ordered right and the reward margin.
+    """Losses by optimizer step: points, and a running mean over a twentieth of the steps.
 
-    `logs` has columns model, step, loss and, where it was DPO, rewards/accuracies and rewards/margins.
+    `logs` has columns model and step and what the trainer logged: the parts of the supervised loss and the share
+    of ranked replies it orders right, or for DPO loss, rewards/accuracies and rewards/margins.
     """
-    panels = [("loss", "loss"), ("rewards/accuracies", "pairs ordered right"), ("rewards/margins", "reward margin")]
-    panels = [(c, t) for c, t in panels if c in logs and logs[c].notna().any()]
+    titles = {
+        "text_loss": "loss of answers and justifications",
+        "score_loss": "loss of score digits",
+        "rank_accuracy": "training replies ordered right",
+        "loss": "loss",
+        "rewards/accuracies": "pairs ordered right",
+        "rewards/margins": "reward margin",
+    }
+    panels = [c for c in titles if c in logs and logs[c].notna().any() and not (c == "loss" and "text_loss" in logs)]
     fig, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3), squeeze=False)
-    for ax, (column, title) in zip(axes[0], panels, strict=True):
+    for ax, column in zip(axes[0], panels, strict=True):
         for m in dict.fromkeys(logs.model):
             rows = logs[(logs.model == m) & logs[column].notna()]
             if len(rows):
-                ax.plot(rows.step, rows[column], color=color(m), marker=marker(m), markersize=3, lw=1.2, label=m)
+                smooth = rows[column].rolling(max(1, len(rows) // 20), min_periods=1, center=True).mean()
+                ax.plot(rows.step, rows[column], color=color(m), marker=marker(m), markersize=2, lw=0, alpha=0.35)
+                ax.plot(rows.step, smooth, color=color(m), lw=1.6, label=m)
         ax.set_xlabel("optimizer step")
-        ax.set_title(title, fontsize=10)
+        ax.set_title(titles[column], fontsize=10)
         ax.legend(fontsize=8)
     return fig, logs

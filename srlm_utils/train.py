@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from srlm_utils import chat
+from srlm_utils import chat, judge, packing
 from srlm_utils.artefacts import write_text
 from srlm_utils.engine import pick_device, pick_dtype
 from srlm_utils.errors import ModelError, ParamError, StepFailed
@@ -72,16 +72,22 @@ def load(folder: str, params, *, chat_template: str = "", trust_remote_code: boo
 def sft_rows(tokenizer, rows: list[dict], max_length: int) -> tuple[list[dict], int]:
     """({"input_ids", "labels", "kind"} rows, number dropped for being longer than `max_length`).
 
-    `rows` hold prompt and response; kind is the EFT format, or "ift". Labels are -100 on the prompt.
+    `rows` hold prompt and response; kind is the EFT format, or "ift". Labels are -100 on the prompt. Of a
+    score-first judgement the digit alone carries loss: "Score: " is put in the judge's mouth when its
+    expected score is read, and so it is here. EFT rows keep their `group`; score-first ones their `rank`.
     """
     out = []
     for r in rows:
         prompt = chat.prompt_ids(tokenizer, chat.user(r["prompt"]))
-        answer = chat.answer_ids(tokenizer, r["response"])
+        kept = {"kind": r.get("format", "ift")} | ({"group": r["group"]} if "group" in r else {})
+        if kept["kind"] == "score_first":
+            start, digits = judge.score_tokens(tokenizer)
+            prompt, answer = prompt + start, [digits[r["score"]]]
+            kept["rank"] = r["rank"]
+        else:
+            answer = chat.answer_ids(tokenizer, r["response"])
         if len(prompt) + len(answer) <= max_length:
-            out.append(
-                {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer, "kind": r.get("format", "ift")}
-            )
+            out.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer} | kept)
     return out, len(rows) - len(out)
 
 
@@ -99,23 +105,21 @@ def dpo_rows(tokenizer, pairs: list[dict], max_length: int) -> tuple[list[dict],
     return out, len(pairs) - len(out)
 
 
-def batch_order(lengths: list[int], kinds: list[str], batch_size: int, epochs: int, seed: int) -> list[int]:
-    """Row indices for `epochs` passes, in batches of rows of one kind and of similar length.
+def batch_order(lengths: list[int], batch_size: int, epochs: int, seed: int) -> list[int]:
+    """Row indices for `epochs` passes, in batches of rows of similar length: little padding.
 
-    One length a batch means little padding. One kind a batch means that a score of four tokens is not
-    averaged with answers of a hundred: the loss of a batch is a mean over its tokens. Every row comes
-    once an epoch; rows are shuffled into length windows of eight batches and batches are shuffled too.
+    Every row comes once an epoch; rows are shuffled into length windows of eight batches and batches are
+    shuffled too.
     """
     order = []
     for epoch in range(epochs):
         rng = random.Random(f"{seed}:{epoch}")
+        rows = list(range(len(lengths)))
+        rng.shuffle(rows)
         batches = []
-        for kind in sorted(set(kinds)):
-            rows = [i for i, k in enumerate(kinds) if k == kind]
-            rng.shuffle(rows)
-            for w in range(0, len(rows), 8 * batch_size):
-                window = sorted(rows[w : w + 8 * batch_size], key=lambda i: lengths[i])
-                batches += [window[b : b + batch_size] for b in range(0, len(window), batch_size)]
+        for w in range(0, len(rows), 8 * batch_size):
+            window = sorted(rows[w : w + 8 * batch_size], key=lambda i: lengths[i])
+            batches += [window[b : b + batch_size] for b in range(0, len(window), batch_size)]
         rng.shuffle(batches)
         # a short batch anywhere but at the end would shift every batch behind it
         batches.sort(key=lambda b: len(b) < batch_size)
@@ -126,24 +130,29 @@ def batch_order(lengths: list[int], kinds: list[str], batch_size: int, epochs: i
 # ---- trainers
 
 
-def _common_args(params, work: Path, n_rows: int) -> dict:
-    device = pick_device(params.device)
+def _batch_sizes(params) -> tuple[int, int]:
+    """(rows a micro-batch, micro-batches an optimizer step)."""
     micro = min(params.micro_batch_size, params.train_batch_size)
     if params.train_batch_size % micro:
         raise ParamError(f"train_batch_size {params.train_batch_size} is no multiple of micro_batch_size {micro}.")
-    steps = math.ceil(n_rows / params.train_batch_size)
+    return micro, params.train_batch_size // micro
+
+
+def _common_args(params, work: Path, *, per_device: int, accumulation: int, n_items: int) -> dict:
+    device = pick_device(params.device)
+    steps = math.ceil(n_items / (per_device * accumulation))
     return dict(
         output_dir=str(work / "checkpoints"),
         num_train_epochs=1,  # the batch order holds all epochs
         train_sampling_strategy="sequential",
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=params.train_batch_size // micro,
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulation,
         learning_rate=params.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr": min(params.final_learning_rate, params.learning_rate)},
         warmup_steps=min(params.warmup_steps, max(steps - 1, 0)),
         weight_decay=params.weight_decay,
-        max_length=params.max_length,
+        max_length=None,  # longer rows were dropped and counted
         gradient_checkpointing=params.gradient_checkpointing,
         use_cpu=device == "cpu",
         bf16=pick_dtype(params.dtype, device) == "bfloat16",
@@ -187,19 +196,86 @@ def lora_config(model, params):
     )
 
 
-def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> SFTTrainer:
-    """trl's SFTTrainer on tokenised rows: cross-entropy on the assistant's tokens alone."""
-    order = batch_order(
-        [len(r["input_ids"]) for r in rows],
-        [r["kind"] for r in rows],
-        params.train_batch_size,
-        params.epochs,
-        params.seed,
+# How far apart two expected scores must be before the ranking loss is satisfied: half a point is one logit.
+RANK_SHARPNESS = 2.0
+
+
+class PackedSFTTrainer(SFTTrainer):
+    """SFTTrainer whose dataset rows are micro-batches of packed sequences.
+
+    The loss of a micro-batch is the mean cross-entropy of its text tokens plus that of its score digits
+    (a digit would be lost among the tokens of a justification) plus `rank_weight` times the ranking loss.
+    """
+
+    def __init__(self, *args, score_ids: list[int], rank_weight: float, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.score_ids, self.rank_weight = score_ids, rank_weight
+        self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        targets, ranks = inputs.pop("targets"), inputs.pop("ranks")
+        # only columns where some row has a target are projected through the vocabulary
+        at = (targets != packing.NO_TARGET).any(0).nonzero().squeeze(-1)
+        outputs = model(**inputs, use_cache=False, logits_to_keep=at)
+        targets, ranks = targets[:, at], ranks[:, at]
+        losses = supervised_losses(outputs.logits, targets, ranks, self.score_ids, self.rank_weight)
+        for name, value in losses.items():
+            self._metrics["train"][name].append(value.item())
+        weight = {"text_loss": 1.0, "score_loss": 1.0, "rank_loss": self.rank_weight}
+        loss = sum(weight[name] * value for name, value in losses.items() if name in weight)
+        return (loss, outputs) if return_outputs else loss
+
+
+def supervised_losses(logits, targets, ranks, score_ids: list[int], rank_weight: float) -> dict[str, torch.Tensor]:
+    """The parts of the supervised loss that a micro-batch has, by name.
+
+    ``text_loss`` and ``score_loss``: mean cross-entropy (nats) over text tokens and over score digits.
+    ``rank_loss``: for each two replies in one sequence that people ranked, ``softplus(-2 (s_better -
+    s_worse))`` of their expected scores, the Bradley-Terry loss; `rank_accuracy` is the share in order.
+    Cross-entropy alone spends what few judgements there are on how hard each prompt is; the order of replies
+    to one prompt is all that pairs are made of (LOG.md). `logits` (rows, columns, vocabulary), `targets` and
+    `ranks` (rows, columns); digits are the targets with a rank.
+    """
+    digits = ranks != packing.NO_RANK
+    text = (targets != packing.NO_TARGET) & ~digits
+    out = {}
+    for name, where in (("text_loss", text), ("score_loss", digits)):
+        if where.any():
+            out[name] = torch.nn.functional.cross_entropy(logits[where].float(), targets[where])
+    if rank_weight and digits.any():
+        values = torch.arange(len(score_ids), dtype=torch.float32, device=logits.device)
+        expected = logits[digits][:, score_ids].float().softmax(-1) @ values
+        row, rank = digits.nonzero()[:, 0], ranks[digits]
+        better = (row[:, None] == row[None]) & (rank[:, None] < rank[None])
+        gaps = (expected[:, None] - expected[None])[better]
+        if len(gaps):
+            out["rank_loss"] = torch.nn.functional.softplus(-RANK_SHARPNESS * gaps).mean()
+            out["rank_accuracy"] = (gaps > 0).float().mean()
+    return out
+
+
+def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> PackedSFTTrainer:
+    """trl's SFTTrainer on tokenised rows: cross-entropy on the assistant's tokens, and the ranking loss."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    packed = packing.sequences(rows, share=not window or params.max_length <= window)
+    micro, accumulation = _batch_sizes(params)
+    batches = packing.micro_batches(packed, micro, params.epochs, params.seed)
+    args = SFTConfig(
+        **_common_args(params, work, per_device=1, accumulation=accumulation, n_items=len(batches)),
+        remove_unused_columns=False,
     )
-    data = Dataset.from_list([{k: rows[i][k] for k in ("input_ids", "labels")} for i in order])
-    args = SFTConfig(**_common_args(params, work, len(order)))
-    return SFTTrainer(
-        model=model, args=args, train_dataset=data, processing_class=tokenizer, peft_config=lora_config(model, params)
+    return PackedSFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_dict({"sequences": batches}),
+        data_collator=packing.Collator(packed, tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        peft_config=lora_config(model, params),
+        score_ids=judge.score_tokens(tokenizer)[1] if any("rank" in r for r in rows) else [],
+        rank_weight=params.rank_weight,
     )
 
 
@@ -219,9 +295,10 @@ def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> DPOTr
     trl's own default would reload whatever ``config._name_or_path`` says.
     """
     lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
-    order = batch_order(lengths, [""] * len(rows), params.train_batch_size, params.epochs, params.seed)
+    order = batch_order(lengths, params.train_batch_size, params.epochs, params.seed)
+    micro, accumulation = _batch_sizes(params)
     args = DPOConfig(
-        **_common_args(params, work, len(order)),
+        **_common_args(params, work, per_device=micro, accumulation=accumulation, n_items=len(order)),
         beta=params.beta,
         loss_type=["sigmoid"],
         precompute_ref_log_probs=True,

@@ -69,10 +69,11 @@ def test_the_most_common_score_is_thinned_out():
 
 
 def test_each_judgement_in_each_format():
-    rows = [{"prompt_id": "p", "reply_id": "a", "prompt": "Q?", "reply": "A.", "score": 3, "justification": "Fine."}]
-    made = eft.training_rows(rows, judge.Rubric("short"), ["justify_first", "score_first", "score_first"])
-    assert [r["response"] for r in made] == ["Fine.\nScore: 3", "Score: 3", "Score: 3"]
-    assert len({r["prompt_id"] for r in made}) == 3
+    row = {"prompt_id": "p", "reply_id": "a", "rank": 1, "prompt": "Q?", "reply": "A.", "score": 3}
+    made = eft.training_rows([row | {"justification": "Fine."}], judge.Rubric("short"), list(judge.FORMATS))
+    assert [r["response"] for r in made] == ["Fine.\nScore: 3", "Score: 3"]
+    assert len({r["prompt_id"] for r in made}) == 2
+    assert all((r["group"], r["rank"]) == ("p", 1) for r in made)
 
 
 def test_a_try_that_is_half_parsed_is_skipped():
@@ -95,7 +96,15 @@ def test_words_after_the_score_stay_out_of_the_target():
 def test_a_scored_seed_row_is_whole():
     reply = {"reply_id": "a", "text": "A.", "rank": 0, "score": 3, "justification": "Fine.", "note": "mine"}
     assert eft.from_scored([{"prompt_id": "p", "prompt": "Q?", "replies": [reply]}]) == [
-        {"prompt_id": "p", "reply_id": "a", "prompt": "Q?", "reply": "A.", "score": 3, "justification": "Fine."}
+        {
+            "prompt_id": "p",
+            "reply_id": "a",
+            "rank": 0,
+            "prompt": "Q?",
+            "reply": "A.",
+            "score": 3,
+            "justification": "Fine.",
+        }
     ]
 
 
@@ -125,7 +134,7 @@ def test_thinning_is_seeded_where_prompts_name_their_replies_alike():
 
 def test_training_rows_have_ids_of_their_own():
     rows = [
-        {"prompt_id": p, "reply_id": r, "prompt": "Q?", "reply": "A.", "score": 3, "justification": "Fine."}
+        {"prompt_id": p, "reply_id": r, "rank": 0, "prompt": "Q?", "reply": "A.", "score": 3, "justification": "Fine."}
         for p in "pq"
         for r in "ab"
     ]

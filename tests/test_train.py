@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from srlm_utils import chat, train
 from srlm_utils.errors import ParamError
-from srlm_utils.params import Dpo
+from srlm_utils.params import Dpo, Sft
 
 ANSWERS = [
     ("Name a fruit.", "Apples are a fine fruit."),
@@ -38,7 +38,7 @@ class FakeStep:
 
 
 def params(**kw):
-    values = Dpo(
+    values = (Sft if "rank_weight" in kw else Dpo)(
         **(
             {
                 "device": "cpu",
@@ -54,7 +54,7 @@ def params(**kw):
             | kw
         )
     )
-    return SimpleNamespace(**values.model_dump())
+    return SimpleNamespace(**({"rank_weight": 0.0} | values.model_dump()))
 
 
 def test_loss_falls_on_the_assistants_tokens_alone(tiny, tmp_path):
@@ -64,17 +64,31 @@ def test_loss_falls_on_the_assistants_tokens_alone(tiny, tmp_path):
     assert dropped == 0
     trainer = train.sft_trainer(net, tok, rows, p, tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))
-    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-        target = labels[labels != -100].tolist()
+    assert batch["attention_mask"].ndim == 2
+    for ids, targets in zip(batch["input_ids"], batch["targets"], strict=True):
+        target = targets[targets != -100].tolist()
         assert tok.decode(target).rstrip().endswith("<|im_end|>")
         assert tok.decode(target[:-1]) in {a for _, a in ANSWERS}
-        first = int((labels != -100).nonzero()[0])
-        assert tok.decode(ids[:first]).endswith("<|im_start|>assistant\n")
-    logits = net(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    by_hand = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100
-    )
+        first = int((targets != -100).nonzero()[0])
+        assert tok.decode(ids[: first + 1]).endswith("<|im_start|>assistant\n")
+    logits = net(batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=batch["position_ids"]).logits
+    by_hand = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=-100)
     assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+def test_a_step_is_the_mean_of_its_micro_batches(tiny, tmp_path):
+    """Gradients of one step of four rows are those of two micro-batches of two, and of four of one."""
+    grads = []
+    for micro in (4, 2, 1):
+        p = params(lora_r=0, train_batch_size=4, micro_batch_size=micro, learning_rate=1e-6)
+        net, tok = train.load(tiny, p)
+        same_length = [{"prompt": q, "response": "One two three."} for q in ("A?", "B?", "C?", "D?")]
+        rows, _ = train.sft_rows(tok, same_length, 512)
+        trainer = train.sft_trainer(net, tok, rows, p, tmp_path / str(micro))
+        log = train.train(trainer, FakeStep())
+        assert len(log) == 1
+        grads.append((log.loss.iloc[0], log.grad_norm.iloc[0]))
+    assert grads[1] == pytest.approx(grads[0], rel=1e-3) and grads[2] == pytest.approx(grads[0], rel=1e-3)
 
 
 def test_rows_that_are_too_long_are_dropped_and_counted(tiny):
@@ -94,14 +108,10 @@ def test_a_cut_off_answer_is_trained_without_an_end(tiny):
     assert row["rejected_ids"] == chat.text_ids(tok, "No no no no.")
 
 
-def test_batches_hold_one_kind_and_every_row_once_an_epoch():
-    lengths, kinds = list(range(30)), ["ift"] * 17 + ["score_first"] * 13
-    order = train.batch_order(lengths, kinds, 4, 2, seed=1)
+def test_every_row_comes_once_an_epoch():
+    order = train.batch_order(list(range(30)), 4, 2, seed=1)
     assert sorted(order[:30]) == sorted(order[30:]) == list(range(30))
     assert order[:30] != order[30:]
-    # 17 = 4 full batches + 1 row, 13 = 3 full batches + 1 row: the two short ones come last
-    for i in range(0, 28, 4):
-        assert len({kinds[j] for j in order[i : i + 4]}) == 1
 
 
 def log_probs(model, prompt, answer):
