@@ -43,24 +43,24 @@ def pack(rows: list[dict]) -> dict:
     return out
 
 
-def sequences(rows: list[dict], *, share: bool = True) -> list[dict]:
-    """Pack rows of one ``group`` together (rows without one stand alone); adds "kind" and "n_rows".
+def sequences(rows: list[dict], size: int, *, share: bool = True) -> list[dict]:
+    """Pack rows of one ``group`` together, at most `size` to a sequence; adds "kind" and "n_rows".
 
-    `share` False packs nothing: for models whose attention window is shorter than a row, since the mask
-    of a packed sequence knows no window.
+    Rows without a group stand alone. `share` False packs nothing: for models whose attention window is shorter
+    than a row, since the mask of a packed sequence knows no window.
     """
     groups: dict = {}
     for i, row in enumerate(rows):
-        group = row.get("group") if share else None
-        groups.setdefault(i if group is None else ("group", group), []).append(row)
-    return [pack(g) | {"kind": "eft" if "group" in g[0] else "ift", "n_rows": len(g)} for g in groups.values()]
+        groups.setdefault(("group", row["group"]) if share and "group" in row else i, []).append(row)
+    parts = [g[i : i + size] for g in groups.values() for i in range(0, len(g), size)]
+    return [pack(part) | {"kind": "eft" if "group" in part[0] else "ift", "n_rows": len(part)} for part in parts]
 
 
 def micro_batches(packed: list[dict], size: int, epochs: int, seed: int) -> list[list[int]]:
     """Indices of the sequences of each micro-batch, for `epochs` passes, in a seeded order.
 
-    A micro-batch holds sequences of one kind and of similar length, with `size` rows in all or the few more
-    that a packed sequence brings. Every sequence comes once an epoch.
+    A micro-batch holds sequences of one kind and of similar length, with at most `size` rows in all. Every
+    sequence comes once an epoch.
     """
     out = []
     for epoch in range(epochs):

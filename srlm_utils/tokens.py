@@ -14,13 +14,14 @@ STEP_OVERHEAD = 2500  # start of a kernel, imports and loading a model, in sampl
 SEED_ROWS = {  # bundled
     "ift": 244,
     "ranked_train": 129,
-    "onpolicy_train": 93,
+    "onpolicy_train": 130,
     "ranked_eval": 43,
-    "onpolicy_eval": 30,
+    "onpolicy_eval": 44,
     "test_prompts": 256,
 }
 CHAT, PROMPT, ANSWER, REPLY, JUSTIFICATION, REPLIES = 30, 30, 80, 80, 32, 3.85
 RUBRIC = {"short": 70, "additive": 285}
+TAIL = 25  # of a rubric: what stands behind the reply, once a format
 
 
 def _rows(experiment: Experiment, name: str) -> int:
@@ -42,12 +43,10 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
         n["trained"] = _rows(experiment, "ift") * (CHAT + PROMPT + ANSWER)
         if step.model == "M1":
             eft = experiment.flat("03_build_eft", "SFT", "")
-            row = CHAT + PROMPT + REPLY + RUBRIC.get(eft["rubric"], 200)
-            n["trained"] += (
-                _rows(experiment, "ranked_train")
-                * REPLIES
-                * (len(eft["formats"]) * row + JUSTIFICATION * eft["formats"].count("justify_first"))
-            )
+            shared = CHAT + PROMPT + RUBRIC.get(eft["rubric"], 200) - TAIL  # read once for a prompt's judgements
+            written = JUSTIFICATION * eft["formats"].count("justify_first")
+            own = REPLY + TAIL * len(eft["formats"]) + written
+            n["trained"] += _rows(experiment, "ranked_train") * (shared + REPLIES * own)
         n["trained"] *= p["epochs"]
     elif key == "self_instruct":
         # about every second attempt is kept, and each reads eight demonstrations

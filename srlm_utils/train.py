@@ -258,10 +258,14 @@ def supervised_losses(logits, targets, ranks, score_ids: list[int], rank_weight:
 
 
 def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> PackedSFTTrainer:
-    """trl's SFTTrainer on tokenised rows: cross-entropy on the assistant's tokens, and the ranking loss."""
+    """trl's SFTTrainer on tokenised rows: cross-entropy on the assistant's tokens, and the ranking loss.
+
+    Replies are compared, and share what they share, within a micro-batch: `micro_batch_size` should hold all
+    judgements of a prompt, which are its replies times the EFT formats.
+    """
     window = getattr(model.config.get_text_config(), "sliding_window", None)
-    packed = packing.sequences(rows, share=not window or params.max_length <= window)
     micro, accumulation = _batch_sizes(params)
+    packed = packing.sequences(rows, micro, share=not window or params.max_length <= window)
     batches = packing.micro_batches(packed, micro, params.epochs, params.seed)
     args = SFTConfig(
         **_common_args(params, work, per_device=1, accumulation=accumulation, n_items=len(batches)),

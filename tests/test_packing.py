@@ -42,18 +42,20 @@ def trainer_of(tiny, net, rows, tmp_path, **kw):
 def test_a_packed_sequence_reads_what_is_shared_once(tiny):
     tok = chat.load_tokenizer(tiny)
     rows, _ = train.sft_rows(tok, judgements(), 2048)
-    (packed,) = packing.sequences(rows)
+    (packed,) = packing.sequences(rows, 8)
     assert len(packed["input_ids"]) < 0.5 * sum(len(r["input_ids"]) for r in rows)
     assert packed["n_rows"] == 8 and sum(r != packing.NO_RANK for r in packed["ranks"]) == 4
     for i, parent in enumerate(packed["parents"]):
         assert parent < i and packed["positions"][i] == (packed["positions"][parent] + 1 if parent >= 0 else 0)
 
 
-def test_every_row_can_be_read_back_from_its_sequence(tiny):
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_every_row_can_be_read_back_from_its_sequence(tiny, size):
     tok = chat.load_tokenizer(tiny)
     rows, _ = train.sft_rows(tok, judgements() + [{"prompt": "Hi?", "response": "Hello."}], 2048)
     seen = []
-    for s in packing.sequences(rows):
+    assert max(s["n_rows"] for s in packing.sequences(rows, size)) == size
+    for s in packing.sequences(rows, size):
         children = set(s["parents"])
         for leaf in (i for i in range(len(s["parents"])) if i not in children):
             path, at = [], leaf
