@@ -100,10 +100,10 @@ def _agreement_panel(ax, metrics: pd.DataFrame, min_pairs: int) -> None:
     labels = []
     for x, row in rows.iterrows():
         if row.n < min_pairs:
-            labels.append(f"{row.model}\nn={row.n}\ntoo few")
+            labels.append(f"{row.model}\n{row.n} pairs\ntoo few")
             continue
         _bars(ax, x, row, row.model)
-        labels.append(f"{row.model}\nn={row.n}\nties {100 * ties[row.model]:.0f} %")
+        labels.append(f"{row.model}\n{row.n} pairs\nties {100 * ties[row.model]:.0f} %")
         if row.model in gains.index:
             g = gains.loc[row.model]
             labels[-1] += f"\nvs M0 {100 * g.value:+.0f}\n[{100 * g.low:+.0f}, {100 * g.high:+.0f}]"
