@@ -31,7 +31,7 @@ def use_style() -> None:
     plt.rcParams.update(
         {
             "figure.dpi": 110,
-            "savefig.dpi": 200,
+            "savefig.dpi": 150,
             "figure.constrained_layout.use": True,
             "font.size": 10,
             "axes.spines.top": False,
