@@ -266,6 +266,12 @@ def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> Packe
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     micro, accumulation = _batch_sizes(params)
     packed = packing.sequences(rows, micro, share=not window or params.max_length <= window)
+    compared = any(len({*s["ranks"]} - {packing.NO_RANK}) > 1 for s in packed)
+    if params.rank_weight and any("group" in r for r in rows) and not compared:
+        raise ParamError(
+            f"rank_weight = {params.rank_weight:g}, but no micro-batch holds two score-first judgements of one prompt: "
+            "put score_first into build_eft.formats, and raise micro_batch_size to a prompt's replies times the formats."
+        )
     batches = packing.micro_batches(packed, micro, params.epochs, params.seed)
     args = SFTConfig(
         **_common_args(params, work, per_device=1, accumulation=accumulation, n_items=len(batches)),

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from srlm_utils import chat, eft, judge, packing, train
+from srlm_utils.errors import ParamError
 from tests.test_train import params
 
 REPLIES = ["Blue is a colour.", "Blue.", "I like the sea and the sky.", "Blue is a fruit, blue blue."]
@@ -32,7 +33,7 @@ def net(tiny, request):
 
 
 def trainer_of(tiny, net, rows, tmp_path, **kw):
-    p = params(lora_r=0, train_batch_size=16, micro_batch_size=16, **kw)
+    p = params(**{"lora_r": 0, "train_batch_size": 16, "micro_batch_size": 16} | kw)
     tok = chat.load_tokenizer(tiny)
     made, dropped = train.sft_rows(tok, rows, 2048)
     assert not dropped
@@ -136,6 +137,17 @@ def test_training_learns_an_order_that_only_the_ranks_give(tiny, tmp_path):
     trainer.train()
     accuracy = [r["rank_accuracy"] for r in trainer.state.log_history if "rank_accuracy" in r]
     assert accuracy[-1] == 1.0
+
+
+def test_a_ranking_loss_without_anything_to_compare_is_an_error(tiny, tmp_path):
+    net = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    unscored = [r for r in judgements() if r["format"] == "justify_first"]
+    with pytest.raises(ParamError, match="put score_first into build_eft.formats"):
+        trainer_of(tiny, net, unscored, tmp_path, rank_weight=1.0)
+    with pytest.raises(ParamError, match="raise micro_batch_size"):
+        trainer_of(tiny, net, judgements(), tmp_path, rank_weight=1.0, micro_batch_size=1)
+    answers = [{"prompt": "Hi?", "response": "Hello."}]  # the SFT baseline has nothing to rank, and that is fine
+    trainer_of(tiny, net, answers, tmp_path, rank_weight=1.0)
 
 
 def test_micro_batches_hold_one_kind_and_every_sequence_once_an_epoch():
