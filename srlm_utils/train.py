@@ -270,7 +270,7 @@ def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> Packe
     if params.rank_weight and any("group" in r for r in rows) and not compared:
         raise ParamError(
             f"rank_weight = {params.rank_weight:g}, but no micro-batch holds two score-first judgements of one prompt: "
-            "put score_first into build_eft.formats, and raise micro_batch_size to a prompt's replies times the formats."
+            "put score_first into build_eft.formats, and raise micro_batch_size to replies times formats."
         )
     batches = packing.micro_batches(packed, micro, params.epochs, params.seed)
     args = SFTConfig(
