@@ -92,7 +92,7 @@ def score_tokens(tokenizer) -> tuple[list[int], list[int]]:
     if any(i[:-1] != start for i in ids) or len({i[-1] for i in ids}) < len(ids):
         raise ModelError(
             "this tokenizer does not write the scores 0 to 5 as one token each, so their "
-            "probabilities cannot be read; set judge_mode to sampled."
+            "probabilities cannot be read; set judge_mode to sampled and formats to [justify_first]."
         )
     return start, [i[-1] for i in ids]
 

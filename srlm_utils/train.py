@@ -75,13 +75,15 @@ def sft_rows(tokenizer, rows: list[dict], max_length: int) -> tuple[list[dict], 
     `rows` hold prompt and response; kind is the EFT format, or "ift". Labels are -100 on the prompt. Of a
     score-first judgement the digit alone carries loss: "Score: " is put in the judge's mouth when its
     expected score is read, and so it is here. EFT rows keep their `group`; score-first ones their `rank`.
+    Raises `ModelError` for score-first rows where the tokenizer does not write a score as one token.
     """
     out = []
+    scored = any(r.get("format") == "score_first" for r in rows)
+    start, digits = judge.score_tokens(tokenizer) if scored else ([], [])
     for r in rows:
         prompt = chat.prompt_ids(tokenizer, chat.user(r["prompt"]))
         kept = {"kind": r.get("format", "ift")} | ({"group": r["group"]} if "group" in r else {})
         if kept["kind"] == "score_first":
-            start, digits = judge.score_tokens(tokenizer)
             prompt, answer = prompt + start, [digits[r["score"]]]
             kept["rank"] = r["rank"]
         else:
