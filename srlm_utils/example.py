@@ -1,4 +1,7 @@
-"""``python -m srlm_utils.example results/quickstart``: a finished run, without its weights, as results/example."""
+"""``python -m srlm_utils.example results/quickstart``: a finished run as results/example.
+
+Left out are the weights and ``SFT/eft/train.jsonl``, which 03_build_eft makes again from the seed within a second.
+"""
 
 import shutil
 import sys
@@ -7,7 +10,7 @@ from pathlib import Path
 from srlm_utils.errors import MissingInputError, SrlmError
 from srlm_utils.paths import EXAMPLE, resolve
 
-_LEFT_OUT = shutil.ignore_patterns("model", "*.lock", "*.owner", "*.work", ".*", "params")
+_LEFT_OUT = shutil.ignore_patterns("model", "train.jsonl", "*.lock", "*.owner", "*.work", ".*", "params")
 
 
 def render(run: Path) -> None:
