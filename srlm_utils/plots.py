@@ -263,7 +263,7 @@ def funnel(steps: pd.DataFrame):
 
 
 def training(logs: pd.DataFrame):
-    """Losses by optimizer step: points, and a running mean over a twentieth of the steps.
+    """Losses by optimizer step: points, and a running mean over a twentieth of the steps, three at least.
 
     `logs` has columns model and step and what the trainer logged: the parts of the supervised loss and the share
     of ranked replies it orders right, or for DPO loss, rewards/accuracies and rewards/margins.
@@ -276,13 +276,15 @@ def training(logs: pd.DataFrame):
         "rewards/accuracies": "pairs ordered right",
         "rewards/margins": "reward margin",
     }
-    panels = [c for c in titles if c in logs and logs[c].notna().any() and not (c == "loss" and "text_loss" in logs)]
+    panels = [c for c in titles if c in logs and logs[c].notna().any()]
+    if "text_loss" in panels:  # its sum with the others says nothing that the parts do not
+        panels.remove("loss")
     fig, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3), squeeze=False)
     for ax, column in zip(axes[0], panels, strict=True):
         for m in dict.fromkeys(logs.model):
             rows = logs[(logs.model == m) & logs[column].notna()]
             if len(rows):
-                smooth = rows[column].rolling(max(1, len(rows) // 20), min_periods=1, center=True).mean()
+                smooth = rows[column].rolling(max(3, len(rows) // 20), min_periods=1, center=True).mean()
                 ax.plot(rows.step, rows[column], color=color(m), marker=marker(m), markersize=2, lw=0, alpha=0.35)
                 ax.plot(rows.step, smooth, color=color(m), lw=1.6, label=m)
         ax.set_xlabel("optimizer step")

@@ -265,3 +265,19 @@ def test_gain_rows_take_the_replies_of_their_set_alone():
     (row,) = evaluate.gain_rows("M1", "M0", [ranked("p")], judged(4, 2), judged(1, 2), "expected", "s")
     assert (row["metric"], row["value"], row["n"], row["opponent"]) == ("agreement_gain", 1.0, 1, "M0")
     assert report.rate(row) == "100.0 points, n=1"
+
+
+def test_a_training_figure_shows_the_parts_of_the_loss():
+    import pandas as pd
+
+    from srlm_utils import plots
+
+    sft = pd.DataFrame({"model": "M1", "step": [1, 2], "loss": [3.0, 2.0], "text_loss": [2.0, 1.0]})
+    dpo = pd.DataFrame({"model": "M2", "step": [1, 2], "loss": [0.7, 0.6], "rewards/margins": [0.0, 0.1]})
+    both = pd.concat([sft.assign(score_loss=[1.0, 1.0], rank_accuracy=[0.5, None]), dpo])
+    titles = [
+        [ax.get_title(loc="left") or ax.get_title() for ax in plots.training(t)[0].axes]
+        for t in (both[both.model == "M1"], both[both.model == "M2"])
+    ]
+    assert titles[0] == ["loss of answers and justifications", "loss of score digits", "training replies ordered right"]
+    assert titles[1] == ["loss", "reward margin"]
