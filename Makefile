@@ -1,4 +1,4 @@
-# make run    the whole loop on a small real model (CPU is enough): about half an hour
+# make run    the whole loop on a small real model (CPU is enough): about 33 minutes on 2 cores
 # make test   the tests
 # make lab    JupyterLab on the tour
 #
