@@ -237,8 +237,8 @@ def supervised_losses(logits, targets, ranks, score_ids: list[int], rank_weight:
     ``text_loss`` and ``score_loss``: mean cross-entropy (nats) over text tokens and over score digits.
     ``rank_loss``: for each two replies in one sequence that people ranked, ``softplus(-2 (s_better -
     s_worse))`` of their expected scores, the Bradley-Terry loss; `rank_accuracy` is the share in order.
-    Cross-entropy alone spends what few judgements there are on how hard each prompt is; the order of replies
-    to one prompt is all that pairs are made of (LOG.md). `logits` (rows, columns, vocabulary), `targets` and
+    A few hundred judgements hardly teach that order by cross-entropy alone, and it is all that preference pairs
+    are made of (LOG.md). `logits` (rows, columns, vocabulary), `targets` and
     `ranks` (rows, columns); digits are the targets with a rank.
     """
     digits = ranks != packing.NO_RANK
