@@ -33,8 +33,8 @@ warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecat
 def _labels_only(device: str):
     """Project only positions that carry loss through the vocabulary, on the CPU as trl does on a GPU.
 
-    trl 1.16 scores every position where it has no Triton kernel; on the CPU that is half of a step's
-    time when a judge's prompt is 190 tokens and its target 4. The values are the same (tests/test_train.py).
+    trl 1.16 scores every position where it has no Triton kernel, those of the prompts too. The values are the
+    same (tests/test_train.py).
     """
     from trl.trainer import utils
 
