@@ -77,10 +77,9 @@ def parse_score(text: str) -> tuple[float | None, str]:
 
 
 def target(justification: str, score: int, format: str) -> str:
-    """What the judge should write: the training target of an EFT row.
+    """What the judge should write: the response of an EFT row.
 
-    Score-first rows hold the score alone, so that the one token that matters is not drowned by the
-    thirty of a justification.
+    Score-first rows hold the score alone, and of that the digit alone is trained (`train.sft_rows`).
     """
     return f"Score: {score}" if format == "score_first" else f"{justification.strip()}\nScore: {score}"
 

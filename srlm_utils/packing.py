@@ -46,8 +46,7 @@ def pack(rows: list[dict]) -> dict:
 def sequences(rows: list[dict], size: int, *, share: bool = True) -> list[dict]:
     """Pack rows of one ``group`` together, at most `size` to a sequence; adds "kind" and "n_rows".
 
-    Rows without a group stand alone. `share` False packs nothing: for models whose attention window is shorter
-    than a row, since the mask of a packed sequence knows no window.
+    Rows without a group stand alone. `share` False packs nothing (see `train.can_share`).
     """
     groups: dict = {}
     for i, row in enumerate(rows):
@@ -116,4 +115,5 @@ class Collator:
             for i, parent in enumerate(s["parents"]):
                 if parent >= 0:
                     sees[b, left + i] |= sees[b, left + parent]
-        return torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)[:, None]
+        # bfloat16's least number is one of float32's too: the mask stays finite under autocast
+        return torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.bfloat16).min)[:, None]

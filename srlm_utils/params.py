@@ -70,7 +70,7 @@ class _Train(_ModelStep):
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     epochs: int = Field(1, ge=1)
-    train_batch_size: int = Field(16, ge=1)  # rows an optimizer step
+    train_batch_size: int = Field(16, ge=1)  # rows an optimizer step, at most
     micro_batch_size: int = Field(4, ge=1)  # rows a forward pass; judgements of one prompt share what they can
     max_length: int = Field(512, ge=16)  # tokens; longer rows are dropped and counted
     gradient_checkpointing: bool = False

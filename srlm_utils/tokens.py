@@ -5,6 +5,8 @@ Lengths are typical ones of the bundled seed with SmolLM2's tokenizer; what a ru
 report. A step's cost adds its tokens, weighted by how long each kind took relative to a generated one.
 """
 
+import math
+
 from srlm_utils.params import Experiment, stage_key
 from srlm_utils.plan import Step, list_steps, models_before, parse_win_judge
 
@@ -44,9 +46,11 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
         if step.model == "M1":
             eft = experiment.flat("03_build_eft", "SFT", "")
             shared = CHAT + PROMPT + RUBRIC.get(eft["rubric"], 200) - TAIL  # read once for a prompt's judgements
-            written = JUSTIFICATION * eft["formats"].count("justify_first")
-            own = REPLY + TAIL * len(eft["formats"]) + written
-            n["trained"] += _rows(experiment, "ranked_train") * (shared + REPLIES * own)
+            n_formats, size = len({*eft["formats"]}), min(p["micro_batch_size"], p["train_batch_size"])
+            parts = math.ceil(REPLIES * n_formats / size)  # sequences a prompt's judgements are packed into
+            own = REPLY * (1 if size >= n_formats else n_formats) + TAIL * n_formats
+            own += JUSTIFICATION * ("justify_first" in eft["formats"])
+            n["trained"] += _rows(experiment, "ranked_train") * (parts * shared + REPLIES * own)
         n["trained"] *= p["epochs"]
     elif key == "self_instruct":
         # about every second attempt is kept, and each reads eight demonstrations

@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import warnings
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from srlm_utils import chat, judge, packing
 from srlm_utils.artefacts import write_text
 from srlm_utils.engine import pick_device, pick_dtype
-from srlm_utils.errors import ModelError, ParamError, StepFailed
+from srlm_utils.errors import DataError, ModelError, ParamError, StepFailed
 
 # trl 1.16 sets this itself, whatever is passed
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated", category=FutureWarning)
@@ -31,7 +32,7 @@ warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecat
 
 @contextmanager
 def _labels_only(device: str):
-    """Project only positions that carry loss through the vocabulary, on the CPU as trl does on a GPU.
+    """Let DPO project only positions that carry loss through the vocabulary, on the CPU as trl does on a GPU.
 
     trl 1.16 scores every position where it has no Triton kernel, those of the prompts too. The values are the
     same (tests/test_train.py).
@@ -75,9 +76,15 @@ def sft_rows(tokenizer, rows: list[dict], max_length: int) -> tuple[list[dict], 
     `rows` hold prompt and response; kind is the EFT format, or "ift". Labels are -100 on the prompt. Of a
     score-first judgement the digit alone carries loss: "Score: " is put in the judge's mouth when its
     expected score is read, and so it is here. EFT rows keep their `group`; score-first ones their `rank`.
-    Raises `ModelError` for score-first rows where the tokenizer does not write a score as one token.
+    Raises `ModelError` for score-first rows where the tokenizer does not write a score as one token, and
+    `DataError` for EFT rows without a rank.
     """
     out = []
+    if unranked := next((r for r in rows if r.get("format") == "score_first" and "rank" not in r), None):
+        raise DataError(
+            f"SFT/eft/train.jsonl: row {unranked['prompt_id']} has no rank: it was made by an older version. Make it "
+            "again: srlm run ... --from 03_build_eft@SFT --force."
+        )
     scored = any(r.get("format") == "score_first" for r in rows)
     start, digits = judge.score_tokens(tokenizer) if scored else ([], [])
     for r in rows:
@@ -167,6 +174,11 @@ def _common_args(params, work: Path, *, per_device: int, accumulation: int, n_it
         seed=params.seed,
         data_seed=params.seed,
     )
+
+
+def _one_device(args) -> None:
+    """Keep Trainer from spreading a kernel over every GPU it sees: batches are made for one device."""
+    args._n_gpu = min(args.n_gpu, 1)
 
 
 def lora_config(model, params):
@@ -259,26 +271,53 @@ def supervised_losses(logits, targets, ranks, score_ids: list[int], rank_weight:
     return out
 
 
+def can_share(config, max_length: int) -> bool:
+    """Whether rows may be packed for this model: its layers must be plain attention over `max_length` tokens.
+
+    A tree's mask means nothing to linear attention, convolutions or state spaces, and knows no window.
+    """
+    text = config.get_text_config()
+    layers = set(getattr(text, "layer_types", None) or ["full_attention"])
+    window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
+    return layers <= {"full_attention", "sliding_attention"} and (not window or max_length <= window)
+
+
+def _check_ranking(rows: list[dict], micro: int, share: bool, rank_weight: float) -> None:
+    """Raise `ParamError` where the ranking loss would compare less than it promises."""
+    groups = Counter(r["group"] for r in rows if "group" in r)
+    if not groups:
+        return  # the SFT baseline: nothing to rank
+    if not share:
+        wrong = "this model's attention is not plain over max_length tokens: lower max_length to its window, or take 0."
+    elif not any("rank" in r for r in rows):
+        wrong = "no judgement begins with its score: put score_first into build_eft.formats."
+    elif (most := max(groups.values())) > micro:
+        wrong = (
+            f"a prompt has up to {most} judgements (replies times formats) and a micro-batch holds {micro}: raise "
+            f"micro_batch_size to {most}, and train_batch_size to a multiple of it."
+        )
+    else:
+        return
+    raise ParamError(f"rank_weight = {rank_weight:g}: {wrong}")
+
+
 def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> PackedSFTTrainer:
     """trl's SFTTrainer on tokenised rows: cross-entropy on the assistant's tokens, and the ranking loss.
 
-    Replies are compared, and share what they share, within a micro-batch: `micro_batch_size` should hold all
-    judgements of a prompt, which are its replies times the EFT formats.
+    Replies share what they have in common, and are compared, within a micro-batch. So with `rank_weight` a
+    micro-batch must hold all judgements of a prompt: its replies times the EFT formats.
     """
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    share = can_share(model.config, params.max_length)
     micro, accumulation = _batch_sizes(params)
-    packed = packing.sequences(rows, micro, share=not window or params.max_length <= window)
-    compared = any(len({*s["ranks"]} - {packing.NO_RANK}) > 1 for s in packed)
-    if params.rank_weight and any("group" in r for r in rows) and not compared:
-        raise ParamError(
-            f"rank_weight = {params.rank_weight:g}, but no micro-batch holds two score-first judgements of one prompt: "
-            "put score_first into build_eft.formats, and raise micro_batch_size to replies times formats."
-        )
+    if params.rank_weight:
+        _check_ranking(rows, micro, share, params.rank_weight)
+    packed = packing.sequences(rows, micro, share=share)
     batches = packing.micro_batches(packed, micro, params.epochs, params.seed)
     args = SFTConfig(
         **_common_args(params, work, per_device=1, accumulation=accumulation, n_items=len(batches)),
         remove_unused_columns=False,
     )
+    _one_device(args)
     return PackedSFTTrainer(
         model=model,
         args=args,
@@ -316,6 +355,7 @@ def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> DPOTr
         precompute_ref_log_probs=True,
         disable_dropout=not params.dropout,
     )
+    _one_device(args)
     with _labels_only(pick_device(params.device)):
         trainer = TokenisedDPOTrainer(
             model=model,

@@ -1,11 +1,13 @@
 """Packed sequences compute what their rows compute alone."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from srlm_utils import chat, eft, judge, packing, train
-from srlm_utils.errors import ParamError
+from srlm_utils.errors import DataError, ParamError
 from tests.test_train import params
 
 REPLIES = ["Blue is a colour.", "Blue.", "I like the sea and the sky.", "Blue is a fruit, blue blue."]
@@ -136,16 +138,18 @@ def test_training_learns_an_order_that_only_the_ranks_give(tiny, tmp_path):
     trainer, _ = trainer_of(tiny, net, rows, tmp_path, rank_weight=20.0, epochs=30, learning_rate=3e-3)
     trainer.train()
     accuracy = [r["rank_accuracy"] for r in trainer.state.log_history if "rank_accuracy" in r]
-    assert accuracy[-1] == 1.0
+    assert accuracy[0] < accuracy[-1] == 1.0
 
 
 def test_a_ranking_loss_without_anything_to_compare_is_an_error(tiny, tmp_path):
     net = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     unscored = [r for r in judgements() if r["format"] == "justify_first"]
-    with pytest.raises(ParamError, match="put score_first into build_eft.formats"):
+    with pytest.raises(ParamError, match="rank_weight = 1: no judgement begins .* put score_first into"):
         trainer_of(tiny, net, unscored, tmp_path, rank_weight=1.0)
-    with pytest.raises(ParamError, match="raise micro_batch_size"):
-        trainer_of(tiny, net, judgements(), tmp_path, rank_weight=1.0, micro_batch_size=1)
+    for micro in (1, 4):
+        with pytest.raises(ParamError, match=f"up to 8 judgements .* holds {micro}: raise micro_batch_size to 8"):
+            trainer_of(tiny, net, judgements(), tmp_path, rank_weight=1.0, micro_batch_size=micro)
+    trainer_of(tiny, net, judgements(), tmp_path, rank_weight=1.0, micro_batch_size=8)
     answers = [{"prompt": "Hi?", "response": "Hello."}]  # the SFT baseline has nothing to rank, and that is fine
     trainer_of(tiny, net, answers, tmp_path, rank_weight=1.0)
 
@@ -161,6 +165,44 @@ def test_micro_batches_hold_one_kind_and_every_sequence_once_an_epoch():
     assert batches == packing.micro_batches(packed, 8, 2, seed=1) != packing.micro_batches(packed, 8, 2, seed=2)
 
 
+def test_packing_computes_the_same_under_autocast(tiny, net, tmp_path):
+    """As training in bfloat16 does it: float32 weights stand in for the adapters' base."""
+    trainer, rows = trainer_of(tiny, net, judgements(), tmp_path)
+    (batch,) = trainer.get_train_dataloader()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert bool(batch["attention_mask"].bfloat16().isfinite().all())
+        assert trainer.compute_loss(net, dict(batch)).item() == pytest.approx(float(sum(alone(net, rows))), abs=0.02)
+
+
+def test_kernels_use_one_gpu_at_most():
+    for n, kept in ((0, 0), (1, 1), (8, 1)):
+        args = SimpleNamespace(n_gpu=n)
+        train._one_device(args)
+        assert args._n_gpu == kept
+
+
+@pytest.mark.parametrize(
+    "config,shares",
+    [
+        ({}, True),
+        ({"sliding_window": 64}, False),
+        ({"sliding_window": 2048}, True),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, True),
+        ({"layer_types": ["full_attention", "linear_attention"]}, False),
+        ({"attention_chunk_size": 64}, False),
+    ],
+)
+def test_only_plain_attention_shares(config, shares):
+    text = SimpleNamespace(**config)
+    assert train.can_share(SimpleNamespace(get_text_config=lambda: text), 2048) is shares
+
+
+def test_rows_of_an_older_version_are_named(tiny):
+    old = [{k: v for k, v in r.items() if k != "rank"} for r in judgements()]
+    with pytest.raises(DataError, match="row p/0/score_first has no rank.*03_build_eft"):
+        train.sft_rows(chat.load_tokenizer(tiny), old, 2048)
+
+
 def test_a_window_shorter_than_a_row_is_not_packed(tiny, net, tmp_path):
     rows = judgements()
     trainer, _ = trainer_of(tiny, net, rows, tmp_path)
@@ -170,3 +212,5 @@ def test_a_window_shorter_than_a_row_is_not_packed(tiny, net, tmp_path):
     assert len(trainer.data_collator.packed) == len(rows)
     (batch,) = trainer.get_train_dataloader()
     assert batch["attention_mask"].ndim == 2
+    with pytest.raises(ParamError, match="lower max_length to its window"):
+        trainer_of(tiny, net, rows, tmp_path, rank_weight=1.0)
