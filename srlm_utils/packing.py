@@ -55,6 +55,24 @@ def sequences(rows: list[dict], size: int, *, share: bool = True) -> list[dict]:
     return [pack(part) | {"kind": "eft" if "group" in part[0] else "ift", "n_rows": len(part)} for part in parts]
 
 
+def length_batches(rows, lengths: list[int], n_rows: list[int], size: int, rng) -> list[list[int]]:
+    """Indices `rows` in batches of similar length that hold at most `size` rows by `n_rows`: little padding.
+
+    They are shuffled into length windows of eight batches; the batches come window by window.
+    """
+    rows, batches = list(rows), []
+    rng.shuffle(rows)
+    for w in range(0, len(rows), 8 * size):
+        batch: list[int] = []
+        for i in sorted(rows[w : w + 8 * size], key=lambda i: lengths[i]):
+            if batch and sum(n_rows[j] for j in batch) + n_rows[i] > size:
+                batches.append(batch)
+                batch = []
+            batch.append(i)
+        batches.append(batch)
+    return batches
+
+
 def micro_batches(packed: list[dict], size: int, epochs: int, seed: int) -> list[list[int]]:
     """Indices of the sequences of each micro-batch, for `epochs` passes, in a seeded order.
 
@@ -62,19 +80,12 @@ def micro_batches(packed: list[dict], size: int, epochs: int, seed: int) -> list
     sequence comes once an epoch.
     """
     out = []
+    lengths, n_rows = [len(s["input_ids"]) for s in packed], [s["n_rows"] for s in packed]
     for epoch in range(epochs):
         rng, batches = random.Random(f"{seed}:{epoch}"), []
         for kind in sorted({s["kind"] for s in packed}):
-            order = [i for i, s in enumerate(packed) if s["kind"] == kind]
-            rng.shuffle(order)
-            for w in range(0, len(order), 8 * size):
-                batch: list[int] = []
-                for i in sorted(order[w : w + 8 * size], key=lambda i: len(packed[i]["input_ids"])):
-                    if batch and sum(packed[j]["n_rows"] for j in batch) + packed[i]["n_rows"] > size:
-                        batches.append(batch)
-                        batch = []
-                    batch.append(i)
-                batches.append(batch)
+            of_kind = [i for i, s in enumerate(packed) if s["kind"] == kind]
+            batches += length_batches(of_kind, lengths, n_rows, size, rng)
         rng.shuffle(batches)
         out += batches
     return out

@@ -115,20 +115,14 @@ def dpo_rows(tokenizer, pairs: list[dict], max_length: int) -> tuple[list[dict],
 
 
 def batch_order(lengths: list[int], batch_size: int, epochs: int, seed: int) -> list[int]:
-    """Row indices for `epochs` passes, in batches of rows of similar length: little padding.
+    """Row indices for `epochs` passes, in shuffled batches of rows of similar length.
 
-    Every row comes once an epoch; rows are shuffled into length windows of eight batches and batches are
-    shuffled too.
+    Every row comes once an epoch.
     """
-    order = []
+    order, n = [], len(lengths)
     for epoch in range(epochs):
         rng = random.Random(f"{seed}:{epoch}")
-        rows = list(range(len(lengths)))
-        rng.shuffle(rows)
-        batches = []
-        for w in range(0, len(rows), 8 * batch_size):
-            window = sorted(rows[w : w + 8 * batch_size], key=lambda i: lengths[i])
-            batches += [window[b : b + batch_size] for b in range(0, len(window), batch_size)]
+        batches = packing.length_batches(range(n), lengths, [1] * n, batch_size, rng)
         rng.shuffle(batches)
         # a short batch anywhere but at the end would shift every batch behind it
         batches.sort(key=lambda b: len(b) < batch_size)
@@ -250,8 +244,8 @@ def supervised_losses(logits, targets, ranks, score_ids: list[int], rank_weight:
     ``rank_loss``: for each two replies in one sequence that people ranked, ``softplus(-2 (s_better -
     s_worse))`` of their expected scores, the Bradley-Terry loss; `rank_accuracy` is the share in order.
     A few hundred judgements hardly teach that order by cross-entropy alone, and it is all that preference pairs
-    are made of (LOG.md). `logits` (rows, columns, vocabulary), `targets` and
-    `ranks` (rows, columns); digits are the targets with a rank.
+    are made of (LOG.md). `logits` (rows, columns, vocabulary), `targets` and `ranks` (rows, columns); digits are
+    the targets with a rank.
     """
     digits = ranks != packing.NO_RANK
     text = (targets != packing.NO_TARGET) & ~digits
