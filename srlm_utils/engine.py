@@ -1,16 +1,18 @@
-"""Generation and scoring on transformers: batched, sampled exactly, each row with a stream of its own."""
+"""Generation and scoring on transformers: batched, sampled exactly, each text with a random stream of its own."""
 
-import os
+import contextlib
+import ctypes
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from srlm_utils import chat
+from srlm_utils import attention, chat
 from srlm_utils.errors import ModelError
+from srlm_utils.prefill import read
 from srlm_utils.sampling import sample, uniforms
+from srlm_utils.slots import Slots, blocks
 
 
 @dataclass
@@ -21,6 +23,18 @@ class Sample:
     text: str
     n_tokens: int
     ended: bool
+
+
+def keep_memory() -> None:
+    """Have the C library keep memory that is freed, instead of giving it back and fetching it again.
+
+    On a CPU every large intermediate result is otherwise made of pages that the system has to clear first: a
+    microsecond for each 4 kB. glibc on Linux only; elsewhere nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: nothing gets a mapping of its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back
 
 
 def pick_device(device: str = "auto") -> str:
@@ -42,12 +56,19 @@ def pick_dtype(dtype: str = "auto", device: str = "auto") -> str:
     return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
 
 
-class Engine:
-    """A model and its tokenizer, loaded for generation.
+MAX_BATCH = {"cpu": 256, "cuda": 512}  # texts sampled at once where memory allows; more gains little (benchmarks/)
 
-    Sampling asks for the same random numbers whatever the batch size (`sampling.uniforms`). In
-    bfloat16 the logits themselves still differ by rounding between batch shapes, so texts repeat
-    exactly for the same batch size and nearly always, but not always, for another.
+
+class Engine:
+    """A model and its tokenizer, loaded for generation and scoring.
+
+    What prompts begin with alike is read once (`prefill`): the rubric of a thousand judgements, the prompt of four
+    answers. Batches are continuous: where a text has ended, the next one starts. `batch_size` texts are sampled
+    at once; 0 takes as many as fit into half of the free memory, up to `MAX_BATCH`.
+
+    Each sample asks for the same random numbers whatever the batch size (`sampling.uniforms`), so in float32 a seed
+    gives the same texts for any. In bfloat16 the logits themselves differ by rounding between batch shapes: there a
+    seed repeats exactly for the same requests and batch size, and nearly always, but not always, for others.
     """
 
     def __init__(
@@ -57,25 +78,28 @@ class Engine:
         revision: str = "",
         device: str = "auto",
         dtype: str = "auto",
-        batch_size: int = 32,
+        batch_size: int = 0,
         chat_template: str = "",
         trust_remote_code: bool = False,
     ):
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         self.tokenizer = chat.load_tokenizer(
             folder, revision=revision, chat_template=chat_template, trust_remote_code=trust_remote_code
         )
         self.device = pick_device(device)
+        if self.device == "cpu":
+            keep_memory()
         self.batch_size = batch_size
+        source = {"revision": revision or None, "trust_remote_code": trust_remote_code}
         try:
             self.model = (
                 AutoModelForCausalLM.from_pretrained(
                     folder,
-                    revision=revision or None,
                     dtype=getattr(torch, pick_dtype(dtype, device)),
                     use_safetensors=True,
-                    trust_remote_code=trust_remote_code,
+                    attn_implementation=attention.implementation(AutoConfig.from_pretrained(folder, **source)),
+                    **source,
                 )
                 .to(self.device)
                 .eval()
@@ -104,126 +128,143 @@ class Engine:
         stop_ids: tuple[int, ...] = (),
         on_token=None,
     ) -> Iterator[list[Sample]]:
-        """Sample `n` texts for each request ``(key, prompt token ids)``; yields them batch by batch.
+        """Sample `n` texts for each request ``(key, prompt token ids)``; yields a request's samples when all are there.
 
-        A sample's key is ``<request key>-<index>``. Requests run longest first, so that a batch holds
-        prompts of one length and the largest batch comes first; the `n` samples of a prompt share one
-        prefill; rows that have ended leave the batch. Temperature 0 is greedy. EOS and `stop_ids` end
-        a text and are not part of it. `on_token(n)` is told of tokens as they are made.
+        A sample's key is ``<request key>-<index>``. Temperature 0 is greedy. EOS and `stop_ids` end a text and are
+        not part of it. `on_token(n)` is told of tokens as they are made.
         """
-        requests = sorted(requests, key=lambda r: (-len(r[1]), r[0]))
-        per_batch = max(1, self.batch_size // n)
-        for i in range(0, len(requests), per_batch):
-            yield self._generate_batch(
-                requests[i : i + per_batch],
-                n,
-                max_new_tokens,
-                temperature,
-                top_p,
-                seed,
-                self._ends | {*stop_ids},
-                on_token,
-            )
+        if not requests:
+            return
+        longest = max(len(ids) for _, ids in requests) + max_new_tokens
+        size = max(n, min(self.batch_size or self._fitting(longest), len(requests) * n) // n * n)
+        texts = _Texts(self.tokenizer, n, max_new_tokens, seed, self._ends | {*stop_ids}, on_token)
 
-    def _generate_batch(self, batch, n, max_new_tokens, temperature, top_p, seed, stops, on_token):
-        keys = [f"{key}-{j}" for key, _ in batch for j in range(n)]
-        u = np.stack([uniforms(seed, key, max_new_tokens) for key in keys])
-        u = torch.from_numpy(u.astype(np.float32)).to(self.device)
-        stops_t = torch.tensor(sorted(stops), device=self.device)
-        ids, mask = self._left_pad([p for _, p in batch])
-        out = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, logits_to_keep=1
-        )
-        cache, logits = out.past_key_values, out.logits[:, -1]
-        if n > 1:
-            cache.batch_repeat_interleave(n)
-            logits, mask = (t.repeat_interleave(n, 0) for t in (logits, mask))
-        tokens: list[list[int]] = [[] for _ in keys]
-        ended = [False] * len(keys)
-        alive = torch.arange(len(keys), device=self.device)  # row of the batch -> index of the sample
-        for step in range(max_new_tokens):
-            next_ids = sample(logits, u[alive, step], temperature, top_p)
-            going = ~torch.isin(next_ids, stops_t)
-            for row, (token, goes) in enumerate(zip(next_ids.tolist(), going.tolist(), strict=True)):
-                if goes:
-                    tokens[alive[row]].append(token)
-                else:
-                    ended[alive[row]] = True
-            if on_token:
-                on_token(int(going.sum()))
-            if step == max_new_tokens - 1 or not bool(going.any()):
-                break
-            if not bool(going.all()):  # finished rows leave, cache and all
-                rows = going.nonzero().squeeze(-1)
-                cache.batch_select_indices(rows)
-                alive, mask, next_ids = alive[rows], mask[rows], next_ids[rows]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        def draw(logits, keys):
+            u = torch.tensor(texts.uniforms(keys), device=logits.device)
+            return sample(logits, u, temperature, top_p)
+
+        run = self._continuous if attention.plain(self.model.config, longest) else self._in_batches
+        yield from run(requests, n, size, texts, draw)
+
+    def _continuous(self, requests, n, size, texts, draw):
+        # the last come first: the longest, behind which all attention has to reach; then neighbours that share most
+        waiting = sorted(requests, key=lambda r: (blocks(len(r[1])), r[1]))
+        slots = Slots(self.model, size, max(len(ids) for _, ids in requests) + texts.budget)
+        held: list = [None] * size  # the sample that each slot holds
+        tokens = torch.zeros(size, dtype=torch.long, device=self.device)
+        while waiting or any(held):
+            free = [i for i, key in enumerate(held) if not key]
+            # a few at once: reading one prompt at a time leaves the processor half idle
+            if waiting and len(free) >= max(n, min(len(waiting) * n, size // 8)):
+                taken = [waiting.pop() for _ in range(min(len(waiting), len(free) // n))]
+                for reading in read(self.model, [ids for _, ids in taken]):
+                    places = [[free.pop() for _ in range(n)] for _ in reading.prompts]
+                    slots.put(places, reading)
+                    places = [place for of_prompt in places for place in of_prompt]
+                    keys = [f"{taken[i][0]}-{j}" for i in reading.prompts for j in range(n)]
+                    tokens[places] = drawn = draw(reading.logits.repeat_interleave(n, 0), keys)
+                    for place, key, goes in zip(places, keys, texts.add(keys, drawn.tolist()), strict=True):
+                        held[place] = key if goes else None
+                yield from texts.finished()
+                continue
+            if not waiting and len(free) >= max(1, slots.n // 8):  # nothing comes after them: smaller batches from here
+                kept = [i for i, key in enumerate(held) if key]
+                held, index = [held[i] for i in kept], torch.tensor(kept, device=self.device)
+                tokens = tokens[index]
+                slots.keep(index)
+            alive = [i for i, key in enumerate(held) if key]
+            logits = slots.step(tokens, torch.tensor([bool(key) for key in held], device=self.device))
+            if len(alive) < len(held):
+                logits = logits[alive]
+            keys = [held[i] for i in alive]
+            tokens[alive] = drawn = draw(logits, keys)
+            for i, goes in zip(alive, texts.add(keys, drawn.tolist()), strict=True):
+                if not goes:
+                    held[i] = None
+            yield from texts.finished()
+
+    def _in_batches(self, requests, n, size, texts, draw):
+        """For models whose layers are more than plain attention: whole batches, in transformers' own cache."""
+        requests = sorted(requests, key=lambda r: (-len(r[1]), r[0]))
+        for start in range(0, len(requests), size // n):
+            batch = requests[start : start + size // n]
+            keys = [f"{key}-{j}" for key, _ in batch for j in range(n)]
+            ids, mask = self._left_pad([p for _, p in batch])
             out = self.model(
-                input_ids=next_ids[:, None],
-                attention_mask=mask,
-                past_key_values=cache,
-                position_ids=mask.sum(-1, keepdim=True) - 1,
-                use_cache=True,
+                input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, logits_to_keep=1
             )
-            logits = out.logits[:, -1]
-        return [
-            Sample(k, chat.decode(self.tokenizer, t), len(t), e) for k, t, e in zip(keys, tokens, ended, strict=True)
-        ]
+            cache, logits = out.past_key_values, out.logits[:, -1]
+            if n > 1:
+                cache.batch_repeat_interleave(n)
+                logits, mask = (t.repeat_interleave(n, 0) for t in (logits, mask))
+            while True:
+                tokens = draw(logits, keys)
+                going = texts.add(keys, tokens.tolist())
+                yield from texts.finished()
+                if not any(going):
+                    break
+                if not all(going):  # ended rows leave, cache and all
+                    stay = torch.tensor(going, device=self.device).nonzero().squeeze(-1)
+                    cache.batch_select_indices(stay)
+                    mask, tokens, keys = mask[stay], tokens[stay], [k for k, g in zip(keys, going, strict=True) if g]
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+                out = self.model(
+                    input_ids=tokens[:, None],
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    position_ids=mask.sum(-1, keepdim=True) - 1,
+                    use_cache=True,
+                )
+                logits = out.logits[:, -1]
+
+    def _fitting(self, length: int) -> int:
+        """How many texts of `length` tokens fit into half of the free memory, a power of two up to `MAX_BATCH`."""
+        config = self.model.config.get_text_config()
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        per_text = 2 * config.num_hidden_layers * kv_heads * d * length * self.model.dtype.itemsize
+        per_text += 4 * 4 * config.vocab_size  # logits, and copies of them in float32
+        if self.device.startswith("cuda"):
+            free = torch.cuda.mem_get_info()[0]
+        else:
+            import psutil
+
+            free = psutil.virtual_memory().available
+        most = min(MAX_BATCH.get(self.device.partition(":")[0], 128), free // 2 // per_text)
+        return 1 << max(0, int(most).bit_length() - 1)
 
     # ---- scoring
 
     @torch.inference_mode()
     def choice_probs(
-        self, groups: list[list[tuple[str, list[int]]]], choices: list[int]
+        self, requests: list[tuple[str, list[int]]], choices: list[int]
     ) -> Iterator[list[tuple[str, list[float], float]]]:
         """Probability of each of the token ids `choices` as the next token, in one forward pass.
 
-        `groups` hold requests ``(key, token ids)`` that begin alike, such as the judge prompts of the
-        candidates of one prompt: what a group shares is read once. Yields batches of ``(key,
-        probabilities that sum to 1 over the choices, mass)``, where mass is the share of the full
-        distribution that the choices held before renormalising: near 0, the model was about to write
-        something else and the figures mean little.
+        Yields batches of ``(key, probabilities that sum to 1 over the choices, mass)`` for requests ``(key, prompt
+        token ids)``, where mass is the share of the full distribution that the choices held before renormalising:
+        near 0, the model was about to write something else and the figures mean little.
         """
-        groups = sorted((g for g in groups if g), key=lambda g: (-max(len(ids) for _, ids in g), g[0][0]))
-        batch: list = []
-        for group in groups:
-            if batch and sum(map(len, batch)) + len(group) > max(1, self.batch_size // 2):
-                yield self._choice_batch(batch, choices)
-                batch = []
-            batch.append(group)
-        if batch:
-            yield self._choice_batch(batch, choices)
+        if requests and attention.plain(self.model.config, max(len(ids) for _, ids in requests)):
+            batches = ((r.prompts, r.logits) for r in read(self.model, [ids for _, ids in requests]))
+        else:
+            batches = self._last_logits(requests)
+        for numbers, logits in batches:
+            probs = logits.float().softmax(-1)[:, choices]
+            mass = probs.sum(-1)
+            shares = (probs / mass[:, None]).tolist()
+            yield [(requests[i][0], p, m) for i, p, m in zip(numbers, shares, mass.tolist(), strict=True)]
 
-    def _choice_batch(self, groups, choices):
-        # all but the last token of the shortest may be shared: every request needs one of its own to ask with
-        shared = [os.path.commonprefix([ids[:-1] for _, ids in g]) for g in groups]
-        rows = [(key, ids[len(s) :], i) for i, (g, s) in enumerate(zip(groups, shared, strict=True)) for key, ids in g]
-        ids, mask = self._left_pad([rest for _, rest, _ in rows])
-        past = None
-        if all(shared):
-            # padding may stand between the two parts: positions count real tokens, and the mask hides the rest
-            head, head_mask = self._left_pad(shared)
-            past = self.model(
-                input_ids=head,
-                attention_mask=head_mask,
-                position_ids=_positions(head_mask),
-                use_cache=True,
-                logits_to_keep=1,
-            ).past_key_values
-            group_of = torch.tensor([i for *_, i in rows], device=self.device)
-            past.batch_select_indices(group_of)
-            mask = torch.cat([head_mask[group_of], mask], 1)
-        logits = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=_positions(mask)[:, -ids.shape[1] :],
-            past_key_values=past,
-            use_cache=past is not None,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        probs = logits.float().softmax(-1)[:, choices]
-        mass = probs.sum(-1)
-        return [(key, p.tolist(), float(m)) for (key, *_), p, m in zip(rows, probs / mass[:, None], mass, strict=True)]
+    def _last_logits(self, requests):
+        """For models whose layers are more than plain attention: whole prompts, longest first."""
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]))
+        for start in range(0, len(order), 16):
+            numbers = order[start : start + 16]
+            ids, mask = self._left_pad([requests[i][1] for i in numbers])
+            out = self.model(
+                input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False, logits_to_keep=1
+            )
+            yield numbers, out.logits[:, -1]
 
     def _left_pad(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         width = max(map(len, prompts))
@@ -235,6 +276,46 @@ class Engine:
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+class _Texts:
+    """The texts of one call to `Engine.generate` while they are written, by the keys of their samples."""
+
+    def __init__(self, tokenizer, n: int, budget: int, seed: int, stops: set[int], on_token):
+        self.tokenizer, self.n, self.budget, self.seed, self.stops = tokenizer, n, budget, seed, stops
+        self.on_token = on_token or (lambda n: None)
+        self._writing: dict[str, tuple[list[int], list[float]]] = {}  # tokens so far, random numbers
+        self._written: dict[str, list[Sample]] = {}  # by the key of the request
+
+    def uniforms(self, keys: list[str]) -> list[float]:
+        """The random number that each sample's next token is drawn with."""
+        out = []
+        for key in keys:
+            if key not in self._writing:
+                self._writing[key] = [], uniforms(self.seed, key, self.budget).tolist()
+            tokens, randoms = self._writing[key]
+            out.append(randoms[len(tokens)])
+        return out
+
+    def add(self, keys: list[str], drawn: list[int]) -> list[bool]:
+        """Take each sample's next token; whether it goes on."""
+        going = []
+        for key, token in zip(keys, drawn, strict=True):
+            tokens, _ = self._writing[key]
+            if not (ended := token in self.stops):
+                tokens.append(token)
+            going.append(not ended and len(tokens) < self.budget)
+            if not going[-1]:
+                text = Sample(key, chat.decode(self.tokenizer, tokens), len(tokens), ended)
+                self._written.setdefault(key.rpartition("-")[0], []).append(text)
+                del self._writing[key]
+        self.on_token(sum(token not in self.stops for token in drawn))
+        return going
+
+    def finished(self) -> Iterator[list[Sample]]:
+        """The samples of each request that has all of them, in order; once."""
+        for request in [r for r, samples in self._written.items() if len(samples) == self.n]:
+            yield sorted(self._written.pop(request), key=lambda s: int(s.key.rpartition("-")[2]))
 
 
 class Meter:

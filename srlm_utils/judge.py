@@ -103,12 +103,11 @@ def expected_scores(engine, rubric: Rubric, items: list[dict]) -> Iterator[list[
     the whole distribution)}.
     """
     start, choices = score_tokens(engine.tokenizer)
-    by_prompt: dict[str, list] = {}  # rubric and prompt are read once for all candidates of a prompt
+    requests = []
     for it in items:
         text = rubric.render(it["prompt"], it["response"], "score_first")
-        ids = chat.prompt_ids(engine.tokenizer, chat.user(text)) + start
-        by_prompt.setdefault(it["prompt"], []).append((it["id"], ids))
-    for batch in engine.choice_probs(list(by_prompt.values()), choices):
+        requests.append((it["id"], chat.prompt_ids(engine.tokenizer, chat.user(text)) + start))
+    for batch in engine.choice_probs(requests, choices):
         yield [
             {
                 "id": key,

@@ -1,8 +1,8 @@
-"""Rows that begin alike share one sequence, so that what they share is read and trained once.
+"""Token sequences that begin alike share one row, so that what they share is read, and trained, once.
 
 EFT shows the judge several replies to one prompt, each in two formats: rubric and prompt are the same in all
-of these rows, and a reply is the same in both of its formats. A packed sequence is the tree of such rows'
-tokens. A token sees its ancestors in the tree and nothing else, and its position is its depth, so every row
+of these rows, and a reply is the same in both of its formats. A packed row is the tree of such sequences'
+tokens. A token sees its ancestors in the tree and nothing else, and its position is its depth, so every sequence
 computes what it would compute alone (tests/test_packing.py).
 """
 
@@ -13,40 +13,62 @@ import torch
 NO_TARGET, NO_RANK = -100, -1
 
 
+def tree(sequences: list[list[int]], shareable: list[int]) -> tuple[dict[str, list[int]], list[list[int]]]:
+    """Merge what `sequences` of token ids begin with, the first `shareable[i]` tokens of each at most.
+
+    Returns the tree, {"input_ids", "positions", "parents"} (lists of one length; a parent is the index of the token
+    before, -1 at a start), and for each sequence the indices of its tokens in it.
+    """
+    ids, positions, parents = [], [], []
+    seen: dict[tuple[int, int], int] = {}  # (parent, token) -> index
+    paths = []
+    for sequence, n in zip(sequences, shareable, strict=True):
+        at, path = -1, []
+        for depth, token in enumerate(sequence):
+            parent, at = at, seen.get((at, token), -1) if depth < n else -1
+            if at < 0:
+                at = len(ids)
+                ids.append(token)
+                positions.append(depth)
+                parents.append(parent)
+                if depth < n:
+                    seen[parent, token] = at
+            path.append(at)
+        paths.append(path)
+    return {"input_ids": ids, "positions": positions, "parents": parents}, paths
+
+
+def visible(parents: list[int], width: int) -> torch.Tensor:
+    """(width, width), whether a token of a tree sees another; what pads a tree up to `width` sees itself alone."""
+    sees = torch.eye(width, dtype=torch.bool)  # padding, too, must see something: no empty row
+    for i, parent in enumerate(parents):
+        if parent >= 0:
+            sees[i] |= sees[parent]
+    return sees
+
+
 def pack(rows: list[dict]) -> dict:
-    """One sequence out of `rows`: {"input_ids", "positions", "parents", "targets", "ranks"}, lists of one length.
+    """One sequence out of `rows`: a `tree` with "targets" and "ranks", lists of one length.
 
     A row has ``input_ids`` and ``labels`` (-100 where no loss is wanted, as everywhere in transformers) and may
-    have ``rank``. ``parents`` holds the index of the token before, -1 at a start. ``targets`` holds what a token
-    must predict, so it stands one place before its label. ``ranks`` holds the row's rank at its first target.
-    Everything up to the token before the first target may be shared; from there on a row has its own tokens.
+    have ``rank``. ``targets`` holds what a token must predict, so it stands one place before its label. ``ranks``
+    holds the row's rank at its first target. Everything up to the token before the first target may be shared;
+    from there on a row has its own tokens.
     """
-    out: dict[str, list[int]] = {k: [] for k in ("input_ids", "positions", "parents", "targets", "ranks")}
-
-    def add(token, depth, parent, target=NO_TARGET, rank=NO_RANK) -> int:
-        for column, value in zip(out.values(), (token, depth, parent, target, rank), strict=True):
-            column.append(value)
-        return len(out["input_ids"]) - 1
-
-    seen: dict[tuple[int, int], int] = {}  # (parent, token) -> index
-    for row in rows:
-        ids, labels = row["input_ids"], row["labels"]
-        own = next(i for i, label in enumerate(labels) if label != NO_TARGET) - 1
-        at = -1
-        for depth, token in enumerate(ids[:own]):
-            if (at, token) not in seen:
-                seen[at, token] = add(token, depth, at)
-            at = seen[at, token]
-        for depth in range(own, len(ids) - 1):  # the last token predicts nothing
-            rank = row.get("rank", NO_RANK) if depth == own else NO_RANK
-            at = add(ids[depth], depth, at, labels[depth + 1], rank)
+    firsts = [next(i for i, label in enumerate(r["labels"]) if label != NO_TARGET) for r in rows]
+    out, paths = tree([r["input_ids"][:-1] for r in rows], [first - 1 for first in firsts])  # the last predicts nothing
+    out["targets"], out["ranks"] = [NO_TARGET] * len(out["input_ids"]), [NO_RANK] * len(out["input_ids"])
+    for row, first, path in zip(rows, firsts, paths, strict=True):
+        for i in range(first, len(row["labels"])):
+            out["targets"][path[i - 1]] = row["labels"][i]
+        out["ranks"][path[first - 1]] = row.get("rank", NO_RANK)
     return out
 
 
 def sequences(rows: list[dict], size: int, *, share: bool = True) -> list[dict]:
     """Pack rows of one ``group`` together, at most `size` to a sequence; adds "kind" and "n_rows".
 
-    Rows without a group stand alone. `share` False packs nothing (see `train.can_share`).
+    Rows without a group stand alone. `share` False packs nothing (see `attention.plain`).
     """
     groups: dict = {}
     for i, row in enumerate(rows):
@@ -92,7 +114,7 @@ def micro_batches(packed: list[dict], size: int, epochs: int, seed: int) -> list
 
 
 class Collator:
-    """Tensors of one micro-batch, padded on the left; a dataset row is {"sequences": indices into `packed`}."""
+    """Tensors of one micro-batch, padded on the right; a dataset row is {"sequences": indices into `packed`}."""
 
     def __init__(self, packed: list[dict], pad_id: int):
         self.packed, self.pad_id = packed, pad_id
@@ -103,7 +125,7 @@ class Collator:
         width = max(len(s["input_ids"]) for s in chosen)
 
         def padded(name: str, fill: int) -> torch.Tensor:
-            return torch.tensor([[fill] * (width - len(s[name])) + s[name] for s in chosen])
+            return torch.tensor([s[name] + [fill] * (width - len(s[name])) for s in chosen])
 
         return {
             "input_ids": padded("input_ids", self.pad_id),
@@ -119,12 +141,7 @@ class Collator:
         logits, (rows, 1, width, width)."""
         lengths = [len(s["parents"]) for s in chosen]
         if all(s["parents"] == list(range(-1, n - 1)) for s, n in zip(chosen, lengths, strict=True)):
-            return torch.tensor([[0] * (width - n) + [1] * n for n in lengths])
-        sees = torch.eye(width, dtype=torch.bool).repeat(len(chosen), 1, 1)  # padding sees itself: no empty row
-        for b, s in enumerate(chosen):
-            left = width - len(s["parents"])
-            for i, parent in enumerate(s["parents"]):
-                if parent >= 0:
-                    sees[b, left + i] |= sees[b, left + parent]
+            return torch.tensor([[1] * n + [0] * (width - n) for n in lengths])
+        sees = torch.stack([visible(s["parents"], width) for s in chosen])
         # bfloat16's least number is one of float32's too: the mask stays finite under autocast
         return torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.bfloat16).min)[:, None]

@@ -37,7 +37,7 @@ class Step(_Params):
 class _ModelStep(Step):
     device: str = "auto"  # auto, cpu, cuda
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bfloat16 where the hardware has it
-    batch_size: int = Field(32, ge=1)  # sequences generated at once; scoring takes half
+    batch_size: int = Field(0, ge=0)  # texts sampled at once; 0 takes as many as fit
     trust_remote_code: bool = False
 
 

@@ -5,7 +5,8 @@ import hashlib
 import numpy as np
 import torch
 
-TOP_K = 256  # wide enough to hold p = 0.9 on nearly every step; rows where it is not are sorted in full
+TOP_K = 256  # wide enough to hold p = 0.9 on nearly every step
+CHUNK = 64  # rows
 
 
 def uniforms(seed: int, key: str, n: int) -> np.ndarray:
@@ -23,17 +24,20 @@ def nucleus(logits: torch.Tensor, temperature: float, top_p: float) -> tuple[tor
 
     The nucleus is the smallest set of most likely tokens whose mass reaches `top_p` (Holtzman et al.
     2020). Only the `TOP_K` largest logits are sorted: a token's probability needs the sum over the
-    vocabulary, not its order. Where the `TOP_K` do not hold `top_p`, all rows are sorted in full, so
-    the distribution is the exact one either way.
+    vocabulary, not its order. Where they do not hold `top_p` in some row, ever more are, so the distribution is the
+    exact one either way.
     """
-    logits = logits.float() / temperature
-    log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
-    k = min(TOP_K, logits.shape[-1])
-    top, ids = logits.topk(k, dim=-1)
-    probs = (top - log_z).exp()
-    if k < logits.shape[-1] and bool((probs.sum(-1) < top_p).any()):
-        top, ids = logits.sort(dim=-1, descending=True)
-        probs = (top - log_z).exp()
+    size, total = logits.shape[-1], None
+    k = TOP_K if top_p < 1 else size
+    while True:
+        top, ids = logits.topk(min(k, size), dim=-1)
+        highest = top[:, :1]
+        if total is None:  # in place: on a CPU a copy of the vocabulary's logits costs as much as their exponentials
+            total = logits.to(torch.float32, copy=True).sub_(highest).div_(temperature).exp_().sum(-1, keepdim=True)
+        probs = ((top.float() - highest) / temperature).exp() / total
+        if k >= size or bool((probs.sum(-1) >= top_p).all()):
+            break
+        k *= 8
     before = probs.cumsum(-1) - probs
     probs = torch.where(before < top_p, probs, 0.0)  # the first token has mass 0 before it: always kept
     return probs / probs.sum(-1, keepdim=True), ids
@@ -46,6 +50,9 @@ def sample(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: flo
     """
     if temperature == 0:
         return logits.argmax(-1)
+    if len(logits) > CHUNK:  # what is made of a chunk's logits stays in a processor's cache
+        parts = zip(logits.split(CHUNK), u.split(CHUNK), strict=True)
+        return torch.cat([sample(part, its_u, temperature, top_p) for part, its_u in parts])
     probs, ids = nucleus(logits, temperature, top_p)
     index = torch.searchsorted(probs.cumsum(-1), u[:, None].float(), right=True)
     # rounding can leave the last kept cumulative sum a hair under 1; never step past the kept tokens

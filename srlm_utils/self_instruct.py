@@ -38,6 +38,7 @@ KEYWORDS = (
     "url",
     "attached",
 )
+WAVE = 64  # prompts asked for at once: each is shown two that were kept before
 _WORD = re.compile(r"[^\W_]+")
 
 

@@ -17,13 +17,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from srlm_utils import chat, judge, packing
+from srlm_utils import attention, chat, judge, packing
 from srlm_utils.artefacts import write_text
-from srlm_utils.engine import pick_device, pick_dtype
+from srlm_utils.engine import keep_memory, pick_device, pick_dtype
 from srlm_utils.errors import DataError, ModelError, ParamError, StepFailed
 
 # trl 1.16 sets this itself, whatever is passed
@@ -53,12 +53,17 @@ def load(folder: str, params, *, chat_template: str = "", trust_remote_code: boo
     weights, since bfloat16 weights would round small updates away."""
     tokenizer = chat.load_tokenizer(folder, chat_template=chat_template, trust_remote_code=trust_remote_code)
     device = pick_device(params.device)
+    if device == "cpu":
+        keep_memory()
     dtype = getattr(torch, pick_dtype(params.dtype, device)) if params.lora_r else torch.float32
-    # torch's fused attention is slow in bfloat16 on a CPU: plain attention trains 1.27 times as fast there (LOG.md)
-    attention = {"attn_implementation": "eager"} if device == "cpu" else {}
     try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **attention
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attention.implementation(config),
         )
     except (OSError, ValueError) as e:
         raise ModelError(f"{folder}: the model could not be loaded ({str(e).splitlines()[0]}).") from e
@@ -225,11 +230,10 @@ class PackedSFTTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         targets, ranks = inputs.pop("targets"), inputs.pop("ranks")
-        # only columns where some row has a target are projected through the vocabulary
-        at = (targets != packing.NO_TARGET).any(0).nonzero().squeeze(-1)
+        at = targets != packing.NO_TARGET  # only these are projected through the vocabulary
         outputs = model(**inputs, use_cache=False, logits_to_keep=at)
-        targets, ranks = targets[:, at], ranks[:, at]
-        losses = supervised_losses(outputs.logits, targets, ranks, self.score_ids, self.rank_weight)
+        logits, sequence = outputs.logits.view(-1, outputs.logits.shape[-1]), at.nonzero()[:, 0]
+        losses = supervised_losses(logits, targets[at], ranks[at], sequence, self.score_ids, self.rank_weight)
         for name, value in losses.items():
             self._metrics["train"][name].append(value.item())
         weight = {"text_loss": 1.0, "score_loss": 1.0, "rank_loss": self.rank_weight}
@@ -237,43 +241,32 @@ class PackedSFTTrainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def supervised_losses(logits, targets, ranks, score_ids: list[int], rank_weight: float) -> dict[str, torch.Tensor]:
+def supervised_losses(
+    logits: torch.Tensor, targets: torch.Tensor, ranks: torch.Tensor, sequence, score_ids: list[int], rank_weight: float
+) -> dict[str, torch.Tensor]:
     """The parts of the supervised loss that a micro-batch has, by name.
 
     ``text_loss`` and ``score_loss``: mean cross-entropy (nats) over text tokens and over score digits.
     ``rank_loss``: for each two replies in one sequence that people ranked, ``softplus(-2 (s_better -
     s_worse))`` of their expected scores, the Bradley-Terry loss; `rank_accuracy` is the share in order.
     A few hundred judgements hardly teach that order by cross-entropy alone, and it is all that preference pairs
-    are made of (LOG.md). `logits` (rows, columns, vocabulary), `targets` and `ranks` (rows, columns); digits are
-    the targets with a rank.
+    are made of (LOG.md). `logits` (targets, vocabulary); `targets`, `ranks` and `sequence`, the packed sequence that
+    each stands in, (targets,); digits are the targets with a rank.
     """
-    digits = ranks != packing.NO_RANK
-    text = (targets != packing.NO_TARGET) & ~digits
-    out = {}
-    for name, where in (("text_loss", text), ("score_loss", digits)):
+    digits, out = ranks != packing.NO_RANK, {}
+    for name, where in (("text_loss", ~digits), ("score_loss", digits)):
         if where.any():
             out[name] = torch.nn.functional.cross_entropy(logits[where].float(), targets[where])
     if rank_weight and digits.any():
         values = torch.arange(len(score_ids), dtype=torch.float32, device=logits.device)
         expected = logits[digits][:, score_ids].float().softmax(-1) @ values
-        row, rank = digits.nonzero()[:, 0], ranks[digits]
-        better = (row[:, None] == row[None]) & (rank[:, None] < rank[None])
+        sequence, rank = sequence[digits], ranks[digits]
+        better = (sequence[:, None] == sequence[None]) & (rank[:, None] < rank[None])
         gaps = (expected[:, None] - expected[None])[better]
         if len(gaps):
             out["rank_loss"] = torch.nn.functional.softplus(-RANK_SHARPNESS * gaps).mean()
             out["rank_accuracy"] = (gaps > 0).float().mean()
     return out
-
-
-def can_share(config, max_length: int) -> bool:
-    """Whether rows may be packed for this model: its layers must be plain attention over `max_length` tokens.
-
-    A tree's mask means nothing to linear attention, convolutions or state spaces, and knows no window.
-    """
-    text = config.get_text_config()
-    layers = set(getattr(text, "layer_types", None) or ["full_attention"])
-    window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
-    return layers <= {"full_attention", "sliding_attention"} and (not window or max_length <= window)
 
 
 def _check_ranking(rows: list[dict], micro: int, share: bool, rank_weight: float) -> None:
@@ -301,7 +294,7 @@ def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> Packe
     Replies share what they have in common, and are compared, within a micro-batch. So with `rank_weight` a
     micro-batch must hold all judgements of a prompt: its replies times the EFT formats.
     """
-    share = can_share(model.config, params.max_length)
+    share = attention.plain(model.config, params.max_length)
     micro, accumulation = _batch_sizes(params)
     if params.rank_weight:
         _check_ranking(rows, micro, share, params.rank_weight)

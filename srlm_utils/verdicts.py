@@ -36,12 +36,12 @@ def compare(engine, prompts: dict[str, str], a: dict[str, str], b: dict[str, str
     something. Yields rows {"prompt_id", "order" ("AB", "BA"), "p_first" (0 to 1)}.
     """
     template = load_template(PROMPTS / "pairwise.jinja")
-    groups = []
+    requests = []
     for pid in a:
         for order, first, second in (("AB", a[pid], b[pid]), ("BA", b[pid], a[pid])):
             text = template.render(prompt=inert(prompts[pid]), first=inert(first), second=inert(second))
-            groups.append([(f"{pid}\t{order}", chat.prompt_ids(engine.tokenizer, chat.user(text)))])
-    for batch in engine.choice_probs(groups, choice_ids(engine.tokenizer)):
+            requests.append((f"{pid}\t{order}", chat.prompt_ids(engine.tokenizer, chat.user(text))))
+    for batch in engine.choice_probs(requests, choice_ids(engine.tokenizer)):
         yield [
             {"prompt_id": key.split("\t")[0], "order": key.split("\t")[1], "p_first": round(p[0], 6)}
             for key, p, _ in batch

@@ -60,13 +60,11 @@ def test_stop_tokens_end_a_text_and_are_left_out(engine):
     assert stopped.ended and stopped.n_tokens < 8
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_choice_probs_are_the_softmax_at_the_last_position(engine, grouped):
+def test_choice_probs_are_the_softmax_at_the_last_position(engine):
     reqs = requests(engine)
     # one request may be the beginning of another, or be the same
     reqs += [("short", reqs[-1][1][:9]), ("same", reqs[-1][1])]
-    groups = [reqs[:2], reqs[2:]] if grouped else [[r] for r in reqs]
-    found = {key: (probs, mass) for batch in engine.choice_probs(groups, [5, 6, 7]) for key, probs, mass in batch}
+    found = {key: (probs, mass) for batch in engine.choice_probs(reqs, [5, 6, 7]) for key, probs, mass in batch}
     assert len(found) == len(reqs)
     for key, ids in reqs:
         with torch.no_grad():

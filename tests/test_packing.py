@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from srlm_utils import chat, eft, judge, packing, train
+from srlm_utils import attention, chat, eft, judge, packing, train
 from srlm_utils.errors import DataError, ParamError
 from tests.test_train import params
 
@@ -29,7 +29,7 @@ def judgements(replies=REPLIES, prompt="Name a colour.", group="p"):
     return eft.training_rows(rows, judge.Rubric("short"), list(judge.FORMATS))
 
 
-@pytest.fixture(params=["eager", "sdpa"])
+@pytest.fixture(params=["eager", "sdpa", "grouped"])
 def net(tiny, request):
     return AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32, attn_implementation=request.param)
 
@@ -123,10 +123,10 @@ def test_the_ranking_loss_is_of_expected_scores_within_a_prompt(tiny, net, tmp_p
 
 
 def test_equal_ranks_make_no_pair():
-    logits, targets = torch.randn(1, 3, 8), torch.tensor([[1, 2, 3]])
-    same = train.supervised_losses(logits, targets, torch.tensor([[0, 0, 0]]), [0, 1, 2, 3, 4, 5], 1.0)
+    logits, targets, one = torch.randn(3, 8), torch.tensor([1, 2, 3]), torch.zeros(3, dtype=torch.long)
+    same = train.supervised_losses(logits, targets, torch.tensor([0, 0, 0]), one, [0, 1, 2, 3, 4, 5], 1.0)
     assert set(same) == {"score_loss"}
-    two = train.supervised_losses(logits, targets, torch.tensor([[0, 0, 1]]), [0, 1, 2, 3, 4, 5], 1.0)
+    two = train.supervised_losses(logits, targets, torch.tensor([0, 0, 1]), one, [0, 1, 2, 3, 4, 5], 1.0)
     assert set(two) == {"score_loss", "rank_loss", "rank_accuracy"}
 
 
@@ -194,7 +194,7 @@ def test_kernels_use_one_gpu_at_most():
 )
 def test_only_plain_attention_shares(config, shares):
     text = SimpleNamespace(**config)
-    assert train.can_share(SimpleNamespace(get_text_config=lambda: text), 2048) is shares
+    assert attention.plain(SimpleNamespace(get_text_config=lambda: text), 2048) is shares
 
 
 def test_rows_of_an_older_version_are_named(tiny):

@@ -1,0 +1,56 @@
+"""Attention without copies of keys and values, for sampling, judging and training alike.
+
+Where several query heads share a key and value head, their queries are stacked instead of the keys and values
+being repeated. Registered with transformers as ``"grouped"``; `benchmarks/` has what it gains.
+"""
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+
+def implementation(config) -> str:
+    """The attention to load a model with: "grouped", or "eager" for models whose logits are capped."""
+    text = config.get_text_config()
+    capped = getattr(text, "attn_logit_softcapping", None) or getattr(text, "model_type", "") == "gpt_oss"
+    return "eager" if capped else "grouped"
+
+
+def plain(config, length: int) -> bool:
+    """Whether every layer attends to all of up to `length` tokens, so that rows may be packed and keys be moved.
+
+    A tree's mask means nothing to linear attention, convolutions or state spaces, and knows no window.
+    """
+    text = config.get_text_config()
+    layers = set(getattr(text, "layer_types", None) or ["full_attention"])
+    window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
+    return (
+        layers <= {"full_attention", "sliding_attention"}
+        and (not window or length <= window)
+        and not getattr(text, "num_kv_shared_layers", 0)
+    )
+
+
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """softmax(query keys / sqrt(d) + mask) values; (batch, heads, tokens, d) in, (batch, tokens, heads, d) out.
+
+    `attention_mask` is what is added to the logits, (batch, 1, tokens, keys). bfloat16's softmax computes in float32
+    inside: converting its input, as transformers does, changes nothing and takes longer than all of the rest on a CPU.
+    Many queries in float32, or on a GPU, are left to torch's fused attention, which is faster there.
+    """
+    batch, heads, n, d = query.shape
+    if attention_mask is None or n > 1 and (query.is_cuda or query.dtype == torch.float32):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    kv = key.shape[1]
+    scaling = d**-0.5 if scaling is None else scaling
+    logits = (query * scaling).reshape(batch, kv, heads // kv * n, d) @ key.transpose(2, 3)
+    logits.view(batch, heads, n, -1).add_(attention_mask)
+    weights = torch.nn.functional.dropout(logits.softmax(-1), dropout, training=module.training)
+    return (weights @ value).view(batch, heads, n, d).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", eager_mask)
