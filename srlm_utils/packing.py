@@ -38,13 +38,30 @@ def tree(sequences: list[list[int]], shareable: list[int]) -> tuple[dict[str, li
     return {"input_ids": ids, "positions": positions, "parents": parents}, paths
 
 
-def visible(parents: list[int], width: int) -> torch.Tensor:
-    """(width, width), whether a token of a tree sees another; what pads a tree up to `width` sees itself alone."""
-    sees = torch.eye(width, dtype=torch.bool)  # padding, too, must see something: no empty row
-    for i, parent in enumerate(parents):
-        if parent >= 0:
-            sees[i] |= sees[parent]
-    return sees
+def tensors(trees: list[dict], device, dtype: torch.dtype, *, n_before: int = 0) -> dict[str, torch.Tensor]:
+    """What a model is called with for one padded batch of trees: "input_ids", "position_ids" and "attention_mask".
+
+    The mask, (trees, 1, width, n_before + width), is what is added to the attention's logits, in the `dtype` that
+    attention computes in. `n_before` tokens of a cache stand before all of the trees.
+    """
+    width = max(len(t["input_ids"]) for t in trees)
+    sees = torch.eye(width, dtype=torch.bool).repeat(len(trees), 1, 1)  # padding, too, sees something: itself
+    for tree, its in zip(trees, sees, strict=True):
+        for i, parent in enumerate(tree["parents"]):
+            if parent >= 0:
+                its[i] |= its[parent]
+    sees = torch.nn.functional.pad(sees, (n_before, 0), value=True)[:, None].to(device)
+    ids, positions = (padded(trees, name, 0).to(device) for name in ("input_ids", "positions"))
+    # bfloat16's least number is one of float32's too: the mask stays finite under autocast
+    hidden = max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min)
+    mask = torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill_(~sees, hidden)
+    return {"input_ids": ids, "position_ids": positions + n_before, "attention_mask": mask}
+
+
+def padded(trees: list[dict], name: str, fill: int) -> torch.Tensor:
+    """One column of the trees, (trees, width), filled up on the right."""
+    width = max(len(t[name]) for t in trees)
+    return torch.tensor([t[name] + [fill] * (width - len(t[name])) for t in trees])
 
 
 def pack(rows: list[dict]) -> dict:
@@ -114,34 +131,18 @@ def micro_batches(packed: list[dict], size: int, epochs: int, seed: int) -> list
 
 
 class Collator:
-    """Tensors of one micro-batch, padded on the right; a dataset row is {"sequences": indices into `packed`}."""
+    """Tensors of one micro-batch; a dataset row is {"sequences": indices into `packed`}."""
 
-    def __init__(self, packed: list[dict], pad_id: int):
-        self.packed, self.pad_id = packed, pad_id
+    def __init__(self, packed: list[dict], dtype: torch.dtype):
+        self.packed, self.dtype = packed, dtype
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         (row,) = rows  # a dataset row is a micro-batch already
         chosen = [self.packed[i] for i in row["sequences"]]
-        width = max(len(s["input_ids"]) for s in chosen)
-
-        def padded(name: str, fill: int) -> torch.Tensor:
-            return torch.tensor([s[name] + [fill] * (width - len(s[name])) for s in chosen])
-
-        return {
-            "input_ids": padded("input_ids", self.pad_id),
-            "position_ids": padded("positions", 0),
-            "attention_mask": self._mask(chosen, width),
-            "targets": padded("targets", NO_TARGET),
-            "ranks": padded("ranks", NO_RANK),
-        }
-
-    @staticmethod
-    def _mask(chosen: list[dict], width: int) -> torch.Tensor:
-        """What attention sees: (rows, width) of 0 and 1 where no sequence branches, else what is added to its
-        logits, (rows, 1, width, width)."""
-        lengths = [len(s["parents"]) for s in chosen]
-        if all(s["parents"] == list(range(-1, n - 1)) for s, n in zip(chosen, lengths, strict=True)):
-            return torch.tensor([[1] * n + [0] * (width - n) for n in lengths])
-        sees = torch.stack([visible(s["parents"], width) for s in chosen])
-        # bfloat16's least number is one of float32's too: the mask stays finite under autocast
-        return torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.bfloat16).min)[:, None]
+        targets, ranks = padded(chosen, "targets", NO_TARGET), padded(chosen, "ranks", NO_RANK)
+        batch = tensors(chosen, "cpu", self.dtype) | {"targets": targets, "ranks": ranks}
+        if all(s["parents"] == list(range(-1, len(s["parents"]) - 1)) for s in chosen):
+            # nothing branches: models whose attention is not plain make their own mask
+            lengths = torch.tensor([len(s["parents"]) for s in chosen])
+            batch["attention_mask"] = (torch.arange(targets.shape[1]) < lengths[:, None]).long()
+        return batch

@@ -74,25 +74,17 @@ def _batches(rows: list[tuple[list[int], int]], budget: int) -> Iterator[list[li
 
 def _read(model, rests: list[list[int]], batch: list[list[int]], head: list[int], past) -> Reading:
     trees, device = [packing.tree([rests[i] for i in row], [len(rests[i]) for i in row]) for row in batch], model.device
-    width = max(len(t["input_ids"]) for t, _ in trees)
-    ids, positions = (
-        torch.tensor([t[name] + [0] * (width - len(t[name])) for t, _ in trees]) for name in ("input_ids", "positions")
-    )
-    sees = torch.stack([packing.visible(t["parents"], width) for t, _ in trees])
-    sees = torch.nn.functional.pad(sees, (len(head), 0), value=True)[:, None]
-    mask = torch.zeros(sees.shape, dtype=model.dtype).masked_fill_(~sees, torch.finfo(model.dtype).min)
+    inputs = packing.tensors([t for t, _ in trees], device, model.dtype, n_before=len(head))
     cache = DynamicCache()
     for i, layer in enumerate(past.layers if past else []):
         cache.update(*(x.expand(len(trees), -1, -1, -1) for x in (layer.keys, layer.values)), i)
 
     paths = [(row, path) for row, (_, of_row) in enumerate(trees) for path in of_row]
-    ends = torch.zeros(len(trees), width, dtype=torch.bool)
+    ends = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
     for row, path in paths:
         ends[row, path[-1]] = True
     logits = model(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        position_ids=(positions + len(head)).to(device),
+        **inputs,
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=ends.to(device),

@@ -11,7 +11,6 @@ import random
 import shutil
 import warnings
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -25,27 +24,10 @@ from srlm_utils import attention, chat, judge, packing
 from srlm_utils.artefacts import write_text
 from srlm_utils.engine import keep_memory, pick_device, pick_dtype
 from srlm_utils.errors import DataError, ModelError, ParamError, StepFailed
+from srlm_utils.pair_forward import share_prompts
 
 # trl 1.16 sets this itself, whatever is passed
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated", category=FutureWarning)
-
-
-@contextmanager
-def _labels_only(device: str):
-    """Let DPO project only positions that carry loss through the vocabulary, on the CPU as trl does on a GPU.
-
-    trl 1.16 scores every position where it has no Triton kernel, those of the prompts too. The values are the
-    same (tests/test_train.py).
-    """
-    from trl.trainer import utils
-
-    original = utils._use_triton
-    if device == "cpu":
-        utils._use_triton = lambda _: True  # read there for this choice alone
-    try:
-        yield
-    finally:
-        utils._use_triton = original
 
 
 def load(folder: str, params, *, chat_template: str = "", trust_remote_code: bool = False):
@@ -309,7 +291,7 @@ def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> Packe
         model=model,
         args=args,
         train_dataset=Dataset.from_dict({"sequences": batches}),
-        data_collator=packing.Collator(packed, tokenizer.pad_token_id),
+        data_collator=packing.Collator(packed, torch.bfloat16 if args.bf16 else torch.float32),
         processing_class=tokenizer,
         peft_config=lora_config(model, params),
         score_ids=judge.score_tokens(tokenizer)[1] if any("rank" in r for r in rows) else [],
@@ -318,10 +300,19 @@ def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> Packe
 
 
 class TokenisedDPOTrainer(DPOTrainer):
-    """DPOTrainer for rows that are token ids already."""
+    """DPOTrainer for rows that are token ids already. `share`: a pair's prompt is read once (`pair_forward`)."""
+
+    def __init__(self, *args, share: bool, **kwargs):
+        self.share = share
+        super().__init__(*args, **kwargs)
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
+
+    def _precompute_ref_logps(self, *args, **kwargs):
+        if self.share:  # what trl puts into the model's place is there by now
+            share_prompts(self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model)
+        return super()._precompute_ref_logps(*args, **kwargs)
 
 
 def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> DPOTrainer:
@@ -343,14 +334,14 @@ def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> DPOTr
         disable_dropout=not params.dropout,
     )
     _one_device(args)
-    with _labels_only(pick_device(params.device)):
-        trainer = TokenisedDPOTrainer(
-            model=model,
-            args=args,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-            peft_config=lora_config(model, params),
-        )
+    trainer = TokenisedDPOTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=lora_config(model, params),
+        share=attention.plain(model.config, 2 * params.max_length),
+    )
     trainer.train_dataset = trainer.train_dataset.select(order)  # the reference read each pair once; now all epochs
     return trainer
 
@@ -386,7 +377,7 @@ def train(trainer, step) -> pd.DataFrame:
     last = get_last_checkpoint(str(out)) if out.is_dir() else None
     if last:
         print(f"continuing from step {last.rpartition('-')[2]} of {total}")
-    with step.progress(total, "steps") as progress, _labels_only(trainer.args.device.type):
+    with step.progress(total, "steps") as progress:
         trainer.add_callback(_Report(progress))
         trainer.train(resume_from_checkpoint=last)
     return pd.DataFrame([r for r in trainer.state.log_history if "loss" in r])
