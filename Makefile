@@ -1,6 +1,8 @@
 # make run    the whole loop on a small real model (CPU is enough): about 33 minutes on 2 cores
 # make test   the tests
 # make lab    JupyterLab on the tour
+# make bench  how fast this machine is, against transformers and trl: benchmarks/latest.json (about 15 minutes;
+#             QUICKSTART=1 runs the quickstart for it, otherwise the last run's manifests are read)
 #
 # PYTHON       the interpreter that makes .venv (3.11 or newer)
 # TORCH        what pip installs for torch; set by default to a CPU build where there is no NVIDIA GPU
@@ -13,7 +15,7 @@ READY := $(VENV)/.ready
 PARAMS ?= params/quickstart.yaml
 ARGS ?=
 
-.PHONY: run test test-quick lab lint example clean-scratch
+.PHONY: run test test-quick lab bench lint example
 
 run: $(READY)
 	$(BIN)/srlm run $(PARAMS) $(ARGS)
@@ -27,6 +29,9 @@ test-quick: $(READY)
 
 lab: $(READY)
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_tour.ipynb
+
+bench: $(READY)
+	QUICKSTART=$(QUICKSTART) $(BIN)/python -m benchmarks $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

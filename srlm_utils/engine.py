@@ -66,9 +66,9 @@ class Engine:
     answers. Batches are continuous: where a text has ended, the next one starts. `batch_size` texts are sampled
     at once; 0 takes as many as fit into half of the free memory, up to `MAX_BATCH`.
 
-    Each sample asks for the same random numbers whatever the batch size (`sampling.uniforms`), so in float32 a seed
-    gives the same texts for any. In bfloat16 the logits themselves differ by rounding between batch shapes: there a
-    seed repeats exactly for the same requests and batch size, and nearly always, but not always, for others.
+    Each sample asks for the same random numbers whatever the batch size (`sampling.uniforms`). Logits differ by
+    rounding between batch shapes, so a seed repeats exactly for the same requests and batch size; for others all but
+    certainly in float32 and mostly in bfloat16, where a text may turn off at a draw that was nearly a tie.
     """
 
     def __init__(

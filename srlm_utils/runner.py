@@ -99,6 +99,8 @@ def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
     import papermill as pm
     from papermill.exceptions import PapermillExecutionError
 
+    from srlm_utils import warm
+
     logging.getLogger("papermill").setLevel(logging.ERROR)
     source = NOTEBOOKS / f"{step.stage}.ipynb"
     out = run / "notebooks" / f"{step.name}.ipynb"
@@ -130,6 +132,7 @@ def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
             cwd=str(PROJ_ROOT),
             request_save_on_cell_execute=False,
             extra_arguments=["--log-level=ERROR"],
+            **({"kernel_manager_class": warm.Manager} if warm.possible() else {}),
         )
     except PapermillExecutionError as e:
         where = f"{shown(out)}, cell {e.exec_count}"
