@@ -1,4 +1,4 @@
-"""``make bench``: every row a ratio measured in this run, as a table, benchmarks/latest.json and a figure.
+"""``make bench``: ratios measured in this run, as a table, benchmarks/latest.json and a figure.
 
 ``python -m benchmarks training`` measures one part and keeps the other rows of latest.json.
 """

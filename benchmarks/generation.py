@@ -59,7 +59,8 @@ def transformers_continuous(plain, ids: list[list[int]], n: int) -> int:
         do_sample=True, top_k=0, **SAMPLING, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=plain.config.eos_token_id
     )
     out = plain.generate_batch(inputs=[p for p in ids for _ in range(n)], generation_config=config, progress_bar=False)
-    return sum(len(o.generated_tokens) for o in out.values())
+    ends = {plain.config.eos_token_id}
+    return sum(sum(t not in ends for t in o.generated_tokens) for o in out.values())
 
 
 def rows(limit: dict[str, float]) -> list[dict]:

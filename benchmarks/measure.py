@@ -57,7 +57,7 @@ def limits() -> dict[str, float]:
     a = torch.empty(100_000_000, dtype=torch.uint8)
     b = torch.empty_like(a)
 
-    def best(f, n):
+    def middle(f, n):
         times = []
         for _ in range(7):
             start = time.perf_counter()
@@ -67,8 +67,8 @@ def limits() -> dict[str, float]:
         return statistics.median(times)
 
     with torch.inference_mode():
-        product = best(lambda: torch.nn.functional.linear(x, w), 20)
-        copy = best(lambda: b.copy_(a), 3)
+        product = middle(lambda: torch.nn.functional.linear(x, w), 20)
+        copy = middle(lambda: b.copy_(a), 3)
     return {"matmul_gflops": round(2 * 512 * 576 * 1536 / product / 1e9, 1), "copy_gb_s": round(0.2 / copy, 1)}
 
 

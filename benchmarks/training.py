@@ -11,7 +11,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from benchmarks.measure import bundled, fraction, in_turn, ratio
 from srlm_utils import eft, judge, train
-from srlm_utils.engine import keep_memory
+from srlm_utils.engine import keep_memory, pick_dtype
 from srlm_utils.params import Experiment
 from srlm_utils.paths import PROJ_ROOT
 from srlm_utils.seed_model import fetch
@@ -33,8 +33,13 @@ def _run(trainer) -> None:
 
 
 def _plain(folder: str, params):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, pick_dtype()))
     return model, train.lora_config(model, params)
+
+
+def _same() -> dict:
+    """trl's settings that make it compute what the kit computes, in the same dtype."""
+    return {"bf16": pick_dtype() == "bfloat16", "gradient_checkpointing": False}
 
 
 def sft_cases(folder: str) -> tuple[dict, int]:
@@ -78,7 +83,7 @@ def sft_cases(folder: str) -> tuple[dict, int]:
 
     cases = {
         "kit, SFT": kit,
-        "trl, SFT": lambda: trl(bf16=True, gradient_checkpointing=False),
+        "trl, SFT": lambda: trl(**_same()),
         "trl's defaults, SFT": trl,
     }
     return cases, n_tokens
@@ -125,7 +130,7 @@ def dpo_cases(folder: str) -> tuple[dict, int]:
 
     cases = {
         "kit, DPO": kit,
-        "trl, DPO": lambda: trl(bf16=True, gradient_checkpointing=False),
+        "trl, DPO": lambda: trl(**_same()),
         "trl's defaults, DPO": trl,
     }
     return cases, n_tokens

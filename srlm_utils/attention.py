@@ -10,19 +10,27 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 
-def implementation(config) -> str:
-    """The attention to load a model with: "grouped", or "eager" for models whose logits are capped."""
-    text = config.get_text_config()
-    capped = getattr(text, "attn_logit_softcapping", None) or getattr(text, "model_type", "") == "gpt_oss"
-    return "eager" if capped else "grouped"
+def use(model) -> None:
+    """Switch a loaded model to grouped attention, if its attention is one that transformers lets be replaced.
+
+    Others keep what they were loaded with: those with capped logits or attention sinks, which need more than keys
+    and values, and those that bring code of their own.
+    """
+    text = model.config.get_text_config()
+    more = getattr(text, "attn_logit_softcapping", None) or any("sink" in name for name, _ in model.named_parameters())
+    if text._attn_implementation == "sdpa" and not more and model._can_set_attn_implementation():
+        model.set_attn_implementation("grouped")
 
 
 def plain(config, length: int) -> bool:
     """Whether every layer attends to all of up to `length` tokens, so that rows may be packed and keys be moved.
 
-    A tree's mask means nothing to linear attention, convolutions or state spaces, and knows no window.
+    A tree's mask means nothing to linear attention, convolutions or state spaces, and knows no window. Models that
+    `use` left as they were may not take it at all.
     """
     text = config.get_text_config()
+    if text._attn_implementation != "grouped":
+        return False
     layers = set(getattr(text, "layer_types", None) or ["full_attention"])
     window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
     return (
@@ -49,7 +57,7 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, d
     logits = (query * scaling).reshape(batch, kv, heads // kv * n, d) @ key.transpose(2, 3)
     logits.view(batch, heads, n, -1).add_(attention_mask)
     weights = torch.nn.functional.dropout(logits.softmax(-1), dropout, training=module.training)
-    return (weights @ value).view(batch, heads, n, d).transpose(1, 2).contiguous(), None
+    return (weights @ value).view(batch, heads, n, -1).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("grouped", grouped_attention)

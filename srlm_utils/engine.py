@@ -5,6 +5,7 @@ import ctypes
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -37,6 +38,17 @@ def keep_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back
 
 
+def _free_memory() -> int:
+    """Bytes that are free for this process: of the machine, and of the container it runs in."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no limit, or no control group
+        group = Path("/sys/fs/cgroup")
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(free, 0)
+
+
 def pick_device(device: str = "auto") -> str:
     """`device` itself, or for "auto" cuda where there is one, else cpu."""
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,8 +74,8 @@ MAX_BATCH = {"cpu": 256, "cuda": 512}  # texts sampled at once where memory allo
 class Engine:
     """A model and its tokenizer, loaded for generation and scoring.
 
-    What prompts begin with alike is read once (`prefill`): the rubric of a thousand judgements, the prompt of four
-    answers. Batches are continuous: where a text has ended, the next one starts. `batch_size` texts are sampled
+    What prompts read together begin with alike is read once (`prefill`): the rubric of many judgements, the prompt of
+    four answers. Batches are continuous: where a text has ended, the next one starts. `batch_size` texts are sampled
     at once; 0 takes as many as fit into half of the free memory, up to `MAX_BATCH`.
 
     Each sample asks for the same random numbers whatever the batch size (`sampling.uniforms`). Logits differ by
@@ -82,7 +94,7 @@ class Engine:
         chat_template: str = "",
         trust_remote_code: bool = False,
     ):
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         self.tokenizer = chat.load_tokenizer(
             folder, revision=revision, chat_template=chat_template, trust_remote_code=trust_remote_code
@@ -91,15 +103,14 @@ class Engine:
         if self.device == "cpu":
             keep_memory()
         self.batch_size = batch_size
-        source = {"revision": revision or None, "trust_remote_code": trust_remote_code}
         try:
             self.model = (
                 AutoModelForCausalLM.from_pretrained(
                     folder,
+                    revision=revision or None,
                     dtype=getattr(torch, pick_dtype(dtype, device)),
                     use_safetensors=True,
-                    attn_implementation=attention.implementation(AutoConfig.from_pretrained(folder, **source)),
-                    **source,
+                    trust_remote_code=trust_remote_code,
                 )
                 .to(self.device)
                 .eval()
@@ -109,6 +120,7 @@ class Engine:
                 f"{folder}: the model could not be loaded ({str(e).splitlines()[0]}). Expected "
                 "a transformers causal language model with safetensors weights."
             ) from e
+        attention.use(self.model)
         eos = self.model.generation_config.eos_token_id
         eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
         self._ends = {self.tokenizer.eos_token_id, chat.end_of_turn(self.tokenizer), *eos}
@@ -143,8 +155,10 @@ class Engine:
             u = torch.tensor(texts.uniforms(keys), device=logits.device)
             return sample(logits, u, temperature, top_p)
 
-        run = self._continuous if attention.plain(self.model.config, longest) else self._in_batches
-        yield from run(requests, n, size, texts, draw)
+        if attention.plain(self.model.config, longest):
+            yield from self._continuous(requests, n, size, texts, draw)
+        else:
+            yield from self._in_batches(requests, n, min(size, max(n, 32 // n * n)), texts, draw)
 
     def _continuous(self, requests, n, size, texts, draw):
         # the last come first: the longest, behind which all attention has to reach; then neighbours that share most
@@ -220,16 +234,18 @@ class Engine:
     def _fitting(self, length: int) -> int:
         """How many texts of `length` tokens fit into half of the free memory, a power of two up to `MAX_BATCH`."""
         config = self.model.config.get_text_config()
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_attention_heads", 1)
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        d = getattr(config, "head_dim", None) or config.hidden_size // heads
         per_text = 2 * config.num_hidden_layers * kv_heads * d * length * self.model.dtype.itemsize
         per_text += 4 * 4 * config.vocab_size  # logits, and copies of them in float32
         if self.device.startswith("cuda"):
-            free = torch.cuda.mem_get_info()[0]
+            device = torch.device(self.device)
+            # what torch holds for itself is free as well
+            free = torch.cuda.mem_get_info(device)[0]
+            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         else:
-            import psutil
-
-            free = psutil.virtual_memory().available
+            free = _free_memory()
         most = min(MAX_BATCH.get(self.device.partition(":")[0], 128), free // 2 // per_text)
         return 1 << max(0, int(most).bit_length() - 1)
 

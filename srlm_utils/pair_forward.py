@@ -2,14 +2,17 @@
 
 trl asks its model for the log-probabilities of the labelled tokens of (chosen, rejected) rows. Here a pair is one
 packed sequence, prompt, chosen and rejected answer, and only positions that predict an answer's token are projected
-through the vocabulary. The figures are the same (tests/test_train.py).
+through the vocabulary. The figures are the same (tests/test_pair_forward.py).
 """
 
 from types import SimpleNamespace
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from srlm_utils import packing
+
+SCORED = 256  # answer tokens at a time
 
 
 def share_prompts(model) -> None:
@@ -55,13 +58,12 @@ def _forward_pairs(forward, input_ids, attention_mask, labels, **kwargs) -> Simp
     keep = torch.zeros(n * width, dtype=torch.bool, device=device)
     keep[asked] = True
     logits = forward(**inputs, logits_to_keep=keep.view(n, width), **kwargs).logits
-    logits = logits.view(-1, logits.shape[-1])[number].float()
-    target = torch.tensor(target, device=device)
-    log_probs = logits.log_softmax(-1)
-    with torch.no_grad():
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
-        figures = {"entropy": entropy, "mean_logits": logits.mean(-1), "is_top1": logits.argmax(-1) == target}
-    figures["log_probs"] = log_probs.gather(-1, target[:, None]).squeeze(-1)
+    logits, target = logits.view(-1, logits.shape[-1])[number], torch.tensor(target, device=device)
+    parts = [  # a part at a time, each made again for its gradients: all answers' float32 logits at once fill a GPU
+        checkpoint(_figures, *part, use_reentrant=False)
+        for part in zip(logits.split(SCORED), target.split(SCORED), strict=True)
+    ]
+    figures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     size = (2 * n, labels.shape[1] - 1)
     return SimpleNamespace(
         **{
@@ -69,3 +71,14 @@ def _forward_pairs(forward, input_ids, attention_mask, labels, **kwargs) -> Simp
             for name, v in figures.items()
         }
     )
+
+
+def _figures(logits: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What trl asks of each answer token, (tokens,): its log-probability, and figures of its distribution."""
+    log_probs = logits.float().log_softmax(-1)
+    out = {"log_probs": log_probs.gather(-1, target[:, None]).squeeze(-1)}
+    with torch.no_grad():
+        out["entropy"] = -(log_probs.exp() * log_probs).sum(-1)
+        out["mean_logits"] = logits.float().mean(-1)
+        out["is_top1"] = logits.argmax(-1) == target
+    return out

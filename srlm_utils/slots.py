@@ -111,7 +111,8 @@ class Slots(Cache):
     def keep(self, slots: torch.Tensor) -> None:
         """Go on with these slots alone, in this order."""
         self.lengths = self.lengths[slots]
-        self.n, self.capacity = len(slots), blocks(int(self.lengths.max()) + 1)
+        self.n = len(slots)
+        self.capacity = min(self.capacity, blocks(int(self.lengths.max()) + 1))
         self.mask = self.mask[slots, :, :, : self.capacity].contiguous()
         for layer in self.layers:
             layer.reshape(self.capacity, slots)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -39,16 +39,12 @@ def load(folder: str, params, *, chat_template: str = "", trust_remote_code: boo
         keep_memory()
     dtype = getattr(torch, pick_dtype(params.dtype, device)) if params.lora_r else torch.float32
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attention.implementation(config),
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as e:
         raise ModelError(f"{folder}: the model could not be loaded ({str(e).splitlines()[0]}).") from e
+    attention.use(model)
     if params.dropout and not params.lora_r and hasattr(model.config, "attention_dropout"):
         model.config.attention_dropout = params.dropout
     return model.to(device), tokenizer

@@ -4,10 +4,13 @@ Most of a short step is Python importing torch, transformers and trl (5 s). A se
 kernel of each step is forked from it, with the step's own environment, and is a process of its own like any other.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
 import sys
+import threading
+import types
 from pathlib import Path
 
 from jupyter_client.manager import AsyncKernelManager
@@ -17,8 +20,9 @@ IMPORTS = ["srlm_utils.warm_imports"]
 
 
 def possible() -> bool:
-    """Linux without an NVIDIA GPU: elsewhere it is not safe to fork a process that has imported torch."""
-    return sys.platform == "linux" and not Path("/dev/nvidiactl").exists()
+    """Linux without a GPU: elsewhere it is not safe to fork a process that has imported torch."""
+    gpus = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, Windows' subsystem for Linux
+    return sys.platform == "linux" and not any(Path(p).exists() for p in gpus)
 
 
 class Manager(AsyncKernelManager):
@@ -34,6 +38,8 @@ class Manager(AsyncKernelManager):
 class _Provisioner(LocalProvisioner):
     async def launch_kernel(self, cmd, **kwargs):
         # cmd is: python -m ipykernel_launcher -f <connection file> ...
+        if "ipykernel_launcher" not in cmd:
+            return await super().launch_kernel(cmd, **kwargs)
         self.process = _Process(cmd[cmd.index("ipykernel_launcher") + 1 :], kwargs["env"], kwargs.get("cwd"))
         self.pid = self.pgid = self.process.pid
         return self.connection_info
@@ -48,7 +54,12 @@ class _Process:
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(IMPORTS)
         self._process = server.Process(target=_kernel, args=(arguments, dict(env), cwd or os.getcwd()))
-        self._process.start()
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")  # a fork would run the caller's script once more
+        try:
+            self._process.start()
+        finally:
+            sys.modules["__main__"] = main
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
@@ -70,13 +81,24 @@ class _Process:
 
 def _kernel(arguments: list[str], env: dict[str, str], cwd: str) -> None:
     """In the forked process: become the kernel."""
+    from ipykernel import kernelapp
+
+    from srlm_utils import warm_imports
+
     os.setsid()  # a group of its own: signals to the kernel reach what it starts, and nothing else
     os.environ.clear()
     os.environ.update(env)
+    os.environ["MPLBACKEND"] = warm_imports.MPLBACKEND  # as the kernel would set it, had it not been forked
     os.chdir(cwd)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # the kernel ends when its parent does, and that is the server, which ends with the runner
+    threading.Thread(target=_end_with_the_runner, daemon=True).start()
     sys.argv = ["ipykernel_launcher", *arguments, f"--IPKernelApp.parent_handle={os.getppid()}"]
-    from ipykernel import kernelapp
+    try:
+        kernelapp.launch_new_instance()
+    finally:
+        atexit._run_exitfuncs()  # a fork ends without: temporary folders would stay
 
-    kernelapp.launch_new_instance()
+
+def _end_with_the_runner() -> None:
+    multiprocessing.parent_process().join()  # not the server, but who asked it for this kernel
+    os.killpg(0, signal.SIGKILL)

@@ -1,10 +1,15 @@
 """What the server of `warm` imports: all that notebooks import sooner or later."""
 
-import ipykernel.kernelapp  # noqa: F401
-import matplotlib.pyplot  # noqa: F401
-import pandas  # noqa: F401
+import os
 
-import srlm_utils.evaluate
-import srlm_utils.plots
-import srlm_utils.report
-import srlm_utils.train  # noqa: F401
+MPLBACKEND = "module://matplotlib_inline.backend_inline"
+os.environ["MPLBACKEND"] = MPLBACKEND  # read where matplotlib is imported: figures belong under their cells
+
+import ipykernel.kernelapp  # noqa: E402, F401
+import matplotlib.pyplot  # noqa: E402, F401
+import pandas  # noqa: E402, F401
+
+import srlm_utils.evaluate  # noqa: E402
+import srlm_utils.plots  # noqa: E402
+import srlm_utils.report  # noqa: E402
+import srlm_utils.train  # noqa: E402, F401

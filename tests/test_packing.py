@@ -29,9 +29,15 @@ def judgements(replies=REPLIES, prompt="Name a colour.", group="p"):
     return eft.training_rows(rows, judge.Rubric("short"), list(judge.FORMATS))
 
 
-@pytest.fixture(params=["eager", "sdpa", "grouped"])
-def net(tiny, request):
-    return AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32, attn_implementation=request.param)
+def load(tiny):
+    net = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    attention.use(net)
+    return net
+
+
+@pytest.fixture
+def net(tiny):
+    return load(tiny)
 
 
 def trainer_of(tiny, net, rows, tmp_path, **kw):
@@ -134,7 +140,7 @@ def test_training_learns_an_order_that_only_the_ranks_give(tiny, tmp_path):
     rows = [r for r in judgements() if r["format"] == "score_first"]
     for i, r in enumerate(rows):
         r["score"] = i % 2  # the digits say nothing of the order
-    net = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    net = load(tiny)
     trainer, _ = trainer_of(tiny, net, rows, tmp_path, rank_weight=20.0, epochs=30, learning_rate=3e-3)
     trainer.train()
     accuracy = [r["rank_accuracy"] for r in trainer.state.log_history if "rank_accuracy" in r]
@@ -142,7 +148,7 @@ def test_training_learns_an_order_that_only_the_ranks_give(tiny, tmp_path):
 
 
 def test_a_ranking_loss_without_anything_to_compare_is_an_error(tiny, tmp_path):
-    net = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    net = load(tiny)
     unscored = [r for r in judgements() if r["format"] == "justify_first"]
     with pytest.raises(ParamError, match="rank_weight = 1: no judgement begins .* put score_first into"):
         trainer_of(tiny, net, unscored, tmp_path, rank_weight=1.0)
@@ -190,10 +196,11 @@ def test_kernels_use_one_gpu_at_most():
         ({"layer_types": ["full_attention", "sliding_attention"]}, True),
         ({"layer_types": ["full_attention", "linear_attention"]}, False),
         ({"attention_chunk_size": 64}, False),
+        ({"_attn_implementation": "sdpa"}, False),
     ],
 )
 def test_only_plain_attention_shares(config, shares):
-    text = SimpleNamespace(**config)
+    text = SimpleNamespace(**{"_attn_implementation": "grouped"} | config)
     assert attention.plain(SimpleNamespace(get_text_config=lambda: text), 2048) is shares
 
 
