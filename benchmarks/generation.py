@@ -86,7 +86,7 @@ def rows(limit: dict[str, float]) -> list[dict]:
     note = ""
     try:
         transformers_continuous(plain, ids[:2], 1)
-        cases["generate_batch"] = lambda: transformers_continuous(plain, ids[::4], 4)
+        cases["generate_batch"] = lambda: transformers_continuous(plain, ids[::16], 4)
     except Exception as e:  # not every version of it runs on a CPU
         note = f"{type(e).__name__}: {str(e).splitlines()[0][:160] if str(e) else ''}"
         print(f"  generate_batch does not run here: {note}")

@@ -11,12 +11,12 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from benchmarks.measure import bundled, fraction, in_turn, ratio
 from srlm_utils import eft, judge, train
-from srlm_utils.engine import keep_memory, pick_dtype
+from srlm_utils.engine import keep_memory, pick_device, pick_dtype
 from srlm_utils.params import Experiment
 from srlm_utils.paths import PROJ_ROOT
 from srlm_utils.seed_model import fetch
 
-N_PROMPTS, N_ANSWERS, N_PAIRS = 6, 16, 16
+N_PROMPTS, N_ANSWERS, N_PAIRS = 4, 8, 8
 
 
 def _params(stage: str, model: str) -> SimpleNamespace:
@@ -69,6 +69,7 @@ def sft_cases(folder: str) -> tuple[dict, int]:
         args = SFTConfig(
             output_dir=tempfile.mkdtemp(),
             num_train_epochs=1,
+            use_cpu=pick_device() == "cpu",
             per_device_train_batch_size=8,
             completion_only_loss=True,
             max_length=None,
@@ -113,6 +114,7 @@ def dpo_cases(folder: str) -> tuple[dict, int]:
         args = DPOConfig(
             output_dir=tempfile.mkdtemp(),
             num_train_epochs=1,
+            use_cpu=pick_device() == "cpu",
             per_device_train_batch_size=p.micro_batch_size,
             gradient_accumulation_steps=max(1, p.train_batch_size // p.micro_batch_size),
             max_length=None,
