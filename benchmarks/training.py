@@ -37,6 +37,20 @@ def _plain(folder: str, params):
     return model, train.lora_config(model, params)
 
 
+def _trl_args(kind, **config):
+    """trl's configuration for one pass over a few rows, nothing saved; the rest is trl's default or `config`."""
+    return kind(
+        output_dir=tempfile.mkdtemp(),
+        num_train_epochs=1,
+        use_cpu=pick_device() == "cpu",
+        max_length=None,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **config,
+    )
+
+
 def _same() -> dict:
     """trl's settings that make it compute what the kit computes, in the same dtype."""
     return {"bf16": pick_dtype() == "bfloat16", "gradient_checkpointing": False}
@@ -66,18 +80,7 @@ def sft_cases(folder: str) -> tuple[dict, int]:
         data = Dataset.from_list(
             [{"input_ids": r["input_ids"], "completion_mask": [int(x != -100) for x in r["labels"]]} for r in rows]
         )
-        args = SFTConfig(
-            output_dir=tempfile.mkdtemp(),
-            num_train_epochs=1,
-            use_cpu=pick_device() == "cpu",
-            per_device_train_batch_size=8,
-            completion_only_loss=True,
-            max_length=None,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            **config,
-        )
+        args = _trl_args(SFTConfig, per_device_train_batch_size=8, completion_only_loss=True, **config)
         trainer = SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer, peft_config=lora)
         _run(trainer)
         return n_tokens
@@ -111,18 +114,9 @@ def dpo_cases(folder: str) -> tuple[dict, int]:
 
     def trl(**config):
         model, lora = _plain(folder, p)
-        args = DPOConfig(
-            output_dir=tempfile.mkdtemp(),
-            num_train_epochs=1,
-            use_cpu=pick_device() == "cpu",
-            per_device_train_batch_size=p.micro_batch_size,
-            gradient_accumulation_steps=max(1, p.train_batch_size // p.micro_batch_size),
-            max_length=None,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            **config,
-        )
+        accumulation = max(1, p.train_batch_size // p.micro_batch_size)
+        sizes = {"per_device_train_batch_size": p.micro_batch_size, "gradient_accumulation_steps": accumulation}
+        args = _trl_args(DPOConfig, **sizes, **config)
         # the same token ids: trl's own tokenisation takes no time worth measuring
         trainer = type("Tokenised", (DPOTrainer,), {"_prepare_dataset": lambda self, dataset, *a, **k: dataset})(
             model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora
