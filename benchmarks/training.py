@@ -70,10 +70,13 @@ def sft_cases(folder: str) -> tuple[dict, int]:
     rows, _ = train.sft_rows(tokenizer, texts, p.max_length)
     n_tokens = sum(len(r["input_ids"]) for r in rows)
 
-    def kit():
+    def kit(epochs: int = 1, keep: bool = True):
         model, _ = train.load(folder, p)
-        _run(train.sft_trainer(model, tokenizer, rows, p, Path(tempfile.mkdtemp())))
-        return n_tokens
+        passes = SimpleNamespace(**vars(p) | {"epochs": epochs})
+        trainer = train.sft_trainer(model, tokenizer, rows, passes, Path(tempfile.mkdtemp()))
+        trainer.kept = trainer.kept if keep else None
+        _run(trainer)
+        return epochs * n_tokens
 
     def trl(**config):
         model, lora = _plain(folder, p)
@@ -89,6 +92,8 @@ def sft_cases(folder: str) -> tuple[dict, int]:
         "kit, SFT": kit,
         "trl, SFT": lambda: trl(**_same()),
         "trl's defaults, SFT": trl,
+        "two passes, frozen layers' output kept": lambda: kit(2),
+        "two passes, computed twice": lambda: kit(2, keep=False),
     }
     return cases, n_tokens
 
@@ -137,7 +142,7 @@ def rows(limit: dict[str, float]) -> list[dict]:
     folder, out = fetch("smollm2-135m-instruct")["path"], []
     for name, make in (("sft", sft_cases), ("dpo", dpo_cases)):
         cases, n_tokens = make(folder)
-        kit, trl, defaults = cases
+        kit, trl, defaults, *two_passes = cases
         rates = in_turn(cases)
         median = sorted(rates[kit])[len(rates[kit]) // 2]
         # forward through all layers and back through half: 1.5 forward passes of every row in full
@@ -145,4 +150,6 @@ def rows(limit: dict[str, float]) -> list[dict]:
         more["of_limit"] = fraction(median, 134_500_000, 1.5, limit["matmul_gflops"])
         out.append(ratio(f"{name}_vs_trl", rates, kit, trl, 1.3, **more))
         out.append(ratio(f"{name}_vs_trl_defaults", rates, kit, defaults, None, **more))
+        if two_passes:
+            out.append(ratio("two_passes_kept_vs_computed", rates, *two_passes, None, unit="tok/s", n_tokens=n_tokens))
     return out

@@ -38,7 +38,7 @@ def keep_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """Bytes that are free for this process: of the machine, and of the container it runs in."""
     import psutil
 
@@ -245,7 +245,7 @@ class Engine:
             free = torch.cuda.mem_get_info(device)[0]
             free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         else:
-            free = _free_memory()
+            free = free_memory()
         most = min(MAX_BATCH.get(self.device.partition(":")[0], 128), free // 2 // per_text)
         return 1 << max(0, int(most).bit_length() - 1)
 

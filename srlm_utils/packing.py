@@ -141,8 +141,8 @@ class Collator:
         chosen = [self.packed[i] for i in row["sequences"]]
         targets, ranks = padded(chosen, "targets", NO_TARGET), padded(chosen, "ranks", NO_RANK)
         batch = tensors(chosen, "cpu", self.dtype) | {"targets": targets, "ranks": ranks}
+        lengths = [len(s["parents"]) for s in chosen]
         if all(s["parents"] == list(range(-1, len(s["parents"]) - 1)) for s in chosen):
             # nothing branches: models whose attention is not plain make their own mask
-            lengths = torch.tensor([len(s["parents"]) for s in chosen])
-            batch["attention_mask"] = (torch.arange(targets.shape[1]) < lengths[:, None]).long()
-        return batch
+            batch["attention_mask"] = (torch.arange(targets.shape[1]) < torch.tensor(lengths)[:, None]).long()
+        return batch | {"sequences": row["sequences"], "lengths": lengths}

@@ -5,6 +5,7 @@ packed sequence, prompt, chosen and rejected answer, and only positions that pre
 through the vocabulary. The figures are the same (tests/test_pair_forward.py).
 """
 
+import contextlib
 from types import SimpleNamespace
 
 import torch
@@ -15,22 +16,23 @@ from srlm_utils import packing
 SCORED = 256  # answer tokens at a time
 
 
-def share_prompts(model) -> None:
+def share_prompts(model, kept=None) -> None:
     """Have `model`, a transformers causal language model, answer trl's calls with ``fused_lm_head=True`` by pairs.
 
-    Rows 0 .. n-1 of such a call are the chosen answers, n .. 2n-1 the rejected ones to the same prompts.
+    Rows 0 .. n-1 of such a call are the chosen answers, n .. 2n-1 the rejected ones to the same prompts. `kept`, a
+    `frozen.Kept`, has what the frozen layers make of a pair.
     """
     plain, other = type(model).forward.__get__(model), model.forward
 
     def forward(*args, labels=None, fused_lm_head=False, **kwargs):
         if not fused_lm_head:
             return other(*args, labels=labels, **kwargs)
-        return _forward_pairs(plain, labels=labels, **kwargs)
+        return _forward_pairs(plain, kept, labels=labels, **kwargs)
 
     model.forward = forward
 
 
-def _forward_pairs(forward, input_ids, attention_mask, labels, **kwargs) -> SimpleNamespace:
+def _forward_pairs(forward, kept, input_ids, attention_mask, labels, **kwargs) -> SimpleNamespace:
     n, device = len(input_ids) // 2, input_ids.device
     starts = (labels != packing.NO_TARGET).int().argmax(-1).tolist()
     real = attention_mask.bool()
@@ -57,7 +59,10 @@ def _forward_pairs(forward, input_ids, attention_mask, labels, **kwargs) -> Simp
     asked, number = torch.unique(torch.tensor(at, device=device), return_inverse=True)
     keep = torch.zeros(n * width, dtype=torch.bool, device=device)
     keep[asked] = True
-    logits = forward(**inputs, logits_to_keep=keep.view(n, width), **kwargs).logits
+    pairs = [(tuple(rows[i]), tuple(rows[i + n])) for i in range(n)]
+    lengths = [len(tree["input_ids"]) for tree in trees]
+    with kept.reading(pairs, lengths) if kept else contextlib.nullcontext():
+        logits = forward(**inputs, logits_to_keep=keep.view(n, width), **kwargs).logits
     logits, target = logits.view(-1, logits.shape[-1])[number], torch.tensor(target, device=device)
     parts = [  # a part at a time, each made again for its gradients: all answers' float32 logits at once fill a GPU
         checkpoint(_figures, *part, use_reentrant=False)

@@ -4,6 +4,7 @@ Rows are tokenised here, by the functions that sampling and judging use, and giv
 what is trained on is what was sampled, to the token. Only the assistant's tokens carry loss.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from srlm_utils import attention, chat, judge, packing
+from srlm_utils import attention, chat, frozen, judge, packing
 from srlm_utils.artefacts import write_text
 from srlm_utils.engine import keep_memory, pick_device, pick_dtype
 from srlm_utils.errors import DataError, ModelError, ParamError, StepFailed
@@ -202,14 +203,17 @@ class PackedSFTTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         self.score_ids, self.rank_weight = score_ids, rank_weight
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
+        self.kept = None
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         targets, ranks = inputs.pop("targets"), inputs.pop("ranks")
+        rows = inputs.pop("sequences"), inputs.pop("lengths")
         at = targets != packing.NO_TARGET  # only these are projected through the vocabulary
-        outputs = model(**inputs, use_cache=False, logits_to_keep=at)
+        with self.kept.reading(*rows) if self.kept else contextlib.nullcontext():
+            outputs = model(**inputs, use_cache=False, logits_to_keep=at)
         logits, sequence = outputs.logits.view(-1, outputs.logits.shape[-1]), at.nonzero()[:, 0]
         losses = supervised_losses(logits, targets[at], ranks[at], sequence, self.score_ids, self.rank_weight)
         for name, value in losses.items():
@@ -283,7 +287,7 @@ def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> Packe
         remove_unused_columns=False,
     )
     _one_device(args)
-    return PackedSFTTrainer(
+    trainer = PackedSFTTrainer(
         model=model,
         args=args,
         train_dataset=Dataset.from_dict({"sequences": batches}),
@@ -293,13 +297,19 @@ def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> Packe
         score_ids=judge.score_tokens(tokenizer)[1] if any("rank" in r for r in rows) else [],
         rank_weight=params.rank_weight,
     )
+    if share:
+        trainer.kept = frozen.keep(trainer, params, sum(len(s["input_ids"]) for s in packed), params.epochs)
+    return trainer
 
 
 class TokenisedDPOTrainer(DPOTrainer):
-    """DPOTrainer for rows that are token ids already. `share`: a pair's prompt is read once (`pair_forward`)."""
+    """DPOTrainer for rows that are token ids already.
 
-    def __init__(self, *args, share: bool, **kwargs):
-        self.share = share
+    `share`: a pair's prompt is read once (`pair_forward`); `keep(trainer)` makes what keeps the frozen layers' output.
+    """
+
+    def __init__(self, *args, share: bool, keep, **kwargs):
+        self.share, self.keep = share, keep
         super().__init__(*args, **kwargs)
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
@@ -307,7 +317,8 @@ class TokenisedDPOTrainer(DPOTrainer):
 
     def _precompute_ref_logps(self, *args, **kwargs):
         if self.share:  # what trl puts into the model's place is there by now
-            share_prompts(self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model)
+            base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+            share_prompts(base, self.keep(self))
         return super()._precompute_ref_logps(*args, **kwargs)
 
 
@@ -320,6 +331,7 @@ def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> DPOTr
     trl's own default would reload whatever ``config._name_or_path`` says.
     """
     lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
+    n_tokens = sum(len(ids) for r in rows for ids in r.values())
     order = batch_order(lengths, params.train_batch_size, params.epochs, params.seed)
     micro, accumulation = _batch_sizes(params)
     args = DPOConfig(
@@ -337,6 +349,7 @@ def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> DPOTr
         processing_class=tokenizer,
         peft_config=lora_config(model, params),
         share=attention.plain(model.config, 2 * params.max_length),
+        keep=lambda trainer: frozen.keep(trainer, params, n_tokens, 1 + params.epochs),
     )
     trainer.train_dataset = trainer.train_dataset.select(order)  # the reference read each pair once; now all epochs
     return trainer
