@@ -1,4 +1,4 @@
-"""``srlm run | plan | status``: the command line. Exit codes: 0 done, 1 a step failed, 2 bad input."""
+"""``srlm run | plan | status | agree``: the command line. Exit codes: 0 done, 1 a step failed, 2 bad input."""
 
 import argparse
 import shlex
@@ -39,6 +39,19 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--tokens", action="store_true", help="tokens that each stage makes, judges and trains")
     status = commands.add_parser("status", help="what a run folder holds")
     status.add_argument("run", type=Path, metavar="RUN", help="e.g. results/quickstart")
+    agree = commands.add_parser("agree", help="how well a model judges replies that people ranked")
+    agree.add_argument("--model", required=True, help="a folder such as results/quickstart/M1/model, or a hub id")
+    agree.add_argument(
+        "--ranked", required=True, metavar="FILE", help="ranked rows, Open Assistant trees or a preference set"
+    )
+    agree.add_argument("--against", default="", metavar="MODEL", help="another model on the same replies, and the gain")
+    agree.add_argument("--mode", default="expected", choices=("expected", "sampled", "sampled_expected"))
+    agree.add_argument("--rubric", default="short", help="short, additive, multiple_choice, or a template's path")
+    agree.add_argument(
+        "--all-turns", action="store_true", help="of Open Assistant later turns too, not the first alone"
+    )
+    agree.add_argument("--limit", type=int, default=0, metavar="N", help="the first N prompts")
+    agree.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return top
 
 
@@ -55,7 +68,7 @@ def _run_dir(args) -> Path:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        return {"run": _run, "plan": _plan, "status": _status}[args.command](args)
+        return {"run": _run, "plan": _plan, "status": _status, "agree": _agree}[args.command](args)
     except StepFailed as e:
         print(f"srlm: {e}", file=sys.stderr)
         return 1
@@ -108,6 +121,13 @@ def _status(args) -> int:
     print(f"{len(rows)} steps done, {sum(r['seconds'] for r in rows) / 60:.1f} min of work")
     for work in sorted((run / "steps").glob("*.work")):
         print(f"{work.stem:<22} was begun and not finished")
+    return 0
+
+
+def _agree(args) -> int:
+    from srlm_utils.agree import report
+
+    print(report(args))
     return 0
 
 

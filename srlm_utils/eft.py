@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter, defaultdict
 
 from srlm_utils import judge
+from srlm_utils.errors import ParamError
 
 
 def has_scores(ranked: list[dict]) -> bool:
@@ -11,17 +12,19 @@ def has_scores(ranked: list[dict]) -> bool:
     return all(r.get("score") is not None and r.get("justification") for row in ranked for r in row["replies"])
 
 
-def agrees(ranks: list[int], scores: list[float]) -> bool:
-    """Whether scores order replies as people did: no pair reversed, and not all of them equal.
+def agrees(ranks: list[int], scores: list[float], rule: str = "no_reversal") -> bool:
+    """Whether scores order replies as people did. Where people ranked two replies alike, any order agrees.
 
-    Where people ranked two replies alike either order agrees; where the judge ties two that people
-    told apart, the tie is forgiven as long as some pair is told apart.
+    The paper says no more than that the rankings agree. "strict": every pair that people told apart is in order.
+    "no_reversal": none is reversed, and one at least is in order; so some may be tied.
     """
     pairs = [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
+    if rule == "strict":
+        return all(scores[i] > scores[j] for i, j in pairs)
     return all(scores[i] >= scores[j] for i, j in pairs) and any(scores[i] > scores[j] for i, j in pairs)
 
 
-def accept(ranked: list[dict], judged: list[dict]) -> tuple[list[dict], dict[str, int]]:
+def accept(ranked: list[dict], judged: list[dict], rule: str = "no_reversal") -> tuple[list[dict], dict[str, int]]:
     """Rejection against the human ranking: keep judgements whose scores agree with it.
 
     `judged` are `judge.sampled_scores` rows with ids ``<prompt_id>/<reply_id>``. The s-th judgement of
@@ -33,14 +36,13 @@ def accept(ranked: list[dict], judged: list[dict]) -> tuple[list[dict], dict[str
     kept, drops = [], {"unparsed": 0, "disagrees": 0}
     for row in ranked:
         tries = list(zip(*(samples[f"{row['prompt_id']}/{r['reply_id']}"] for r in row["replies"]), strict=True))
+        ranks = [r["rank"] for r in row["replies"]]
         parsed = [t for t in tries if all(s["score"] is not None for s in t)]
-        good = next((t for t in parsed if agrees([r["rank"] for r in row["replies"]], [s["score"] for s in t])), None)
+        good = next((t for t in parsed if agrees(ranks, [s["score"] for s in t], rule)), None)
         if good is None:
             drops["disagrees" if parsed else "unparsed"] += 1
             continue
         for r, s in zip(row["replies"], good, strict=True):
-            lines = s["text"].rstrip().splitlines()
-            at = max(i for i, line in enumerate(lines) if judge.parse_score(line)[1] != "no_score")
             kept.append(
                 {
                     "prompt_id": row["prompt_id"],
@@ -48,8 +50,8 @@ def accept(ranked: list[dict], judged: list[dict]) -> tuple[list[dict], dict[str
                     "rank": r["rank"],
                     "prompt": row["prompt"],
                     "reply": r["text"],
-                    "score": round(s["score"]),
-                    "justification": "\n".join(lines[:at]),
+                    "score": int(s["score"] + 0.5),
+                    "justification": judge.justification(s["text"]),
                 }
             )
     return kept, drops
@@ -70,6 +72,19 @@ def from_scored(ranked: list[dict]) -> list[dict]:
         for row in ranked
         for r in row["replies"]
     ]
+
+
+def from_ranks(ranked: list[dict]) -> list[dict]:
+    """The same rows from ranks alone: the best reply of a prompt gets 5, the worst 1, those between evenly spaced
+    scores. There is nothing to justify them with, so they are for the score-first format."""
+    rows = []
+    for row in ranked:
+        ranks = sorted({r["rank"] for r in row["replies"]})
+        for r in row["replies"]:
+            place = ranks.index(r["rank"]) / max(len(ranks) - 1, 1)
+            one = {"prompt_id": row["prompt_id"], "reply_id": r["reply_id"], "rank": r["rank"], "prompt": row["prompt"]}
+            rows.append(one | {"reply": r["text"], "score": int(5 - 4 * place + 0.5), "justification": ""})
+    return rows
 
 
 def thin_modal_score(rows: list[dict], max_share: float, seed: int) -> tuple[list[dict], int]:
@@ -97,8 +112,14 @@ def thin_modal_score(rows: list[dict], max_share: float, seed: int) -> tuple[lis
 def training_rows(rows: list[dict], rubric: judge.Rubric, formats: list[str]) -> list[dict]:
     """Judgements as (prompt, response) rows for supervised training, one for each format.
 
-    `group` is the ranked prompt: its rows are trained together, and `rank` says how people ordered them.
+    `group` is the ranked prompt: its rows are trained together, and `rank` says how people ordered them. Raises
+    `ParamError` where a judgement without a justification is to be written in full.
     """
+    if "justify_first" in formats and not all(r["justification"].strip() for r in rows):
+        raise ParamError(
+            "formats: justify_first needs justifications, and scores made of ranks have none: "
+            "set build_eft.formats to [score_first]."
+        )
     return [
         {
             "prompt_id": f"{r['prompt_id']}/{r['reply_id']}/{fmt}",

@@ -22,6 +22,7 @@ def judge_ranked(step, engine, rubric: judge.Rubric, ranked: list[dict], mode: s
         ranked_items(ranked),
         mode,
         log=f"judgements_{mode}.jsonl",
+        max_response_tokens=p.max_response_tokens,
         n_samples=p.n_samples,
         temperature=p.judge_temperature,
         top_p=p.judge_top_p,
@@ -58,7 +59,7 @@ def agreement_rows(model: str, ranked: list[dict], judged: list[dict], mode: str
     figures = metrics.agreement(scored_prompts(ranked, judged))
     valid = [r["score"] for r in judged if r["score"] is not None]
     figures["score_std"] = metrics.plain(metrics.std(valid), len(valid))
-    if mode == "sampled":
+    if mode != "expected":
         tries = [r["samples"] for r in judged]
         figures["parse_rate"] = metrics.ratio(
             [sum(s["score"] is not None for s in t) for t in tries], [len(t) for t in tries]
@@ -80,7 +81,8 @@ def gain_rows(
 def score_answers(step, engine, rubric: judge.Rubric, name: str, answers: list[dict]) -> list[dict]:
     """Expected scores of test answers by one scoring win judge."""
     items = [{"id": a["prompt_id"], "prompt": a["prompt"], "response": a["text"]} for a in answers]
-    rows = [r for batch in judge.expected_scores(engine, rubric, items) for r in batch]
+    batches = judge.expected_scores(engine, rubric, items, max_response_tokens=step.params.max_response_tokens)
+    rows = [r for batch in batches for r in batch]
     return [
         {"prompt_id": r["id"], "judge": name, "judge_rev": step.model_revision(name), "score": r["score"]}
         for r in sorted(rows, key=lambda r: r["id"])

@@ -1,5 +1,8 @@
 """A round's vital signs: what 06_build_pairs writes to health.json and the report shows."""
 
+import math
+from collections import Counter
+
 from srlm_utils.metrics import mean, metric_rows, plain, ratio, std
 from srlm_utils.pairs import scored_candidates
 
@@ -7,7 +10,9 @@ from srlm_utils.pairs import scored_candidates
 def round_metrics(
     model: str, prompts: list[dict], candidates: list[dict], judgements: list[dict], kept: list[dict]
 ) -> list[dict]:
-    """Metric rows of one round, set "aift": pair yield, parse rate, spread of scores, lengths."""
+    """Metric rows of one round, set "aift": pair yield, parse rate, spread and ties of the scores, lengths."""
+    from scipy import stats  # slow to import
+
     kept_ids = {r["prompt_id"] for r in kept}
     by_prompt = scored_candidates(candidates, judgements)
     scores = {pid: [c["score"] for c in cs if c["score"] is not None] for pid, cs in by_prompt.items()}
@@ -20,9 +25,41 @@ def round_metrics(
         "candidate_parse_rate": ratio([sum(t) for t in by_judgement], [len(t) for t in by_judgement]),
         "candidate_score_std": plain(std(flat), len(flat)),
         "within_prompt_score_std": mean(within) if within else plain(None, 0),
+        "candidate_tie_rate": ratio(*zip(*(_ties(values) for values in scores.values()), strict=True)),
+        "cut_rate": mean([bool(j.get("cut")) for j in judgements]),
     }
+    points = Counter(int(s + 0.5) for s in flat)
+    shares = [n / len(flat) for n in points.values()]
+    figures["modal_share"] = plain(max(shares, default=None), len(flat))
+    figures["score_entropy"] = plain(-sum(p * math.log2(p) for p in shares) if shares else None, len(flat))
+    lengths = [len(c["text"]) for cs in by_prompt.values() for c in cs if c["score"] is not None]
+    constant = len(set(flat)) < 2 or len(set(lengths)) < 2
+    rho = None if constant else float(stats.spearmanr(flat, lengths).statistic)
+    figures["score_length_correlation"] = plain(rho, len(flat))
     if kept and "chosen" in kept[0]:
         figures["chosen_chars"] = mean([len(r["chosen"]) for r in kept])
         figures["rejected_chars"] = mean([len(r["rejected"]) for r in kept])
     mode = judgements[0]["judge_mode"] if judgements else ""
     return metric_rows(figures, model=model, set="aift", judge=model, judge_mode=mode)
+
+
+def _ties(scores: list[float]) -> tuple[int, int]:
+    """(pairs of equal scores, pairs) of one prompt's candidates."""
+    counts = Counter(scores).values()
+    return sum(math.comb(n, 2) for n in counts), math.comb(len(scores), 2)
+
+
+def ailments(metrics: list[dict], limits: dict[str, float]) -> list[str]:
+    """What is outside `limits`, ``min_<name>`` and ``max_<name>``, in words; a self-judge may come to give one score.
+
+    Figures that could not be measured are no ailment.
+    """
+    names = {"parse_rate": "candidate_parse_rate", "tie_rate": "candidate_tie_rate"}
+    values, found = {m["metric"]: m["value"] for m in metrics}, []
+    for limit, bound in limits.items():
+        side, _, name = limit.partition("_")
+        value = values.get(names.get(name, name))
+        if value is not None and (value < bound if side == "min" else value > bound):
+            than = "less" if side == "min" else "more"
+            found.append(f"{names.get(name, name)} is {value:.2f}, {than} than {limit} = {bound:g}")
+    return found

@@ -1,12 +1,14 @@
-"""LLM-as-a-Judge: rubric templates, the two ways of reading a score, and the parser.
+"""LLM-as-a-Judge: rubric templates, the three ways of reading a score, and the parser.
 
 `sampled` (Yuan et al. 2024, section 2.3): k sampled judgements that justify and end in ``Score: x``;
 the mean of the valid ones. `expected`: the score-first prompt is followed by ``Score: `` and the
 probabilities of the six digits give a mean in one forward pass (as in G-Eval, Liu et al. 2023), which
-hardly ever ties. Only text that the judge itself wrote is parsed, never the prompt or the candidate.
+hardly ever ties. `sampled_expected`: sampled judgements, each read by the probabilities of the digits where it wrote
+its score. Only text that the judge itself wrote is parsed, never the prompt or the candidate.
 """
 
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from srlm_utils.plan import rubric_path
 
 MIN_SCORE, MAX_SCORE = 0, 5
 FORMATS = ("justify_first", "score_first")
+MODES = ("sampled", "expected", "sampled_expected")
+CUT = " [...]"  # ends a response of which the judge sees the beginning alone
 _SCORE_LINE = re.compile(r"^[\s*_#]*score[\s*_]*[:=][\s*_]*(-?\d+(?:\.\d+)?)\s*(?:/\s*5)?[\s*_.]*$", re.IGNORECASE)
 _BLOCK_TAG = re.compile(r"<(/?\s*(?:prompt|question|response|answer_A|answer_B)\s*)>", re.IGNORECASE)
 
@@ -96,23 +100,44 @@ def score_tokens(tokenizer) -> tuple[list[int], list[int]]:
     return start, [i[-1] for i in ids]
 
 
-def expected_scores(engine, rubric: Rubric, items: list[dict]) -> Iterator[list[dict]]:
+def prompts(tokenizer, rubric: Rubric, items: list[dict], format: str, max_response_tokens: int):
+    """(judge prompts (id, token ids) of `items`, ids of the items whose response was cut).
+
+    A response of more than `max_response_tokens` tokens (0: no limit) is shown to the judge up to there, with a mark.
+    """
+    requests, cut = [], set()
+    for it in items:
+        response = it["response"]
+        # a token has one character at least, so that short texts need no counting
+        if max_response_tokens and len(response) > max_response_tokens:
+            ids = chat.answer_ids(tokenizer, response, ended=False)
+            if len(ids) > max_response_tokens:
+                response = chat.decode(tokenizer, ids[:max_response_tokens]) + CUT
+                cut.add(it["id"])
+        text = rubric.render(it["prompt"], response, format)
+        requests.append((it["id"], chat.prompt_ids(tokenizer, chat.user(text))))
+    return requests, cut
+
+
+def _expected(probs: list[float]) -> float:
+    return sum(s * p for s, p in enumerate(probs))
+
+
+def expected_scores(engine, rubric: Rubric, items: list[dict], *, max_response_tokens: int = 0) -> Iterator[list[dict]]:
     """Judge `items` ({"id", "prompt", "response"}) in one forward pass each; yields batches of rows.
 
-    Row: {"id", "judge_mode", "score" (mean, 0 to 5), "probs" (six, sum 1), "mass" (what the six held of
-    the whole distribution)}.
+    Row: {"id", "judge_mode", "cut", "score" (mean, 0 to 5), "probs" (six, sum 1), "mass" (what the six held of
+    the whole distribution)}; `cut` says whether the judge saw a part of the response alone (`prompts`).
     """
     start, choices = score_tokens(engine.tokenizer)
-    requests = []
-    for it in items:
-        text = rubric.render(it["prompt"], it["response"], "score_first")
-        requests.append((it["id"], chat.prompt_ids(engine.tokenizer, chat.user(text)) + start))
-    for batch in engine.choice_probs(requests, choices):
+    requests, cut = prompts(engine.tokenizer, rubric, items, "score_first", max_response_tokens)
+    for batch in engine.choice_probs([(key, ids + start) for key, ids in requests], choices):
         yield [
             {
                 "id": key,
                 "judge_mode": "expected",
-                "score": sum(s * p for s, p in enumerate(probs)),
+                "cut": key in cut,
+                "score": _expected(probs),
                 "probs": [round(p, 6) for p in probs],
                 "mass": round(mass, 6),
             }
@@ -130,55 +155,82 @@ def sampled_scores(
     top_p: float,
     max_new_tokens: int,
     seed: int,
+    max_response_tokens: int = 0,
+    read_digits: bool = False,
 ) -> Iterator[list[dict]]:
     """Judge `items` by `n_samples` written judgements each; yields batches of rows.
 
-    Row: {"id", "judge_mode", "score" (mean of the valid ones, or None), "samples": [{"text", "score",
-    "status"}]}; status as in `parse_score`.
+    Row: {"id", "judge_mode", "cut", "score" (mean of the valid ones, or None), "variance" (of the valid ones, n - 1;
+    None for fewer than two), "samples": [{"text", "score", "status"}]}; status as in `parse_score`. `read_digits` is
+    the mode sampled_expected: a valid judgement's score is the mean of the digits' probabilities where it wrote its
+    score, and "written" what it wrote.
     """
-    requests = [
-        (
-            it["id"],
-            chat.prompt_ids(engine.tokenizer, chat.user(rubric.render(it["prompt"], it["response"], "justify_first"))),
-        )
-        for it in items
-    ]
-    for batch in engine.generate(
-        requests, n=n_samples, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
-    ):
+    requests, cut = prompts(engine.tokenizer, rubric, items, "justify_first", max_response_tokens)
+    asked = dict(requests)
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    for batch in engine.generate(requests, n=n_samples, **sampling):
         rows = []
         for i in range(0, len(batch), n_samples):
             group = batch[i : i + n_samples]
-            samples = []
+            key, samples = group[0].key.rpartition("-")[0], []
             for s in group:
                 score, status = parse_score(s.text)
                 samples.append({"text": s.text, "score": score, "status": status})
+            if read_digits:
+                _read_digits(engine, asked[key], samples)
             valid = [s["score"] for s in samples if s["score"] is not None]
             rows.append(
                 {
-                    "id": group[0].key.rpartition("-")[0],
-                    "judge_mode": "sampled",
-                    "score": sum(valid) / len(valid) if valid else None,
+                    "id": key,
+                    "judge_mode": "sampled_expected" if read_digits else "sampled",
+                    "cut": key in cut,
+                    "score": statistics.fmean(valid) if valid else None,
+                    "variance": statistics.variance(valid) if len(valid) > 1 else None,
                     "samples": samples,
                 }
             )
         yield rows
 
 
-def judge_items(step, engine, rubric: Rubric, items: list[dict], mode: str, *, log: str, **sampling) -> list[dict]:
-    """Judge `items` in either mode, continuing the row log named `log`; returns all rows in order of id.
+def _read_digits(engine, prompt: list[int], samples: list[dict]) -> None:
+    """Put expected scores in the place of written ones."""
+    _, choices = score_tokens(engine.tokenizer)
+    requests = []
+    for i, sample in enumerate(samples):
+        if sample["score"] is not None:
+            text = f"{justification(sample['text'])}\nScore: {MIN_SCORE}".lstrip()
+            requests.append((str(i), prompt + chat.answer_ids(engine.tokenizer, text, ended=False)[:-1]))
+    for batch in engine.choice_probs(requests, choices):
+        for i, probs, _ in batch:
+            samples[int(i)] |= {"score": _expected(probs), "written": samples[int(i)]["score"]}
 
-    `sampling` are the further arguments of `sampled_scores`; `expected` needs none of them.
+
+def justification(text: str) -> str:
+    """What a judgement says before its last score line."""
+    lines = text.rstrip().splitlines()
+    ends = [i for i, line in enumerate(lines) if parse_score(line)[1] != "no_score"]
+    return "\n".join(lines[: ends[-1]] if ends else lines)
+
+
+def scores(engine, rubric: Rubric, items: list[dict], mode: str, *, max_response_tokens: int = 0, **sampling):
+    """Batches of judgement rows in one of the `MODES`. `sampling` are the further arguments of `sampled_scores`;
+    `expected` needs none of them."""
+    if mode == "expected":
+        return expected_scores(engine, rubric, items, max_response_tokens=max_response_tokens)
+    sampling["max_response_tokens"] = max_response_tokens
+    return sampled_scores(engine, rubric, items, read_digits=mode == "sampled_expected", **sampling)
+
+
+def judge_items(step, engine, rubric: Rubric, items: list[dict], mode: str, *, log: str, **how) -> list[dict]:
+    """Judge `items` in one of the modes, continuing the row log named `log`; returns all rows in order of id.
+
+    `how` are the further arguments of `scores`.
     """
     rows = step.log(log)
     done = {r["id"] for r in rows.rows}
     todo = [it for it in items if it["id"] not in done]
-    if mode == "expected":
-        batches = expected_scores(engine, rubric, todo)
-    else:
-        batches = sampled_scores(engine, rubric, todo, **sampling)
     with step.progress(len(todo), "judgements") as bar:
-        for batch in batches:
+        for batch in scores(engine, rubric, todo, mode, **how):
             rows.extend(batch)
             bar.update(len(batch))
     return sorted(rows.rows, key=lambda r: r["id"])

@@ -20,6 +20,11 @@ METRICS = {
         "pairwise accuracy with half ties, minus the opponent's; unscored counts as a tie",
     ),
     "longer_baseline": ("share", "the same pairs ordered by length alone: longer is better"),
+    "similar_length_accuracy": ("share", "the judge's half-tie accuracy on pairs whose lengths differ by 20 % at most"),
+    "score_beyond_length": (
+        "log-odds",
+        "logistic model of the human preference: weight of a score gap of one standard deviation beside length",
+    ),
     "five_best": ("share", "replies scored 5 (4.5 or more) that are ranked best"),
     "exact_match": ("share", "prompts whose whole ranking is the human one; a tie is a miss"),
     "spearman": ("correlation", "mean over prompts of Spearman's rho of score and rank; 0 where all scores are equal"),
@@ -45,6 +50,11 @@ METRICS = {
         "standard deviation of the scores of one prompt's candidates, mean over prompts",
     ),
     "candidate_parse_rate": ("share", "judgements of candidates with a valid score"),
+    "candidate_tie_rate": ("share", "pairs of one prompt's candidates with the same score"),
+    "modal_share": ("share", "candidates whose score, rounded, is the most common one"),
+    "score_entropy": ("bits", "entropy of the candidates' rounded scores; 2.58 is six scores in equal parts"),
+    "score_length_correlation": ("correlation", "Spearman's rho of the candidates' scores and lengths"),
+    "cut_rate": ("share", "candidates of which the judge saw the beginning alone"),
     "chosen_chars": ("characters", "mean length of chosen answers"),
     "rejected_chars": ("characters", "mean length of rejected answers"),
 }
@@ -81,11 +91,15 @@ def plain(value: float | None, n: int) -> dict:
     return {"value": value, "low": None, "high": None, "n": n}
 
 
+SIMILAR = 0.2  # lengths that differ by so much of the longer one, at most
+
 AGREEMENT = (
     "pairwise_accuracy",
     "tie_rate",
     "pairwise_accuracy_half_ties",
     "longer_baseline",
+    "similar_length_accuracy",
+    "score_beyond_length",
     "five_best",
     "exact_match",
     "spearman",
@@ -110,7 +124,7 @@ def agreement(prompts: list[dict]) -> dict[str, dict]:
     """
     from scipy import stats  # slow to import, and needed nowhere else
 
-    rows = []
+    rows, gaps_of = [], []
     for p in prompts:
         keep = [i for i, s in enumerate(p["scores"]) if s is not None]
         ranks, scores, lengths = ([p[k][i] for i in keep] for k in ("ranks", "scores", "lengths"))
@@ -119,6 +133,10 @@ def agreement(prompts: list[dict]) -> dict[str, dict]:
             continue
         gaps = [scores[i] - scores[j] for i, j in pairs]
         longer = [lengths[i] - lengths[j] for i, j in pairs]
+        near = [abs(lengths[i] - lengths[j]) <= SIMILAR * max(lengths[i], lengths[j]) for i, j in pairs]
+        gaps_of.append(
+            [(g, np.log((1 + lengths[i]) / (1 + lengths[j]))) for g, (i, j) in zip(gaps, pairs, strict=True)]
+        )
         flat = len(set(scores)) == 1
         fives = [r for r, s in zip(ranks, scores, strict=True) if s >= 4.5]
         rows.append(
@@ -127,6 +145,8 @@ def agreement(prompts: list[dict]) -> dict[str, dict]:
                 "right": sum(g > 0 for g in gaps),
                 "ties": sum(g == 0 for g in gaps),
                 "longer": sum((g > 0) + 0.5 * (g == 0) for g in longer),
+                "near": sum(near),
+                "near_right": sum((g > 0) + 0.5 * (g == 0) for g, is_near in zip(gaps, near, strict=True) if is_near),
                 "fives": len(fives),
                 "fives_best": sum(r == min(p["ranks"]) for r in fives),
                 "exact": all(g > 0 for g in gaps),
@@ -142,11 +162,41 @@ def agreement(prompts: list[dict]) -> dict[str, dict]:
         "tie_rate": ratio(col["ties"], col["n"]),
         "pairwise_accuracy_half_ties": ratio(col["right"] + col["ties"] / 2, col["n"]),
         "longer_baseline": ratio(col["longer"], col["n"]),
+        "similar_length_accuracy": ratio(col["near_right"], col["near"]),
+        "score_beyond_length": beyond_length(gaps_of),
         "five_best": ratio(col["fives_best"], col["fives"]),
         "exact_match": mean(col["exact"]),
         "spearman": mean(col["spearman"]),
         "kendall": mean(col["kendall"]),
     }
+
+
+def beyond_length(prompts: list[list[tuple[float, float]]], *, n_draws: int = 1000, seed: int = 0) -> dict:
+    """What the judge's score says of the human preference that length does not.
+
+    `prompts`: for each prompt, for each pair of replies, (score, log of length) of the better one minus that of the
+    worse one. In a logistic model without intercept, P(better) = sigmoid(a * score gap / its standard deviation + b *
+    length gap / its standard deviation), this is a, with a 95 % interval from resampling prompts. A weak ridge
+    (variance 100) keeps it finite where everything is in order. None where all scores or all lengths are alike.
+    """
+    gaps = np.array([pair for pairs in prompts for pair in pairs], float).reshape(-1, 2)
+    spread = np.sqrt((gaps**2).mean(0)) if len(gaps) else np.zeros(2)
+    if len(prompts) < 2 or not spread.all():
+        return plain(None, len(gaps))
+    x, owner = gaps / spread, np.repeat(np.arange(len(prompts)), [len(pairs) for pairs in prompts])
+    draws = np.random.default_rng(seed).multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), n_draws)
+    weights = np.vstack([np.ones(len(x)), draws[:, owner]])  # the first row is the sample itself
+    a = np.zeros((len(weights), 2))
+    for _ in range(50):  # Newton's steps, for all draws at once
+        p = 1 / (1 + np.exp(-np.clip(a @ x.T, -30, 30)))
+        gradient = (weights * (1 - p)) @ x - a / 100
+        hessian = np.einsum("dn,ni,nj->dij", weights * p * (1 - p), x, x) + np.eye(2) / 100
+        step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
+        a += step
+        if np.abs(step).max() < 1e-8:
+            break
+    low, high = np.quantile(a[1:, 0], (0.025, 0.975))
+    return {"value": float(a[0, 0]), "low": float(low), "high": float(high), "n": len(gaps)}
 
 
 def agreement_gain(ours: list[dict], theirs: list[dict]) -> dict:

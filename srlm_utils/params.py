@@ -46,8 +46,8 @@ class SeedData(Step):
     seed_model_revision: str = ""
     chat_template: str = ""
     trust_remote_code: bool = False
-    ift_file: str = "ift"  # the name of a bundled file, or a path
-    ranked_train_files: list[str] = ["onpolicy_train", "ranked_train"]  # bundled names or paths
+    ift_file: str = "ift"  # a source (see `sources`): a bundled name, a path or a hub id
+    ranked_train_files: list[str] = ["onpolicy_train", "ranked_train"]
     ranked_eval_files: list[str] = ["onpolicy_eval", "ranked_eval"]  # agreement is measured on each by itself
     valid_file: str = "valid_prompts"
     test_file: str = "test_prompts"
@@ -56,6 +56,9 @@ class SeedData(Step):
     n_ranked_eval: int = Field(0, ge=0)
     n_valid: int = Field(0, ge=0)
     n_test: int = Field(0, ge=0)
+    language: str = "en"  # of Open Assistant messages, "" takes every one
+    eval_share: float = Field(0.25, gt=0, lt=1)  # of a source that is named for several sets
+    ift_share: float = Field(0.5, gt=0, lt=1)
     rouge_l_max: float = Field(0.7, gt=0, le=1)
 
 
@@ -92,6 +95,9 @@ class BuildEft(_ModelStep):
     temperature: float = Field(0.7, gt=0)
     top_p: float = Field(0.9, gt=0, le=1)
     max_new_tokens: int = Field(120, ge=8)
+    scores_from: Literal["judge", "ranks"] = "judge"  # where the seed's replies carry none
+    agreement_rule: Literal["no_reversal", "strict"] = "no_reversal"
+    max_response_tokens: int = Field(1024, ge=0)
     max_modal_share: float = Field(0.4, gt=0, le=1)
 
 
@@ -116,7 +122,8 @@ class SelfInstruct(_ModelStep):
 class Judge(_ModelStep):
     max_rows: int = Field(0, ge=0)  # candidates
     rubric: str = "short"
-    judge_mode: Literal["sampled", "expected"] = "expected"
+    judge_mode: Literal["sampled", "expected", "sampled_expected"] = "expected"
+    max_response_tokens: int = Field(1024, ge=0)  # what the judge sees of a response, 0 is all
     n_samples: int = Field(3, ge=1)
     temperature: float = Field(0.7, gt=0)
     top_p: float = Field(0.9, gt=0, le=1)
@@ -127,12 +134,18 @@ class BuildPairs(Step):
     learn_from: Literal["pairs", "positives"] = "pairs"
     min_margin: float = Field(0.0, ge=0, le=5)
     positive_min_score: float = Field(4.5, ge=0, le=5)
+    on_unhealthy: Literal["warn", "stop"] = "warn"
+    min_parse_rate: float = Field(0.5, ge=0, le=1)
+    max_modal_share: float = Field(0.8, gt=0, le=1)
+    max_tie_rate: float = Field(0.5, ge=0, le=1)
+    min_pair_yield: float = Field(0.3, ge=0, le=1)
 
 
 class Evaluate(_ModelStep):
     max_rows: int = Field(0, ge=0)  # ranked prompts, and test prompts
     rubric: str = "short"
-    judge_modes: list[Literal["expected", "sampled"]] = ["expected", "sampled"]
+    judge_modes: list[Literal["expected", "sampled", "sampled_expected"]] = ["expected", "sampled"]
+    max_response_tokens: int = Field(1024, ge=0)
     n_samples: int = Field(3, ge=1)
     judge_temperature: float = Field(0.7, gt=0)
     judge_top_p: float = Field(0.9, gt=0, le=1)

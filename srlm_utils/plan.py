@@ -156,13 +156,13 @@ def list_steps(experiment: Experiment) -> list[Step]:
 
 
 def external_inputs(stage: str, params: dict) -> dict[str, Path]:
-    """Files outside the run folder that a step depends on: seed files and the judge's rubric."""
+    """Files outside the run folder that a step depends on: seed files and the judge's rubric. A data set of the hub is
+    none: its name stands among the parameters."""
     files = {}
     for name, value in params.items():
-        if name.endswith("_file"):
-            files[f"{name}:{value}"] = seed_path(value)
-        if name.endswith("_files"):
-            files |= {f"{name}:{v}": seed_path(v) for v in value}
+        if name.endswith(("_file", "_files")):
+            sources = value if isinstance(value, list) else [value]
+            files |= {f"{name}:{v}": seed_path(v) for v in sources if not is_hub_id(v)}
     if "rubric" in params:
         files[f"rubric:{params['rubric']}"] = rubric_path(params["rubric"])
     return files
@@ -171,6 +171,12 @@ def external_inputs(stage: str, params: dict) -> dict[str, Path]:
 def seed_path(name: str) -> Path:
     """A seed file by name (one that the kit carries) or by path."""
     return SEED_DATA / f"{name}.jsonl" if re.fullmatch(r"\w+", name) else resolve(name)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a source of seed data is ``owner/name`` or ``owner/name:split`` of the hub, and no file."""
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", name) and not name.endswith((".jsonl", ".jsonl.gz"))
+    return bool(is_id) and not resolve(name).exists()
 
 
 def rubric_path(name: str) -> Path:

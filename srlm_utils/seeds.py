@@ -1,40 +1,91 @@
 """Reading the seed of a run and keeping what is measured apart from what is learned."""
 
-from srlm_utils.errors import DataError
-from srlm_utils.plan import seed_path
+import hashlib
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from srlm_utils import sources
+from srlm_utils.errors import DataError, ParamError
+from srlm_utils.plan import is_hub_id, seed_path
 from srlm_utils.rows import IftRow, PromptRow, RankedRow, load_rows
 from srlm_utils.self_instruct import Pool
 
 HELD_OUT = ("ranked_eval", "valid_prompts", "test_prompts")
 
 
-def load_seeds(params: dict) -> dict[str, list[dict]]:
-    """The five seed sets by name (`plan.SEED_FILES`), every row checked, cut to the parameters' counts.
+def load_seeds(params: dict) -> tuple[dict[str, list[dict]], dict[str, Counter]]:
+    """The five seed sets by name (`plan.SEED_FILES`), every row checked, cut to the parameters' counts; and what was
+    left out of each source, by reason.
 
-    Ranked rows of several files stand one file after the other, each row with the file's name in `set`.
+    Ranked rows of several sources stand one source after the other, each row with the source's name in `set`. A source
+    that is named for several sets is divided between them by prompt (`share`).
     """
     p = params
-    return {
-        "ift": load_rows(seed_path(p["ift_file"]), IftRow, p["n_ift"]),
-        "ranked_train": _ranked(p["ranked_train_files"], p["n_ranked_train"]),
-        "ranked_eval": _ranked(p["ranked_eval_files"], p["n_ranked_eval"]),
+    names = {name: p.get(f"{name}_files") or [p[f"{name}_file"]] for name in ("ift", "ranked_train", "ranked_eval")}
+    sets, drops = {}, defaultdict(Counter)
+    for use, sources_of_use in names.items():
+        sets[use], home = [], {}
+        if clash := [n for n, count in Counter(map(set_name, sources_of_use)).items() if count > 1]:
+            raise ParamError(f"{use}_files: two sources are called {clash[0]}. Give one of the files another name.")
+        for name in sources_of_use:
+            uses = {u for u, of_use in names.items() if name in of_use}
+            for row in _rows(name, use, uses, p, drops[name]):
+                if (pid := row["prompt_id"]) in home:
+                    where = "stands twice" if home[pid] == name else f"stands in {home[pid]} too"
+                    raise DataError(f"{name}: prompt_id {pid} {where}. Give each row an id of its own.")
+                home[pid] = name
+                sets[use].append(row if use == "ift" else row | {"set": set_name(name)})
+        if not sets[use]:
+            raise DataError(f"{use}: no rows are left of {', '.join(sources_of_use)} ({_reasons(drops)}).")
+    return sets | {
         "valid_prompts": load_rows(seed_path(p["valid_file"]), PromptRow, p["n_valid"]),
         "test_prompts": load_rows(seed_path(p["test_file"]), PromptRow, p["n_test"]),
-    }
+    }, drops
 
 
-def _ranked(files: list[str], limit: int) -> list[dict]:
-    rows, home = [], {}
-    for path in map(seed_path, files):
-        for row in load_rows(path, RankedRow, limit):
-            if row["prompt_id"] in home:
-                raise DataError(
-                    f"{path}: prompt_id {row['prompt_id']} stands in {home[row['prompt_id']]} too. "
-                    "Give each row of the ranked files an id of its own."
-                )
-            home[row["prompt_id"]] = path
-            rows.append(row | {"set": path.stem})
-    return rows
+def _rows(name: str, use: str, uses: set[str], p: dict, drops: Counter) -> Iterator[dict]:
+    """Rows of one source for one use, at most as many as the parameters say."""
+    of_kind = sources.kind_of(name)
+    if of_kind in ("ift", "ranked"):
+        shape = IftRow if use == "ift" else RankedRow
+        rows = load_rows(seed_path(name), shape)
+    else:
+        rows = sources.conversations(name, drops, language=p["language"])
+    if len(uses) > 1:
+        rows = (row for row in rows if share(row, uses, p["seed"], p["ift_share"], p["eval_share"]) == use)
+    if of_kind not in ("ift", "ranked"):
+        rows = map(sources.best, rows) if use == "ift" else sources.ranked(rows, drops)
+    return itertools.islice(rows, p[f"n_{use}"] or None)
+
+
+def share(row: dict, uses: set[str], seed: int, ift_share: float, eval_share: float) -> str:
+    """Which of `uses` ("ift", "ranked_train", "ranked_eval") a prompt of one source is for; the same every time.
+
+    `eval_share` of the prompts that people ranked replies to are for ranked_eval, and of the others `ift_share` for
+    ift. A prompt with nothing to rank is for ift, where that is among the uses.
+    """
+    if "ift" in uses and len({r["rank"] for r in row["replies"]}) < 2:
+        return "ift"
+    digest = hashlib.sha256(f"{seed}:{row['prompt_id']}".encode()).digest()
+    at, rest = int.from_bytes(digest[:8]) / 2**64, sorted(uses - {"ranked_eval"})  # ift before ranked_train
+    if "ranked_eval" in uses:
+        if at < eval_share:
+            return "ranked_eval"
+        at = (at - eval_share) / (1 - eval_share)
+    return rest[0] if len(rest) == 1 or at < ift_share else rest[1]
+
+
+def set_name(source: str) -> str:
+    """What figures call a source: its file's name without what says how it is stored."""
+    name = source.partition(":")[0] if is_hub_id(source) else source
+    return Path(name).name.removesuffix(".gz").removesuffix(".jsonl")
+
+
+def _reasons(drops: dict[str, Counter]) -> str:
+    found = [f"{n} x {why}" for of_source in drops.values() for why, n in of_source.items()]
+    return "left out: " + ", ".join(found) if found else "none was left out"
 
 
 def drop_leaks(seeds: dict[str, list[dict]], rouge_l_max: float) -> tuple[dict[str, list[dict]], list[dict]]:

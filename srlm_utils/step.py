@@ -249,8 +249,8 @@ def begin_step(stage: str, namespace: dict) -> StepRun:
     values = check(cls, {n: namespace[n] for n in cls.model_fields}, stage)
     if "rubric" in values and not rubric_path(values["rubric"]).is_file():
         raise ParamError(
-            f"{stage}: rubric = {values['rubric']!r}: no such template. Expected short, additive "
-            "or the path of a .jinja file."
+            f"{stage}: rubric = {values['rubric']!r}: no such template. Expected short, additive, "
+            "multiple_choice or the path of a .jinja file."
         )
     step = StepRun(stage, values)
     step.begin()

@@ -22,7 +22,7 @@ SEED_ROWS = {  # bundled
     "test_prompts": 256,
 }
 CHAT, PROMPT, ANSWER, REPLY, JUSTIFICATION, REPLIES = 30, 30, 80, 80, 32, 3.85
-RUBRIC = {"short": 70, "additive": 285}
+RUBRIC = {"short": 70, "additive": 285, "multiple_choice": 265}
 TAIL = 25  # of a rubric: what stands behind the reply, once a format
 
 
@@ -60,7 +60,7 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
         source = experiment.flat("04_self_instruct", step.model, "")
         items = source["n_prompts"] * source["n_candidates"]
         n["judged"] = items * (judge_frame + _written(source))
-        if p["judge_mode"] == "sampled":
+        if p["judge_mode"] != "expected":
             n["generated"] = items * p["n_samples"] * min(p["max_new_tokens"], JUSTIFICATION + 15)
     elif key == "dpo":
         source = experiment.flat("04_self_instruct", f"M{int(step.model[1:]) - 1}", "")
@@ -69,8 +69,8 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
     elif key == "evaluate":
         replies, tests = _rows(experiment, "ranked_eval") * REPLIES, _rows(experiment, "test")
         n["judged"] = len(p["judge_modes"]) * replies * (judge_frame + REPLY)
-        if "sampled" in p["judge_modes"]:
-            n["generated"] = replies * p["n_samples"] * min(p["judge_max_new_tokens"], JUSTIFICATION + 15)
+        for _ in {*p["judge_modes"]} - {"expected"}:
+            n["generated"] += replies * p["n_samples"] * min(p["judge_max_new_tokens"], JUSTIFICATION + 15)
         n["generated"] += tests * _written(p)
         for judge in p["win_judges"]:
             pairwise = parse_win_judge(judge)[1] == "pairwise"

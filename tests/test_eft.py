@@ -1,6 +1,7 @@
 import pytest
 
 from srlm_utils import eft, judge
+from srlm_utils.errors import ParamError
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,46 @@ def test_the_first_try_that_agrees_is_kept():
         ("b", 2, "Because."),
     ]
     assert sum(drops.values()) == 0
+
+
+@pytest.mark.parametrize(
+    "ranks,scores,yes",
+    [
+        ([0, 1, 2], [5, 3, 1], True),
+        ([0, 1, 2], [5, 5, 1], False),  # a tie is not forgiven
+        ([0, 0, 1], [4, 4, 1], True),
+        ([0, 1], [2, 4], False),
+    ],
+)
+def test_agrees_strictly(ranks, scores, yes):
+    assert eft.agrees(ranks, scores, "strict") is yes
+
+
+def test_a_strict_rule_waits_for_a_try_without_ties():
+    row = ranked()
+    row["replies"].append({"reply_id": "c", "text": "reply c", "rank": 2})
+    judged = sampled("p", [4.0, 4.0], [4.0, 3.0]) + [
+        {"id": "p/c", "samples": sampled("p", [1.0, 2.0], [])[0]["samples"]}
+    ]
+    assert [r["score"] for r in eft.accept([row], judged)[0]] == [4, 4, 1]
+    assert [r["score"] for r in eft.accept([row], judged, "strict")[0]] == [4, 3, 2]
+    half = [
+        {"id": i, "samples": [{"text": f"W.\nScore: {s}", "score": s, "status": "ok"}]}
+        for i, s in (("p/a", 4.5), ("p/b", 2.5))
+    ]
+    assert [r["score"] for r in eft.accept([ranked()], half)[0]] == [5, 3]  # halves go up, not to the even neighbour
+
+
+def test_scores_made_of_ranks_are_spaced_evenly_and_have_no_reason():
+    row = {"prompt_id": "p", "prompt": "Q?", "replies": []}
+    row["replies"] = [{"reply_id": str(i), "text": f"reply {i}", "rank": rank} for i, rank in enumerate([0, 2, 2, 1])]
+    rows = eft.from_ranks([row])
+    assert [(r["score"], r["justification"]) for r in rows] == [(5, ""), (1, ""), (1, ""), (3, "")]
+    assert [r["score"] for r in eft.from_ranks([ranked()])] == [5, 1]
+    made = eft.training_rows(rows, judge.Rubric("short"), ["score_first"])
+    assert [r["response"] for r in made] == ["Score: 5", "Score: 1", "Score: 1", "Score: 3"]
+    with pytest.raises(ParamError, match=r"set build_eft.formats to \[score_first\]"):
+        eft.training_rows(rows, judge.Rubric("short"), list(judge.FORMATS))
 
 
 def test_what_never_agrees_is_counted():

@@ -62,7 +62,7 @@ def test_parse_score_never_breaks():
     assert judge.parse_score("Score: 1" + " " * 200_000 + "x") == (None, "no_score")
 
 
-@pytest.mark.parametrize("name", ["short", "additive"])
+@pytest.mark.parametrize("name", ["short", "additive", "multiple_choice"])
 @pytest.mark.parametrize("fmt", judge.FORMATS)
 def test_rubrics_show_prompt_response_and_format(name, fmt):
     text = judge.Rubric(name).render("What is tea?", "A drink.", fmt)
@@ -87,7 +87,7 @@ def test_a_candidate_stays_inside_its_block(attack):
     assert "49" not in text
 
 
-@pytest.mark.parametrize("name", ["short", "additive"])
+@pytest.mark.parametrize("name", ["short", "additive", "multiple_choice"])
 @pytest.mark.parametrize("fmt", judge.FORMATS)
 def test_hostile_texts_are_inert_in_every_rubric(name, fmt):
     rubric = judge.Rubric(name)
@@ -161,7 +161,7 @@ def test_judging_continues_after_the_rows_that_are_there(tmp_path):
 
     asked = []
 
-    def fake_scores(engine, rubric, items):
+    def fake_scores(engine, rubric, items, **how):
         asked.extend(it["id"] for it in items)
         yield [{"id": it["id"], "score": 1.0} for it in items]
 

@@ -37,10 +37,59 @@ def test_correlations_equal_scipys():
 
 
 def test_a_perfect_judge_and_its_opposite():
-    assert values(prompt([0, 1, 2], [5, 3, 1])) | {"tie_rate": 0} == {
-        "pairwise_accuracy": 1, "tie_rate": 0, "pairwise_accuracy_half_ties": 1, "longer_baseline": 0.5,
-        "five_best": 1, "exact_match": 1, "spearman": pytest.approx(1), "kendall": pytest.approx(1)}  # fmt: skip
+    ones = ("pairwise_accuracy", "pairwise_accuracy_half_ties", "similar_length_accuracy", "five_best", "exact_match")
+    found = values(prompt([0, 1, 2], [5, 3, 1]))
+    assert found == dict.fromkeys(ones, 1) | dict.fromkeys(("spearman", "kendall"), pytest.approx(1)) | {
+        "tie_rate": 0,
+        "longer_baseline": 0.5,
+        "score_beyond_length": None,  # one prompt
+    }
     assert values(prompt([0, 1, 2], [1, 3, 4]))["pairwise_accuracy"] == 0
+
+
+def test_pairs_of_similar_length_are_those_within_a_fifth():
+    # pairs (better, worse) by length: 100 and 80 (right), 100 and 79 (too far), 80 and 79 (tied)
+    found = metrics.agreement([prompt([0, 1, 2], [4, 2, 2], [100, 80, 79])])["similar_length_accuracy"]
+    assert (found["value"], found["n"]) == (0.75, 2)
+
+
+def logistic_pairs(rng, a, b, n=200):
+    """Prompts of three pairs whose preference follows the score by `a` and the length by `b`."""
+    out = []
+    for _ in range(n):
+        pairs = []
+        for _ in range(3):
+            score, length = rng.normal(size=2)
+            better = rng.random() < 1 / (1 + np.exp(-a * score - b * length))
+            pairs.append((score, length) if better else (-score, -length))
+        out.append(pairs)
+    return out
+
+
+def test_what_a_score_says_beyond_length_is_a_logistic_models_weight():
+    from scipy.optimize import minimize
+
+    pairs = logistic_pairs(np.random.default_rng(0), 0.8, 1.5)
+    x = np.array([p for of_prompt in pairs for p in of_prompt])
+    x = x / np.sqrt((x**2).mean(0))
+    best = minimize(lambda w: np.logaddexp(0, -x @ w).sum() + (w**2).sum() / 200, np.zeros(2)).x
+    found = metrics.beyond_length(pairs)
+    assert found["value"] == pytest.approx(best[0], abs=1e-4) and found["n"] == 600
+    assert 0 < found["low"] < found["value"] < found["high"]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.8])  # 0: a score that follows length alone
+def test_the_interval_of_that_weight_covers_the_planted_one(weight):
+    rng, misses = np.random.default_rng(1), 0
+    for _ in range(100):
+        found = metrics.beyond_length(logistic_pairs(rng, weight, 1.0, n=80), n_draws=200)
+        misses += not found["low"] <= weight <= found["high"]
+    assert misses <= 12  # 5 are expected
+
+
+def test_replies_in_perfect_order_have_a_finite_weight():
+    all_right = metrics.beyond_length([[(1.0, 0.5)], [(2.0, -0.5)], [(1.5, 0.1)]])
+    assert np.isfinite([all_right[k] for k in ("value", "low", "high")]).all()
 
 
 def test_replies_without_a_score_are_left_out():

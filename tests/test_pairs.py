@@ -1,6 +1,8 @@
+import math
 import random
 
 import pytest
+from scipy import stats
 
 from srlm_utils import health, pairs
 
@@ -150,3 +152,37 @@ def test_health_of_a_round_that_kept_nothing():
     rows = {r["metric"]: r for r in health.round_metrics("M1", prompts, cands, judged, [])}
     assert rows["pair_yield"]["value"] == 0 == rows["candidate_parse_rate"]["value"]
     assert rows["within_prompt_score_std"]["value"] is None and "chosen_chars" not in rows
+
+
+def collapsed(scores, texts=("a", "bb", "ccc")):
+    """One prompt a list of scores."""
+    prompts = [{"prompt_id": f"p{i}", "prompt": f"Q{i}"} for i in range(len(scores))]
+    cands, judged = [], []
+    for i, of_prompt in enumerate(scores):
+        for j, score in enumerate(of_prompt):
+            key = f"p{i}-c{j}"
+            cands.append({"prompt_id": f"p{i}", "cand_id": key, "text": texts[j], "ended": True, "n_tokens": 3})
+            judged.append({"id": key, "judge_mode": "sampled", "score": score, "cut": j == 0})
+    made, _ = pairs.build_pairs(prompts, cands, judged, seed=0)
+    return health.round_metrics("M1", prompts, cands, judged, made)
+
+
+def test_vital_signs_of_scores_by_hand():
+    found = {r["metric"]: r["value"] for r in collapsed([[4, 4, 4.2], [4, 2, 0]])}
+    assert found["candidate_tie_rate"] == pytest.approx(1 / 6)  # one pair of six
+    assert found["modal_share"] == pytest.approx(4 / 6)
+    assert found["score_entropy"] == pytest.approx(-(4 / 6 * math.log2(4 / 6) + 2 * (1 / 6) * math.log2(1 / 6)))
+    assert found["cut_rate"] == pytest.approx(1 / 3)
+    assert found["score_length_correlation"] == pytest.approx(
+        stats.spearmanr([4, 4, 4.2, 4, 2, 0], [1, 2, 3, 1, 2, 3]).statistic
+    )
+
+
+def test_a_judge_that_gives_one_score_is_ill():
+    limits = {"min_parse_rate": 0.5, "max_modal_share": 0.8, "max_tie_rate": 0.5, "min_pair_yield": 0.3}
+    ill = health.ailments(collapsed([[4, 4, 4], [4, 4, 4]]), limits)
+    assert [a.partition(" is ")[0] for a in ill] == ["modal_share", "candidate_tie_rate", "pair_yield"]
+    assert ill[0] == "modal_share is 1.00, more than max_modal_share = 0.8"
+    assert health.ailments(collapsed([[4, 1, 3], [5, 2, 0]]), limits) == []
+    unparsed = health.ailments(collapsed([[None, None, None], [4, None, None]]), limits)
+    assert unparsed[0] == "candidate_parse_rate is 0.17, less than min_parse_rate = 0.5"

@@ -205,13 +205,13 @@ def test_no_prompt_stands_twice_or_nearly(files):
 
 
 def test_the_seed_of_a_run():
-    seeds = load_seeds(SeedData(run_dir="x").model_dump())
+    seeds = load_seeds(SeedData(run_dir="x").model_dump())[0]
     assert Counter(r["set"] for r in seeds["ranked_eval"]).keys() == {"onpolicy_eval", "ranked_eval"}
     assert drop_leaks(seeds, 0.7)[1] == []
 
 
 def test_a_training_prompt_near_a_test_prompt_is_dropped(files):
-    seeds = load_seeds(SeedData(run_dir="x", n_ift=20, n_ranked_train=5).model_dump())
+    seeds = load_seeds(SeedData(run_dir="x", n_ift=20, n_ranked_train=5).model_dump())[0]
     test = seeds["test_prompts"][0]
     leak = {"prompt_id": "leak", "prompt": test["prompt"] + " Please.", "response": "x"}
     same_id = {
@@ -225,10 +225,10 @@ def test_a_training_prompt_near_a_test_prompt_is_dropped(files):
 
 
 def test_limits_take_the_first_rows_of_each_file():
-    few = load_seeds(SeedData(run_dir="x", n_ift=3, n_test=2, n_ranked_train=4).model_dump())
+    few = load_seeds(SeedData(run_dir="x", n_ift=3, n_test=2, n_ranked_train=4).model_dump())[0]
     assert (len(few["ift"]), len(few["test_prompts"])) == (3, 2)
     assert Counter(r["set"] for r in few["ranked_train"]) == {"onpolicy_train": 4, "ranked_train": 4}
-    assert len({r["category"] for r in load_seeds(SeedData(run_dir="x", n_ift=14).model_dump())["ift"]}) == 14
+    assert len({r["category"] for r in load_seeds(SeedData(run_dir="x", n_ift=14).model_dump())[0]["ift"]}) == 14
 
 
 def test_own_rows_are_checked(tmp_path):
@@ -243,7 +243,7 @@ def test_own_rows_are_checked(tmp_path):
 def test_one_id_in_two_ranked_files_is_refused(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps(read_jsonl(seed_path("ranked_train"))[0]) + "\n")
-    with pytest.raises(DataError, match=r"mine\.jsonl: prompt_id rt-\d+ stands in .*ranked_train\.jsonl too"):
+    with pytest.raises(DataError, match=r"mine\.jsonl: prompt_id rt-\d+ stands in ranked_train too"):
         load_seeds(SeedData(run_dir="x", ranked_train_files=["ranked_train", str(path)]).model_dump())
 
 

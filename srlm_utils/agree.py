@@ -1,0 +1,85 @@
+"""``srlm agree``: how well one model judges, on any ranked set, without a run."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+from srlm_utils import evaluate, judge, metrics, seed_model, seeds, sources
+from srlm_utils.errors import DataError
+from srlm_utils.plan import seed_path
+from srlm_utils.rows import RankedRow, load_rows
+
+SAMPLING = {
+    "n_samples": 3,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "max_new_tokens": 120,
+    "seed": 0,
+}  # the paper's judgements
+MAX_RESPONSE_TOKENS = 1024
+
+
+def ranked_rows(source: str, *, all_turns: bool = False, limit: int = 0) -> tuple[list[dict], Counter]:
+    """(ranked rows of a source of any kind, what was left out by reason). Raises `DataError` if nothing is left."""
+    drops: Counter = Counter()
+    if sources.kind_of(source) in ("ranked", "ift"):
+        return load_rows(seed_path(source), RankedRow, limit), drops
+    rows = list(sources.ranked(sources.conversations(source, drops, all_turns=all_turns), drops))
+    if not rows:
+        raise DataError(f"{source}: no prompt with ranked replies is left ({dict(drops)}).")
+    return rows[:limit] if limit else rows, drops
+
+
+def engine_of(model: str):
+    """An engine of an embedded model, a hub id, a folder of weights, or a run's pointer at its seed model (``M0``)."""
+    from srlm_utils.engine import Engine
+
+    pointer = Path(model) / "model.json"
+    if pointer.is_file():
+        info = seed_model.read_pointer(pointer)
+        return Engine(info["path"], chat_template=info["chat_template"])
+    return Engine(seed_model.fetch(model)["path"])
+
+
+def scores_of(model: str, rubric: judge.Rubric, rows: list[dict], mode: str) -> list[dict]:
+    """Judgement rows of all replies; progress goes to stderr."""
+    from tqdm import tqdm
+
+    items, judged = evaluate.ranked_items(rows), []
+    batches = judge.scores(engine_of(model), rubric, items, mode, max_response_tokens=MAX_RESPONSE_TOKENS, **SAMPLING)
+    with tqdm(total=len(items), unit=" judgements", file=sys.stderr, desc=Path(model).name) as bar:
+        for batch in batches:
+            judged += batch
+            bar.update(len(batch))
+    return judged
+
+
+def report(args) -> str:
+    """The command's output: a table, or one JSON object."""
+    rubric = judge.Rubric(args.rubric)
+    rows, drops = ranked_rows(args.ranked, all_turns=args.all_turns, limit=args.limit)
+    name = seeds.set_name(args.ranked)
+    judged = scores_of(args.model, rubric, rows, args.mode)
+    figures = _figures(evaluate.agreement_rows(args.model, rows, judged, args.mode, name))
+    if args.against:
+        theirs = scores_of(args.against, rubric, rows, args.mode)
+        gain = evaluate.gain_rows(args.model, args.against, rows, judged, theirs, args.mode, name)
+        figures |= _figures(gain)
+    about = {"model": args.model} | ({"against": args.against} if args.against else {})
+    about |= {"ranked": args.ranked, "turns": "all" if args.all_turns else "first", "judge_mode": args.mode}
+    about |= {"rubric": args.rubric, "n_prompts": len(rows), "n_replies": len(judged)}
+    about |= {"n_cut": sum(r["cut"] for r in judged), "left_out": dict(drops)}
+    if args.json:
+        return json.dumps(about | figures)
+    lines = [f"{key:<28}{value}" for key, value in about.items() if value != {}]
+    lines += ["", f"{'':<28}{'value':>8}  {'95 % interval':<16}{'n':>6}"]
+    for metric, f in figures.items():
+        value, low, high = ("" if f[k] is None else f"{f[k]:.3f}" for k in ("value", "low", "high"))
+        interval = f"{low} to {high}" if low else ""
+        lines.append(f"{metric:<28}{value:>8}  {interval:<16}{f['n']:>6}  {metrics.METRICS[metric][1]}")
+    return "\n".join(lines)
+
+
+def _figures(rows: list[dict]) -> dict[str, dict]:
+    return {r["metric"]: {k: r[k] for k in ("value", "low", "high", "n")} for r in rows}
