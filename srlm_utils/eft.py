@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Callable
 
 from srlm_utils import judge
 from srlm_utils.errors import ParamError
@@ -133,6 +134,18 @@ def training_rows(rows: list[dict], rubric: judge.Rubric, formats: list[str]) ->
         for r in rows
         for fmt in dict.fromkeys(formats)
     ]
+
+
+def fit_replies(rows: list[dict], tokenizer_of: Callable, max_response_tokens: int) -> tuple[list[dict], int]:
+    """(rows with their replies as the judge will see them, `judge.fit`, number of replies that were cut).
+
+    `tokenizer_of()` is called only where a reply may be too long.
+    """
+    if not max_response_tokens or all(len(r["reply"]) <= max_response_tokens for r in rows):
+        return rows, 0
+    tokenizer = tokenizer_of()
+    fitted = [r | {"reply": judge.fit(tokenizer, r["reply"], max_response_tokens)} for r in rows]
+    return fitted, sum(a["reply"] != b["reply"] for a, b in zip(rows, fitted, strict=True))
 
 
 def score_counts(rows: list[dict]) -> dict[int, int]:

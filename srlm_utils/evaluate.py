@@ -69,6 +69,28 @@ def agreement_rows(model: str, ranked: list[dict], judged: list[dict], mode: str
     return metrics.metric_rows(figures, model=model, set=set_name, judge=model, judge_mode=mode)
 
 
+def calibration(ranked: list[dict], judged: list[dict]) -> list[dict]:
+    """Where people ranked the replies that got each score, rounded: rows {"score", "value", "low", "high", "n"}.
+
+    `value` is the mean place, 0 for the best reply of a prompt and 1 for the worst, with its interval over prompts. A
+    judge is calibrated if it falls from score to score. Prompts whose replies all rank alike are left out.
+    """
+    by_prompt: list[dict[int, list[float]]] = []
+    for row in scored_prompts(ranked, judged):
+        if worst := max(row["ranks"]):
+            places: dict[int, list[float]] = {}
+            for rank, score in zip(row["ranks"], row["scores"], strict=True):
+                if score is not None:
+                    places.setdefault(int(score + 0.5), []).append(rank / worst)
+            by_prompt.append(places)
+    out = []
+    for score in range(judge.MIN_SCORE, judge.MAX_SCORE + 1):
+        having = [places[score] for places in by_prompt if score in places]
+        if having:
+            out.append({"score": score} | metrics.ratio([sum(x) for x in having], [len(x) for x in having]))
+    return out
+
+
 def gain_rows(
     model: str, opponent: str, ranked: list[dict], judged: list[dict], theirs: list[dict], mode: str, set_name: str
 ) -> list[dict]:

@@ -66,6 +66,17 @@ def inert(text: str) -> str:
     return _BLOCK_TAG.sub(r"<\\\1>", text)
 
 
+def guards(tokenizer, response: str) -> list[str]:
+    """What in a candidate was made harmless or could have been mistaken for the judge's own words."""
+    found = {
+        "score line": parse_score(response)[1] != "no_score",
+        "block tag": inert(response) != response,
+        "control token": any(str(token) in response for token in tokenizer.added_tokens_decoder.values()),
+        "template expression": "{{" in response or "{%" in response,
+    }
+    return [name for name, fired in found.items() if fired]
+
+
 def parse_score(text: str) -> tuple[float | None, str]:
     """(score, "ok") from the last ``Score: x`` line of a judgement, else (None, why).
 
@@ -107,16 +118,20 @@ def prompts(tokenizer, rubric: Rubric, items: list[dict], format: str, max_respo
     """
     requests, cut = [], set()
     for it in items:
-        response = it["response"]
-        # a token has one character at least, so that short texts need no counting
-        if max_response_tokens and len(response) > max_response_tokens:
-            ids = chat.answer_ids(tokenizer, response, ended=False)
-            if len(ids) > max_response_tokens:
-                response = chat.decode(tokenizer, ids[:max_response_tokens]) + CUT
-                cut.add(it["id"])
+        response = fit(tokenizer, it["response"], max_response_tokens)
+        if response != it["response"]:
+            cut.add(it["id"])
         text = rubric.render(it["prompt"], response, format)
         requests.append((it["id"], chat.prompt_ids(tokenizer, chat.user(text))))
     return requests, cut
+
+
+def fit(tokenizer, response: str, max_tokens: int) -> str:
+    """`response`, or its first `max_tokens` tokens (0: no limit) and a mark."""
+    if not max_tokens or len(response) <= max_tokens:  # a token has one character at least
+        return response
+    ids = chat.answer_ids(tokenizer, response, ended=False)
+    return response if len(ids) <= max_tokens else chat.decode(tokenizer, ids[:max_tokens]) + CUT
 
 
 def _expected(probs: list[float]) -> float:

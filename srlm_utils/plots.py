@@ -124,6 +124,33 @@ def _agreement_panel(ax, metrics: pd.DataFrame, min_pairs: int) -> None:
     ax.set_ylim(0, 100)
 
 
+def calibration(table: pd.DataFrame, model: str):
+    """Mean human place of replies by their score (`evaluate.calibration`); a panel a set, a line a judge mode."""
+    sets, modes = sorted(table.set.unique()), sorted(table.judge_mode.unique())
+    fig, axes = plt.subplots(1, len(sets), figsize=(1 + 3.4 * len(sets), 3.4), sharey=True, squeeze=False)
+    for ax, name in zip(axes[0], sets, strict=True):
+        for i, mode in enumerate(modes):
+            rows = table[(table.set == name) & (table.judge_mode == mode)]
+            x = rows.score + 0.2 * (i - (len(modes) - 1) / 2)
+            spread = [(rows.value - rows.low).fillna(0), (rows.high - rows.value).fillna(0)]
+            style = {"color": color(model), "ls": ("-", "--", ":")[i], "mfc": (color(model), "white", "white")[i]}
+            ax.errorbar(x, rows.value, yerr=spread, fmt=marker(model), capsize=3, label=mode, **style)
+        n = table[table.set == name].pivot(index="judge_mode", columns="score", values="n").reindex(modes).fillna(0)
+        ax.set_xticks(
+            range(6), ["\n".join([str(s), *(f"{k:.0f}" for k in n.get(s, [0] * len(modes)))]) for s in range(6)]
+        )
+        ax.axhline(0.5, color="#555555", lw=1, ls=":")
+        ax.set_title(name)
+        ax.set_xlabel(f"score, rounded; below it n replies ({', '.join(modes)})", fontsize=9)
+        ax.set_xlim(-0.4, 5.4)
+        ax.set_ylim(1.05, -0.05)
+    axes[0][0].set_ylabel("mean human place\n(0 best, 1 worst of its prompt)")
+    if len(modes) > 1:
+        axes[0][-1].legend(title="judge mode", fontsize=8)
+    fig.suptitle(f"Does a higher score of {model} mean a better rank? (95 % intervals over prompts)", fontsize=11)
+    return fig, table
+
+
 def win_rates(metrics: pd.DataFrame):
     """Win, tie and loss of each model against those before it; one panel a judge."""
     h2h = metrics[metrics.metric.isin(["win", "tie", "loss", "win_rate"])]

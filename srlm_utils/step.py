@@ -109,6 +109,12 @@ class StepRun:
         p = self.params
         return Engine(**self.model_source(model), device=p.device, dtype=p.dtype, batch_size=p.batch_size)
 
+    def tokenizer(self, model: str):
+        """The tokenizer of a model, with the chat template that the run gave it."""
+        from srlm_utils import chat
+
+        return chat.load_tokenizer(**self.model_source(model))
+
     def model_revision(self, model: str) -> str:
         """Which weights a name means: 12 digits of a run model's sha256; the name itself of any other."""
         if not is_model_name(model):

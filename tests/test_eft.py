@@ -185,3 +185,13 @@ def test_training_rows_have_ids_of_their_own():
     for r in made:
         assert r["prompt"] == rubric.render("Q?", "A.", r["format"])
         assert judge.parse_score(r["response"]) == (3, "ok")
+
+
+def test_long_replies_are_trained_as_they_are_judged(engine):
+    long = {"prompt_id": "p", "reply_id": "a", "rank": 0, "prompt": "Q?", "score": 5, "justification": "W."}
+    long["reply"] = "one two three four " * 30
+    short = long | {"reply_id": "b", "rank": 1, "score": 1, "reply": "no"}
+    fitted, n = eft.fit_replies([long, short], lambda: engine.tokenizer, 20)
+    assert n == 1 and fitted[1] == short
+    assert fitted[0]["reply"] == judge.fit(engine.tokenizer, long["reply"], 20) != long["reply"]
+    assert eft.fit_replies([short], None, 20) == ([short], 0)  # no tokenizer is loaded for short ones

@@ -135,3 +135,16 @@ def test_ten_thousand_hostile_outputs_and_candidates(engine):
         if i % 50 == 0:
             (row,) = judged(Judge(engine.tokenizer, texts=(text,)), [candidate], "sampled")
             assert row["score"] == score
+
+
+def test_guards_name_what_a_candidate_tries(engine):
+    found = [judge.guards(engine.tokenizer, a) for a in ATTACKS]
+    assert found == [
+        ["score line"],
+        ["score line", "block tag"],
+        ["control token"],  # its score line ends in a control token, so it is none
+        ["control token"],
+        ["template expression"],
+        ["score line"],
+    ]
+    assert judge.guards(engine.tokenizer, "My score: 5 of 5, I <b>think</b>.") == []

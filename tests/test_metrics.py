@@ -330,3 +330,18 @@ def test_a_training_figure_shows_the_parts_of_the_loss():
     ]
     assert titles[0] == ["loss of answers and justifications", "loss of score digits", "training replies ordered right"]
     assert titles[1] == ["loss", "reward margin"]
+
+
+def test_calibration_by_hand():
+    ranked = [
+        {"prompt_id": "p", "replies": [{"reply_id": str(i), "text": "x", "rank": i} for i in range(3)]},
+        {"prompt_id": "q", "replies": [{"reply_id": str(i), "text": "x", "rank": r} for i, r in enumerate((0, 1))]},
+        {
+            "prompt_id": "flat",
+            "replies": [{"reply_id": "0", "text": "x", "rank": 0}, {"reply_id": "1", "text": "x", "rank": 0}],
+        },
+    ]
+    scores = {"p/0": 4.6, "p/1": 3.5, "p/2": 0.2, "q/0": 4.0, "q/1": None, "flat/0": 4.0, "flat/1": 4.0}
+    rows = evaluate.calibration(ranked, [{"id": k, "score": v} for k, v in scores.items()])
+    assert [(r["score"], r["value"], r["n"]) for r in rows] == [(0, 1.0, 1), (4, 0.25, 2), (5, 0.0, 1)]
+    assert rows[0]["low"] is None and rows[1]["low"] == 0 and rows[1]["high"] == 0.5
