@@ -337,6 +337,55 @@ def test_a_failing_cell_is_named_with_the_command_that_resumes(smoke):
         shutil.rmtree(run, ignore_errors=True)
 
 
+@pytest.mark.slow
+def test_a_run_from_open_assistant_trees(tmp_path):
+    """One export for answers, judgements and the exam; a judge that learns scores made of ranks."""
+    from tests.test_sources import many, save
+
+    path = save(tmp_path / "oa.jsonl.gz", many(60))
+    run, sets = ROOT / "results" / "test-oa", []
+    for name, value in {
+        "seed_data.ift_file": path,
+        "seed_data.ranked_train_files": f"[{path}]",
+        "seed_data.ranked_eval_files": f"[{path}]",
+        "seed_data.n_ranked_train": 4,
+        "build_eft.scores_from": "ranks",
+        "build_eft.formats": "[score_first]",
+        "build_eft.max_response_tokens": 3,
+    }.items():
+        sets += ["--set", f"{name}={value}"]
+    try:
+        for step in ("01_seed_data@run", "02_sft@SFT", "03_build_eft@SFT", "02_sft@M1", "08_evaluate@M0"):
+            result = srlm("run", "params/smoke.yaml", *sets, "--only", step, "--run-name", run.name)
+            assert result.returncode == 0, result.stdout + result.stderr
+        rows = read_jsonl(run / "SFT/eft/train.jsonl")
+        assert sorted({(r["rank"], r["score"]) for r in rows}) == [(0, 5), (1, 3), (2, 1)]
+        figures = read_json(run / "steps/03_build_eft@SFT.json")["figures"]
+        assert figures["n_prompts"] == 4 and figures["n_cut"] == 12
+        assert {r["set"] for r in read_json(run / "M0/eval/metrics.json") if r["metric"] == "tie_rate"} == {"oa"}
+        read = {n: {r["prompt_id"] for r in read_jsonl(run / f"seed/{n}.jsonl")} for n in ("ift", "ranked_eval")}
+        assert read["ift"] and read["ranked_eval"] and not read["ift"] & read["ranked_eval"]
+    finally:
+        shutil.rmtree(run, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_an_unhealthy_round_stops_where_it_is_told_to(smoke):
+    run = ROOT / "results" / "test-ill"
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(smoke, run)
+    args = ["--only", "06_build_pairs@M1", "--set", "build_pairs.max_modal_share=0.01", "--run-name", run.name]
+    try:
+        result = srlm("run", "params/smoke.yaml", *args)
+        assert result.returncode == 0
+        (ill,) = read_json(run / "M1/aift/health.json")["ailments"]
+        assert ill.startswith("modal_share is")
+        result = srlm("run", "params/smoke.yaml", *args, "--set", "build_pairs.on_unhealthy=stop")
+        assert result.returncode == 1 and f"the round is not healthy: {ill}" in result.stderr
+    finally:
+        shutil.rmtree(run, ignore_errors=True)
+
+
 # ---- bad input: one clear message, exit code 2, before any model loads, nothing overwritten
 
 
