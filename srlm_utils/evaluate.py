@@ -12,23 +12,19 @@ def ranked_items(ranked: list[dict]) -> list[dict]:
     ]
 
 
-def judge_ranked(step, engine, rubric: judge.Rubric, ranked: list[dict], mode: str) -> list[dict]:
-    """Score every reply of a ranked set in one judge mode."""
+def judge_ranked(step, engine, rubric: judge.Rubric, ranked: list[dict], modes: list[str]) -> dict[str, list[dict]]:
+    """Score every reply of the ranked sets, by judge mode. Both modes that write judgements share what is written."""
     p = step.params
-    return judge.judge_items(
-        step,
-        engine,
-        rubric,
-        ranked_items(ranked),
-        mode,
-        log=f"judgements_{mode}.jsonl",
-        max_response_tokens=p.max_response_tokens,
-        n_samples=p.n_samples,
-        temperature=p.judge_temperature,
-        top_p=p.judge_top_p,
-        max_new_tokens=p.judge_max_new_tokens,
-        seed=p.seed,
-    )
+    how = {"n_samples": p.n_samples, "temperature": p.judge_temperature, "top_p": p.judge_top_p, "seed": p.seed}
+    how |= {"max_new_tokens": p.judge_max_new_tokens, "max_response_tokens": p.max_response_tokens}
+    both, judged = {"sampled", "sampled_expected"} <= {*modes}, {}
+    for mode in modes:
+        if not (both and mode == "sampled"):
+            log = f"judgements_{mode}.jsonl"
+            judged[mode] = judge.judge_items(step, engine, rubric, ranked_items(ranked), mode, log=log, **how)
+    if both:
+        judged["sampled"] = judge.as_written(judged["sampled_expected"])
+    return {mode: judged[mode] for mode in modes}
 
 
 def by_set(ranked: list[dict]) -> dict[str, list[dict]]:

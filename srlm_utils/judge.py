@@ -193,17 +193,9 @@ def sampled_scores(
                 samples.append({"text": s.text, "score": score, "status": status})
             if read_digits:
                 _read_digits(engine, asked[key], samples)
-            valid = [s["score"] for s in samples if s["score"] is not None]
-            rows.append(
-                {
-                    "id": key,
-                    "judge_mode": "sampled_expected" if read_digits else "sampled",
-                    "cut": key in cut,
-                    "score": statistics.fmean(valid) if valid else None,
-                    "variance": statistics.variance(valid) if len(valid) > 1 else None,
-                    "samples": samples,
-                }
-            )
+            mode = "sampled_expected" if read_digits else "sampled"
+            row = {"id": key, "judge_mode": mode, "cut": key in cut} | _summary(samples)
+            rows.append(row | {"samples": samples})
         yield rows
 
 
@@ -218,6 +210,23 @@ def _read_digits(engine, prompt: list[int], samples: list[dict]) -> None:
     for batch in engine.choice_probs(requests, choices):
         for i, probs, _ in batch:
             samples[int(i)] |= {"score": _expected(probs), "written": samples[int(i)]["score"]}
+
+
+def as_written(rows: list[dict]) -> list[dict]:
+    """The rows of mode sampled out of those of sampled_expected: the same texts, the scores that they wrote."""
+    out = []
+    for row in rows:
+        samples = [{"text": s["text"], "score": s.get("written"), "status": s["status"]} for s in row["samples"]]
+        out.append(row | {"judge_mode": "sampled", "samples": samples} | _summary(samples))
+    return out
+
+
+def _summary(samples: list[dict]) -> dict:
+    valid = [s["score"] for s in samples if s["score"] is not None]
+    return {
+        "score": statistics.fmean(valid) if valid else None,
+        "variance": statistics.variance(valid) if len(valid) > 1 else None,
+    }
 
 
 def justification(text: str) -> str:

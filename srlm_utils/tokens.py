@@ -69,8 +69,8 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
     elif key == "evaluate":
         replies, tests = _rows(experiment, "ranked_eval") * REPLIES, _rows(experiment, "test")
         n["judged"] = len(p["judge_modes"]) * replies * (judge_frame + REPLY)
-        for _ in {*p["judge_modes"]} - {"expected"}:
-            n["generated"] += replies * p["n_samples"] * min(p["judge_max_new_tokens"], JUSTIFICATION + 15)
+        if {*p["judge_modes"]} - {"expected"}:
+            n["generated"] = replies * p["n_samples"] * min(p["judge_max_new_tokens"], JUSTIFICATION + 15)
         n["generated"] += tests * _written(p)
         for judge in p["win_judges"]:
             pairwise = parse_win_judge(judge)[1] == "pairwise"

@@ -91,6 +91,14 @@ def test_digits_are_read_where_the_judge_wrote_its_score(engine):
         assert ids == whole[:-1] and whole[-1] in digits
 
 
+def test_what_was_written_is_the_sampled_mode(engine):
+    texts = ("a\nScore: 2", "b\nScore: 5", "none")
+    fake = lambda: Judge(engine.tokenizer, texts=texts, probs=(0, 0, 0, 1, 0, 0))  # noqa: E731
+    assert judge.as_written(judged(fake(), ["x"], "sampled_expected", n_samples=3)) == judged(
+        fake(), ["x"], "sampled", n_samples=3
+    )
+
+
 @pytest.mark.parametrize("mode", judge.MODES)
 def test_a_long_candidate_is_cut_marked_and_said_to_be(engine, mode):
     fake = Judge(engine.tokenizer)
