@@ -1,34 +1,37 @@
 """``srlm agree``: how well one model judges, on any ranked set, without a run."""
 
+import itertools
 import json
 import sys
 from collections import Counter
 from pathlib import Path
 
 from srlm_utils import evaluate, judge, metrics, seed_model, seeds, sources
-from srlm_utils.errors import DataError
-from srlm_utils.plan import seed_path
-from srlm_utils.rows import RankedRow, load_rows
+from srlm_utils.errors import DataError, ParamError
 
 SAMPLING = {
     "n_samples": 3,
     "temperature": 0.7,
     "top_p": 0.9,
-    "max_new_tokens": 120,
+    "max_new_tokens": 256,
     "seed": 0,
 }  # the paper's judgements
 MAX_RESPONSE_TOKENS = 1024
 
 
-def ranked_rows(source: str, *, all_turns: bool = False, limit: int = 0) -> tuple[list[dict], Counter]:
+def ranked_rows(source: str, *, language: str = "en", all_turns: bool = False, limit: int = 0):
     """(ranked rows of a source of any kind, what was left out by reason). Raises `DataError` if nothing is left."""
     drops: Counter = Counter()
-    if sources.kind_of(source) in ("ranked", "ift"):
-        return load_rows(seed_path(source), RankedRow, limit), drops
-    rows = list(sources.ranked(sources.conversations(source, drops, all_turns=all_turns), drops))
-    if not rows:
+    of_kind = sources.kind_of(source)
+    if of_kind in ("ranked", "ift"):
+        rows = iter(sources.kit_rows(source, "ranked"))
+    else:
+        rows = sources.conversations(source, drops, language=language, all_turns=all_turns)
+        rows = sources.ranked(rows, drops)
+    found = list(itertools.islice(rows, limit or None))
+    if not found:
         raise DataError(f"{source}: no prompt with ranked replies is left ({dict(drops)}).")
-    return rows[:limit] if limit else rows, drops
+    return found, drops
 
 
 def engine_of(model: str):
@@ -57,9 +60,13 @@ def scores_of(model: str, rubric: judge.Rubric, rows: list[dict], mode: str) -> 
 
 def report(args) -> str:
     """The command's output: a table, or one JSON object."""
+    if args.limit < 0:
+        raise ParamError(f"--limit {args.limit}: expected the number of prompts to use, or 0 for all.")
     rubric = judge.Rubric(args.rubric)
-    rows, drops = ranked_rows(args.ranked, all_turns=args.all_turns, limit=args.limit)
-    name = seeds.set_name(args.ranked)
+    # as every path of a command line, from where one stands
+    source = str(Path(args.ranked).resolve()) if Path(args.ranked).is_file() else args.ranked
+    rows, drops = ranked_rows(source, language=args.language, all_turns=args.all_turns, limit=args.limit)
+    name = seeds.set_name(source)
     judged = scores_of(args.model, rubric, rows, args.mode)
     figures = _figures(evaluate.agreement_rows(args.model, rows, judged, args.mode, name))
     if args.against:
@@ -67,7 +74,9 @@ def report(args) -> str:
         gain = evaluate.gain_rows(args.model, args.against, rows, judged, theirs, args.mode, name)
         figures |= _figures(gain)
     about = {"model": args.model} | ({"against": args.against} if args.against else {})
-    about |= {"ranked": args.ranked, "turns": "all" if args.all_turns else "first", "judge_mode": args.mode}
+    about |= {"ranked": args.ranked, "judge_mode": args.mode}
+    if sources.kind_of(source) in ("tree", "message"):
+        about["turns"] = "all" if args.all_turns else "first"
     about |= {"rubric": args.rubric, "n_prompts": len(rows), "n_replies": len(judged)}
     about |= {"n_cut": sum(r["cut"] for r in judged), "left_out": dict(drops)}
     if args.json:

@@ -1,5 +1,6 @@
 """Files that are whole or absent: JSON and JSONL written by rename, row logs that survive a kill."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -43,10 +44,13 @@ def read_json(path: Path):
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a JSONL file. Blank lines are skipped; anything but one object a line is a `DataError`."""
+    """Rows of a JSONL file, ``.gz`` or not. Blank lines are skipped; anything but one object a line is a `DataError`."""
     rows = []
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except (EOFError, gzip.BadGzipFile) as e:
+        raise DataError(f"{path}: cannot be unpacked ({e}). Fetch or make the file again.") from e
     except UnicodeDecodeError as e:
         line = e.object[: e.start].count(b"\n") + 1
         raise DataError(f"{path}:{line}: not UTF-8 (byte {e.start}). Save the file as UTF-8.") from e

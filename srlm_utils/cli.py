@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     agree.add_argument(
         "--all-turns", action="store_true", help="of Open Assistant later turns too, not the first alone"
     )
+    agree.add_argument("--language", default="en", help="of Open Assistant messages; '' takes every one (default: en)")
     agree.add_argument("--limit", type=int, default=0, metavar="N", help="the first N prompts")
     agree.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return top

@@ -8,9 +8,9 @@ from srlm_utils import judge
 from srlm_utils.errors import ParamError
 
 
-def has_scores(ranked: list[dict]) -> bool:
-    """Whether every ranked reply already carries a score and a justification."""
-    return all(r.get("score") is not None and r.get("justification") for row in ranked for r in row["replies"])
+def has_scores(row: dict) -> bool:
+    """Whether every reply of a ranked prompt already carries a score and a justification."""
+    return all(r.get("score") is not None and r.get("justification") for r in row["replies"])
 
 
 def agrees(ranks: list[int], scores: list[float], rule: str = "no_reversal") -> bool:
@@ -29,7 +29,7 @@ def accept(ranked: list[dict], judged: list[dict], rule: str = "no_reversal") ->
     """Rejection against the human ranking: keep judgements whose scores agree with it.
 
     `judged` are `judge.sampled_scores` rows with ids ``<prompt_id>/<reply_id>``. The s-th judgement of
-    every reply of a prompt makes the s-th try; the first try that is parsed for all replies and
+    every reply of a prompt makes the s-th try; the first try that is parsed and justified for all replies and
     `agrees` is kept. Returns ({prompt_id, reply_id, rank, prompt, reply, score, justification} rows, drops by
     reason).
     """
@@ -38,7 +38,7 @@ def accept(ranked: list[dict], judged: list[dict], rule: str = "no_reversal") ->
     for row in ranked:
         tries = list(zip(*(samples[f"{row['prompt_id']}/{r['reply_id']}"] for r in row["replies"]), strict=True))
         ranks = [r["rank"] for r in row["replies"]]
-        parsed = [t for t in tries if all(s["score"] is not None for s in t)]
+        parsed = [t for t in tries if all(s["score"] is not None and judge.justification(s["text"]) for s in t)]
         good = next((t for t in parsed if agrees(ranks, [s["score"] for s in t], rule)), None)
         if good is None:
             drops["disagrees" if parsed else "unparsed"] += 1
@@ -77,12 +77,15 @@ def from_scored(ranked: list[dict]) -> list[dict]:
 
 def from_ranks(ranked: list[dict]) -> list[dict]:
     """The same rows from ranks alone: the best reply of a prompt gets 5, the worst 1, those between evenly spaced
-    scores. There is nothing to justify them with, so they are for the score-first format."""
+    scores. There is nothing to justify them with, so they are for the score-first format. Prompts whose replies all
+    rank alike are left out."""
     rows = []
     for row in ranked:
         ranks = sorted({r["rank"] for r in row["replies"]})
+        if len(ranks) < 2:
+            continue
         for r in row["replies"]:
-            place = ranks.index(r["rank"]) / max(len(ranks) - 1, 1)
+            place = ranks.index(r["rank"]) / (len(ranks) - 1)
             one = {"prompt_id": row["prompt_id"], "reply_id": r["reply_id"], "rank": r["rank"], "prompt": row["prompt"]}
             rows.append(one | {"reply": r["text"], "score": int(5 - 4 * place + 0.5), "justification": ""})
     return rows
@@ -118,7 +121,7 @@ def training_rows(rows: list[dict], rubric: judge.Rubric, formats: list[str]) ->
     """
     if "justify_first" in formats and not all(r["justification"].strip() for r in rows):
         raise ParamError(
-            "formats: justify_first needs justifications, and scores made of ranks have none: "
+            "formats: justify_first needs a justification of every score, and scores made of ranks have none: "
             "set build_eft.formats to [score_first]."
         )
     return [
@@ -141,7 +144,7 @@ def fit_replies(rows: list[dict], tokenizer_of: Callable, max_response_tokens: i
 
     `tokenizer_of()` is called only where a reply may be too long.
     """
-    if not max_response_tokens or all(len(r["reply"]) <= max_response_tokens for r in rows):
+    if not max_response_tokens or all(judge.surely_fits(r["reply"], max_response_tokens) for r in rows):
         return rows, 0
     tokenizer = tokenizer_of()
     fitted = [r | {"reply": judge.fit(tokenizer, r["reply"], max_response_tokens)} for r in rows]

@@ -60,10 +60,15 @@ def keep(trainer, params, n_tokens: int, passes: int):
     """A `Kept` for a trainer's model, or None where there is nothing to gain or no room for `n_tokens`."""
     config = trainer.model.config.get_text_config()
     size = n_tokens * config.hidden_size * trainer.model.dtype.itemsize
-    if not params.lora_layers or passes < 2 or 2 * size > free_memory():
+    if not (params.lora_r and params.lora_layers) or passes < 2 or 2 * size > free_memory():
         return None
     # gradient checkpointing sends gradients through all layers; dropout makes every pass another; under FSDP all
     # processes have to ask for the same layers
-    if params.gradient_checkpointing or getattr(config, "attention_dropout", 0) or trainer.args.world_size > 1:
+    dropout = any(
+        value and isinstance(value, float) and ("drop" in name)
+        for name, value in config.to_dict().items()
+        if name != "classifier_dropout"
+    )
+    if params.gradient_checkpointing or dropout or trainer.args.world_size > 1:
         return None
     return Kept(trainer.model)

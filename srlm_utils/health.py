@@ -18,6 +18,7 @@ def round_metrics(
     scores = {pid: [c["score"] for c in cs if c["score"] is not None] for pid, cs in by_prompt.items()}
     flat = [s for values in scores.values() for s in values]
     within = [s for values in scores.values() if (s := std(values)) is not None]
+    ties = [_ties(values) for values in scores.values()]
     tries = {j["id"]: j.get("samples", [j]) for j in judgements}
     by_judgement = [[s["score"] is not None for s in tries[c["cand_id"]]] for c in candidates if c["cand_id"] in tries]
     figures = {
@@ -25,7 +26,7 @@ def round_metrics(
         "candidate_parse_rate": ratio([sum(t) for t in by_judgement], [len(t) for t in by_judgement]),
         "candidate_score_std": plain(std(flat), len(flat)),
         "within_prompt_score_std": mean(within) if within else plain(None, 0),
-        "candidate_tie_rate": ratio(*zip(*(_ties(values) for values in scores.values()), strict=True)),
+        "candidate_tie_rate": ratio([t for t, _ in ties], [n for _, n in ties]),
         "cut_rate": mean([bool(j.get("cut")) for j in judgements]),
     }
     points = Counter(int(s + 0.5) for s in flat)

@@ -71,7 +71,9 @@ def guards(tokenizer, response: str) -> list[str]:
     found = {
         "score line": parse_score(response)[1] != "no_score",
         "block tag": inert(response) != response,
-        "control token": any(str(token) in response for token in tokenizer.added_tokens_decoder.values()),
+        "control token": any(
+            token.special and token.content in response for token in tokenizer.added_tokens_decoder.values()
+        ),
         "template expression": "{{" in response or "{%" in response,
     }
     return [name for name, fired in found.items() if fired]
@@ -126,9 +128,14 @@ def prompts(tokenizer, rubric: Rubric, items: list[dict], format: str, max_respo
     return requests, cut
 
 
+def surely_fits(response: str, max_tokens: int) -> bool:
+    """Whether a text cannot have more tokens, without counting them: each has a byte at least, and one may begin it."""
+    return len(response.encode()) < max_tokens
+
+
 def fit(tokenizer, response: str, max_tokens: int) -> str:
     """`response`, or its first `max_tokens` tokens (0: no limit) and a mark."""
-    if not max_tokens or len(response) <= max_tokens:  # a token has one character at least
+    if not max_tokens or surely_fits(response, max_tokens):
         return response
     ids = chat.answer_ids(tokenizer, response, ended=False)
     return response if len(ids) <= max_tokens else chat.decode(tokenizer, ids[:max_tokens]) + CUT
@@ -181,7 +188,7 @@ def sampled_scores(
     score, and "written" what it wrote.
     """
     requests, cut = prompts(engine.tokenizer, rubric, items, "justify_first", max_response_tokens)
-    asked = dict(requests)
+    asked, choices = dict(requests), score_tokens(engine.tokenizer)[1] if read_digits else []
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     for batch in engine.generate(requests, n=n_samples, **sampling):
         rows = []
@@ -192,16 +199,15 @@ def sampled_scores(
                 score, status = parse_score(s.text)
                 samples.append({"text": s.text, "score": score, "status": status})
             if read_digits:
-                _read_digits(engine, asked[key], samples)
+                _read_digits(engine, asked[key], samples, choices)
             mode = "sampled_expected" if read_digits else "sampled"
             row = {"id": key, "judge_mode": mode, "cut": key in cut} | _summary(samples)
             rows.append(row | {"samples": samples})
         yield rows
 
 
-def _read_digits(engine, prompt: list[int], samples: list[dict]) -> None:
+def _read_digits(engine, prompt: list[int], samples: list[dict], choices: list[int]) -> None:
     """Put expected scores in the place of written ones."""
-    _, choices = score_tokens(engine.tokenizer)
     requests = []
     for i, sample in enumerate(samples):
         if sample["score"] is not None:

@@ -177,7 +177,8 @@ def beyond_length(prompts: list[list[tuple[float, float]]], *, n_draws: int = 10
     `prompts`: for each prompt, for each pair of replies, (score, log of length) of the better one minus that of the
     worse one. In a logistic model without intercept, P(better) = sigmoid(a * score gap / its standard deviation + b *
     length gap / its standard deviation), this is a, with a 95 % interval from resampling prompts. A weak ridge
-    (variance 100) keeps it finite where everything is in order. None where all scores or all lengths are alike.
+    (variance 100) keeps it finite; where everything is in order it alone decides how large the figure is. None for
+    fewer than two prompts, and where all scores or all lengths are alike.
     """
     gaps = np.array([pair for pairs in prompts for pair in pairs], float).reshape(-1, 2)
     spread = np.sqrt((gaps**2).mean(0)) if len(gaps) else np.zeros(2)

@@ -73,12 +73,17 @@ def load_rows(path: Path, shape: type[_Row], limit: int = 0) -> list[dict]:
         raise MissingInputError(
             f"{path}: no such file. Expected JSONL rows of {shape.__name__} ({', '.join(shape.model_fields)})."
         )
-    rows = read_jsonl(path)
+    rows = check_rows(read_jsonl(path), shape, str(path))
+    return rows[:limit] if limit else rows
+
+
+def check_rows(rows: list[dict], shape: type[_Row], name: str) -> list[dict]:
+    """`rows` of the source `name`, each checked as in `load_rows`."""
     if not rows:
-        raise DataError(f"{path}: no rows. Expected at least one {shape.__name__} object a line.")
+        raise DataError(f"{name}: no rows. Expected at least one {shape.__name__} object a line.")
     seen: set[str] = set()
     for i, row in enumerate(rows, 1):
-        where = f"{path}: row {i} ({row.get('prompt_id', 'no prompt_id')})"
+        where = f"{name}: row {i} ({row.get('prompt_id', 'no prompt_id')})"
         try:
             shape.model_validate(row)
         except ValidationError as e:
@@ -90,7 +95,7 @@ def load_rows(path: Path, shape: type[_Row], limit: int = 0) -> list[dict]:
         if row["prompt_id"] in seen:
             raise DataError(f"{where}: prompt_id stands twice in this file. Give each row an id of its own.")
         seen.add(row["prompt_id"])
-    return rows[:limit] if limit else rows
+    return rows
 
 
 def _short(value) -> str:

@@ -1,15 +1,13 @@
 """Reading the seed of a run and keeping what is measured apart from what is learned."""
 
 import hashlib
-import itertools
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
 from srlm_utils import sources
 from srlm_utils.errors import DataError, ParamError
 from srlm_utils.plan import is_hub_id, seed_path
-from srlm_utils.rows import IftRow, PromptRow, RankedRow, load_rows
+from srlm_utils.rows import PromptRow, load_rows
 from srlm_utils.self_instruct import Pool
 
 HELD_OUT = ("ranked_eval", "valid_prompts", "test_prompts")
@@ -24,51 +22,59 @@ def load_seeds(params: dict) -> tuple[dict[str, list[dict]], dict[str, Counter]]
     """
     p = params
     names = {name: p.get(f"{name}_files") or [p[f"{name}_file"]] for name in ("ift", "ranked_train", "ranked_eval")}
-    sets, drops = {}, defaultdict(Counter)
-    for use, sources_of_use in names.items():
-        sets[use], home = [], {}
-        if clash := [n for n, count in Counter(map(set_name, sources_of_use)).items() if count > 1]:
+    drops: dict[str, Counter] = {}
+    dealt: dict[str, dict[str, list[dict]]] = {}
+    for name in dict.fromkeys(n for of_use in names.values() for n in of_use):
+        drops[name] = Counter()
+        dealt[name] = _deal(name, {use for use, of_use in names.items() if name in of_use}, p, drops[name])
+    sets = {}
+    for use, of_use in names.items():
+        if clash := [n for n, count in Counter(map(set_name, of_use)).items() if count > 1]:
             raise ParamError(f"{use}_files: two sources are called {clash[0]}. Give one of the files another name.")
-        for name in sources_of_use:
-            uses = {u for u, of_use in names.items() if name in of_use}
-            for row in _rows(name, use, uses, p, drops[name]):
+        sets[use], home = [], {}
+        for name in of_use:
+            for row in dealt[name][use]:
                 if (pid := row["prompt_id"]) in home:
-                    where = "stands twice" if home[pid] == name else f"stands in {home[pid]} too"
-                    raise DataError(f"{name}: prompt_id {pid} {where}. Give each row an id of its own.")
+                    raise DataError(
+                        f"{name}: prompt_id {pid} stands in {home[pid]} too. Give each row an id of its own."
+                    )
                 home[pid] = name
                 sets[use].append(row if use == "ift" else row | {"set": set_name(name)})
         if not sets[use]:
-            raise DataError(f"{use}: no rows are left of {', '.join(sources_of_use)} ({_reasons(drops)}).")
+            raise DataError(f"{use}: no rows are left of {', '.join(of_use)} ({_reasons(drops)}).")
     return sets | {
         "valid_prompts": load_rows(seed_path(p["valid_file"]), PromptRow, p["n_valid"]),
         "test_prompts": load_rows(seed_path(p["test_file"]), PromptRow, p["n_test"]),
     }, drops
 
 
-def _rows(name: str, use: str, uses: set[str], p: dict, drops: Counter) -> Iterator[dict]:
-    """Rows of one source for one use, at most as many as the parameters say."""
-    of_kind = sources.kind_of(name)
-    if of_kind in ("ift", "ranked"):
-        shape = IftRow if use == "ift" else RankedRow
-        rows = load_rows(seed_path(name), shape)
-    else:
-        rows = sources.conversations(name, drops, language=p["language"])
-    if len(uses) > 1:
-        rows = (row for row in rows if share(row, uses, p["seed"], p["ift_share"], p["eval_share"]) == use)
-    if of_kind not in ("ift", "ranked"):
-        rows = map(sources.best, rows) if use == "ift" else sources.ranked(rows, drops)
-    return itertools.islice(rows, p[f"n_{use}"] or None)
+def _deal(name: str, uses: set[str], p: dict, drops: Counter) -> dict[str, list[dict]]:
+    """The rows of one source by use, at most as many as the parameters say. It is read once, no further than that."""
+    of_kind, out = sources.kind_of(name), {use: [] for use in uses}
+    own = of_kind in ("ift", "ranked")
+    if of_kind == "ift" and uses != {"ift"}:
+        raise DataError(f"{name}: holds answers (prompt, response); expected ranked replies for {sorted(uses)[-1]}.")
+    for row in sources.kit_rows(name, of_kind) if own else sources.conversations(name, drops, language=p["language"]):
+        use = next(iter(uses)) if len(uses) == 1 else share(row, uses, p["ift_share"], p["eval_share"])
+        if use != "ift" and not own and not sources.can_rank(row):
+            drops[sources.NOTHING_TO_RANK] += 1
+        elif not p[f"n_{use}"] or len(out[use]) < p[f"n_{use}"]:
+            out[use].append(sources.best(row) if use == "ift" and of_kind != "ift" else row)
+        elif all(p[f"n_{u}"] and len(out[u]) >= p[f"n_{u}"] for u in uses):
+            break
+    return out
 
 
-def share(row: dict, uses: set[str], seed: int, ift_share: float, eval_share: float) -> str:
-    """Which of `uses` ("ift", "ranked_train", "ranked_eval") a prompt of one source is for; the same every time.
+def share(row: dict, uses: set[str], ift_share: float, eval_share: float) -> str:
+    """Which of `uses` ("ift", "ranked_train", "ranked_eval") a prompt of one source is for.
 
+    The same for a prompt in every run and with every seed, so that no exam of one run is taught in another.
     `eval_share` of the prompts that people ranked replies to are for ranked_eval, and of the others `ift_share` for
     ift. A prompt with nothing to rank is for ift, where that is among the uses.
     """
-    if "ift" in uses and len({r["rank"] for r in row["replies"]}) < 2:
+    if "ift" in uses and not sources.can_rank(row):
         return "ift"
-    digest = hashlib.sha256(f"{seed}:{row['prompt_id']}".encode()).digest()
+    digest = hashlib.sha256(" ".join(row["prompt"].lower().split()).encode()).digest()
     at, rest = int.from_bytes(digest[:8]) / 2**64, sorted(uses - {"ranked_eval"})  # ift before ranked_train
     if "ranked_eval" in uses:
         if at < eval_share:
@@ -114,6 +120,8 @@ def drop_leaks(seeds: dict[str, list[dict]], rouge_l_max: float) -> tuple[dict[s
                 )
             else:
                 out[name].append(row)
+        if not out[name]:
+            raise DataError(f"{name}: every prompt also stands, nearly, in a held-out set; the first: {drops[-1]}.")
     return out, drops
 
 

@@ -6,6 +6,7 @@ kept, however large the export is.
 """
 
 import gzip
+import hashlib
 import itertools
 import json
 import re
@@ -14,11 +15,14 @@ from collections.abc import Iterable, Iterator
 
 from srlm_utils.errors import DataError, MissingInputError
 from srlm_utils.plan import is_hub_id, seed_path
+from srlm_utils.rows import IftRow, RankedRow, check_rows, load_rows
 
 FORMATS = (
     "kit rows (prompt_id, prompt, response or replies), Open Assistant trees or messages (message_tree_id), pairs "
     "(chosen, rejected) or scored replies (instruction, completions)"
 )
+
+NOTHING_TO_RANK = "one reply, or all ranked alike"
 
 
 def records(name: str) -> Iterator[tuple[str, dict]]:
@@ -95,24 +99,42 @@ def conversations(name: str, drops: Counter, *, language: str = "en", all_turns:
         for tree in found:
             yield from _of_tree(tree, drops, language, all_turns)
         return
+    seen: Counter = Counter()
     for where, record in records(name):
         row = _pair(where, record, drops) if of_kind == "pair" else _scored(where, record, drops)
         if row:
+            seen[row["prompt_id"]] += 1  # HH and its like give several pairs of one prompt, and few give ids
+            if (n := seen[row["prompt_id"]]) > 1:
+                row["prompt_id"] += f"-{n}"
             yield row
+
+
+def kit_rows(name: str, of_kind: str) -> list[dict]:
+    """The rows of a source in the kit's own form, "ift" or "ranked", each checked."""
+    shape = {"ift": IftRow, "ranked": RankedRow}[of_kind]
+    if is_hub_id(name):
+        return check_rows([row for _, row in records(name)], shape, name)
+    return load_rows(seed_path(name), shape)
+
+
+def can_rank(row: dict) -> bool:
+    """Whether people told two of its replies apart."""
+    return len({r["rank"] for r in row["replies"]}) > 1
 
 
 def ranked(rows: Iterable[dict], drops: Counter) -> Iterator[dict]:
     """Those of `conversations` with something to rank."""
     for row in rows:
-        if len({r["rank"] for r in row["replies"]}) > 1:
+        if can_rank(row):
             yield row
         else:
-            drops["one reply, or all ranked alike"] += 1
+            drops[NOTHING_TO_RANK] += 1
 
 
 def best(row: dict) -> dict:
     """An IFT row: a prompt with its best reply."""
-    return {"prompt_id": row["prompt_id"], "prompt": row["prompt"], "response": row["replies"][0]["text"]}
+    reply = min(row["replies"], key=lambda r: r["rank"])
+    return {"prompt_id": row["prompt_id"], "prompt": row["prompt"], "response": reply["text"]}
 
 
 def _with_ranks(prompt_id: str, prompt: str, replies: list[tuple[str, str, float]], source: str) -> dict:
@@ -134,7 +156,11 @@ def _trees(name: str) -> Iterator[dict]:
 
 def _grown(name: str) -> Iterator[dict]:
     """Trees out of a data set of messages, in which the messages of a tree follow each other."""
-    for _, of_tree in itertools.groupby(records(name), key=lambda pair: pair[1].get("message_tree_id")):
+    seen: set[str] = set()
+    for tree_id, of_tree in itertools.groupby(records(name), key=lambda pair: pair[1].get("message_tree_id")):
+        if tree_id in seen:
+            raise DataError(f"{name}: the messages of tree {tree_id} do not follow each other. Sort them by tree.")
+        seen.add(tree_id)
         nodes = {m["message_id"]: m | {"replies": []} for _, m in of_tree}
         root = None
         for node in nodes.values():
@@ -175,8 +201,8 @@ def _of_tree(tree: dict, drops: Counter, language: str, all_turns: bool) -> Iter
 def _unusable(message: dict, language: str) -> str:
     if message.get("deleted"):
         return "deleted"
-    if not message.get("review_result", True):  # null: nobody has reviewed it
-        return "not reviewed"
+    if not message.get("review_result", True):  # null: nobody has reviewed it; false: it did not pass
+        return "not reviewed, or rejected"
     if language and message.get("lang") != language:
         return f"not in {language}"
     return "" if (message.get("text") or "").strip() else "blank"
@@ -194,7 +220,9 @@ def _conversation(talk: list[str]) -> str:
 def _pair(where: str, record: dict, drops: Counter) -> dict | None:
     """A chosen and a rejected reply: texts, lists of messages, or dialogues as in HH ("Human:", "Assistant:")."""
     talks = [_talk(where, side, record.get("prompt"), record[side]) for side in ("chosen", "rejected")]
-    if any(len(talk) != 2 for talk in talks):
+    if any(len(talk) < 2 for talk in talks):
+        drops["no prompt"] += 1
+    elif any(len(talk) > 2 for talk in talks):
         drops["several turns"] += 1
     elif talks[0][0] != talks[1][0]:
         drops["two prompts in a pair"] += 1
@@ -202,7 +230,7 @@ def _pair(where: str, record: dict, drops: Counter) -> dict | None:
         drops["blank, or the same reply twice"] += 1
     else:
         replies = [("chosen", talks[0][1], 0), ("rejected", talks[1][1], 1)]
-        return _with_ranks(_id(where, record), talks[0][0], replies, "preference")
+        return _with_ranks(_id(talks[0][0], record), talks[0][0], replies, "preference")
     return None
 
 
@@ -237,8 +265,9 @@ def _scored(where: str, record: dict, drops: Counter) -> dict | None:
     if not replies:
         drops["prompt without a usable reply"] += 1
         return None
-    return _with_ranks(_id(where, record), prompt, replies, "preference")
+    return _with_ranks(_id(prompt, record), prompt, replies, "preference")
 
 
-def _id(where: str, record: dict) -> str:
-    return str(record.get("prompt_id") or record.get("id") or re.sub(r".*\D", "row-", where))
+def _id(prompt: str, record: dict) -> str:
+    """Its own, or one made of the prompt: sources without ids must not share any."""
+    return str(record.get("prompt_id") or record.get("id") or hashlib.sha256(prompt.encode()).hexdigest()[:12])

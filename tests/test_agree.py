@@ -41,6 +41,8 @@ def test_open_assistant_trees_as_json(fake, tmp_path, capsys):
     assert all(set(f) == {"value", "low", "high", "n"} and k in METRICS for k, f in figures.items())
     later = json.loads(run(capsys, "--model", "good", "--ranked", path, "--json", "--all-turns"))
     assert later["turns"] == "all" and later["n_prompts"] == 3
+    german = json.loads(run(capsys, "--model", "good", "--ranked", path, "--json", "--language", ""))
+    assert "prompt not in en" not in german["left_out"]
 
 
 def test_the_gain_over_another_model_as_a_table(fake, tmp_path, capsys):
@@ -48,7 +50,7 @@ def test_the_gain_over_another_model_as_a_table(fake, tmp_path, capsys):
     table = run(capsys, "--model", "good", "--against", "other", "--ranked", path)
     (gain,) = [line for line in table.splitlines() if line.startswith("agreement_gain")]
     assert gain.split()[:3] == ["agreement_gain", "0.000", "2"]
-    assert "pairwise_accuracy" in table and "chance" not in table
+    assert "pairwise_accuracy" in table and "turns" not in table
 
 
 def test_kit_rows_by_name_and_the_other_modes(fake, capsys):
@@ -61,6 +63,12 @@ def test_kit_rows_by_name_and_the_other_modes(fake, capsys):
         assert out["parse_rate"]["value"] == 1 and out["judge_mode"] == mode
 
 
+def test_a_path_is_relative_to_where_one_stands(fake, tmp_path, monkeypatch, capsys):
+    save(tmp_path / "here.jsonl", TREES)
+    monkeypatch.chdir(tmp_path)
+    assert json.loads(run(capsys, "--model", "good", "--ranked", "here.jsonl", "--json"))["n_prompts"] == 2
+
+
 def test_bad_input_ends_in_one_line(tmp_path, capsys):
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n')
@@ -68,6 +76,7 @@ def test_bad_input_ends_in_one_line(tmp_path, capsys):
         (["--ranked", str(path)], "has the fields a; expected"),
         (["--ranked", str(tmp_path / "none.jsonl")], "no such file"),
         (["--ranked", "ranked_eval", "--rubric", "nice"], "nice.jinja"),
+        (["--ranked", "ranked_eval", "--limit", "-3"], "--limit -3: expected"),
     ):
         assert main(["agree", "--model", "no/such-model", *args]) == 2
         assert says in capsys.readouterr().err

@@ -79,10 +79,20 @@ def test_scores_made_of_ranks_are_spaced_evenly_and_have_no_reason():
     rows = eft.from_ranks([row])
     assert [(r["score"], r["justification"]) for r in rows] == [(5, ""), (1, ""), (1, ""), (3, "")]
     assert [r["score"] for r in eft.from_ranks([ranked()])] == [5, 1]
+    alike = ranked()
+    for r in alike["replies"]:
+        r["rank"] = 0
+    assert eft.from_ranks([alike]) == []
     made = eft.training_rows(rows, judge.Rubric("short"), ["score_first"])
     assert [r["response"] for r in made] == ["Score: 5", "Score: 1", "Score: 1", "Score: 3"]
     with pytest.raises(ParamError, match=r"set build_eft.formats to \[score_first\]"):
         eft.training_rows(rows, judge.Rubric("short"), list(judge.FORMATS))
+
+
+def test_a_try_without_a_reason_is_no_judgement():
+    judged = sampled("p", [4.0], [1.0])
+    judged[0]["samples"][0]["text"] = "Score: 4"
+    assert eft.accept([ranked()], judged) == ([], {"unparsed": 1, "disagrees": 0})
 
 
 def test_what_never_agrees_is_counted():
@@ -93,10 +103,10 @@ def test_what_never_agrees_is_counted():
 
 def test_scored_seeds_pass_through():
     row = ranked()
-    assert not eft.has_scores([row])
+    assert not eft.has_scores(row)
     for r in row["replies"]:
         r |= {"score": 5 - r["rank"], "justification": "Why."}
-    assert eft.has_scores([row])
+    assert eft.has_scores(row)
     assert [r["score"] for r in eft.from_scored([row])] == [5, 4]
 
 
@@ -195,3 +205,6 @@ def test_long_replies_are_trained_as_they_are_judged(engine):
     assert n == 1 and fitted[1] == short
     assert fitted[0]["reply"] == judge.fit(engine.tokenizer, long["reply"], 20) != long["reply"]
     assert eft.fit_replies([short], None, 20) == ([short], 0)  # no tokenizer is loaded for short ones
+    assert (
+        eft.fit_replies([short | {"reply": "語" * 15}], lambda: engine.tokenizer, 20)[1] == 1
+    )  # more tokens than letters

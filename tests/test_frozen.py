@@ -50,11 +50,19 @@ def test_losses_and_weights_are_those_of_computing_every_pass(tiny, tmp_path, mo
     assert computed[2][0] == last == passes * first
 
 
-@pytest.mark.parametrize("why", [{"gradient_checkpointing": True}, {"lora_layers": 0}, {"epochs": 1}])
+@pytest.mark.parametrize("why", [{"gradient_checkpointing": True}, {"lora_layers": 0}, {"epochs": 1}, {"lora_r": 0}])
 def test_nothing_is_kept_where_layers_learn_or_are_read_once(tiny, tmp_path, why):
     p = params(**{"rank_weight": 0.0, "epochs": 2, "lora_layers": 1} | why)
     net, tok = train.load(tiny, p)
     assert sft(net, tok, p, tmp_path).kept is None
+
+
+def test_nothing_is_kept_of_a_model_with_dropout(tiny, tmp_path):
+    p = params(rank_weight=0.0, epochs=2, lora_layers=1)
+    for name in ("attention_dropout", "hidden_dropout_prob", "resid_pdrop"):
+        net, tok = train.load(tiny, p)
+        setattr(net.config, name, 0.1)
+        assert sft(net, tok, p, tmp_path).kept is None
 
 
 def test_a_row_that_is_not_there_is_computed(tiny, tmp_path):

@@ -156,3 +156,9 @@ def test_guards_name_what_a_candidate_tries(engine):
         ["score line"],
     ]
     assert judge.guards(engine.tokenizer, "My score: 5 of 5, I <b>think</b>.") == []
+    from tokenizers import AddedToken
+
+    class Gemma:  # words of the vocabulary that were added, too
+        added_tokens_decoder = {1: AddedToken("\n\n", special=False), 2: AddedToken("<eos>", special=True)}
+
+    assert judge.guards(Gemma, "One.\n\nTwo.") == [] and judge.guards(Gemma, "<eos>") == ["control token"]

@@ -186,3 +186,7 @@ def test_a_judge_that_gives_one_score_is_ill():
     assert health.ailments(collapsed([[4, 1, 3], [5, 2, 0]]), limits) == []
     unparsed = health.ailments(collapsed([[None, None, None], [4, None, None]]), limits)
     assert unparsed[0] == "candidate_parse_rate is 0.17, less than min_parse_rate = 0.5"
+
+
+def test_health_of_no_candidates_at_all():
+    assert health.round_metrics("M1", [{"prompt_id": "p", "prompt": "Q"}], [], [], [])[0]["value"] == 0

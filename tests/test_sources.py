@@ -69,7 +69,7 @@ def test_open_assistant_first_turns(tmp_path, form):
     ]
     assert drops == {
         "reply deleted": 1,
-        "reply not reviewed": 2,
+        "reply not reviewed, or rejected": 2,
         "reply not ranked": 1,
         "prompt without a usable reply": 1,
         "prompt not in en": 1,
@@ -126,7 +126,7 @@ def test_preference_sets(tmp_path, name):
     record, replies = PREFERENCES[name]
     drops = Counter()
     rows = list(sources.ranked(sources.conversations(save(tmp_path / "p.jsonl", [record]), drops), drops))
-    assert [r["prompt"] for r in rows] == ["Hi?"] and rows[0]["prompt_id"] == "row-1"
+    assert [r["prompt"] for r in rows] == ["Hi?"]
     assert [r["text"] for r in rows[0]["replies"]] == replies
     assert [r["rank"] for r in rows[0]["replies"]] == [0, 1, 1][: len(replies)]
     assert sum(drops.values()) == (name == "scored")
@@ -138,10 +138,16 @@ def test_pairs_that_cannot_be_used_are_counted(tmp_path):
         {"chosen": several + "A.", "rejected": several + "B."},
         {"prompt": "Hi?", "chosen": "Same.", "rejected": "Same."},
         {"chosen": "\n\nHuman: One?\n\nAssistant: A.", "rejected": "\n\nHuman: Two?\n\nAssistant: B."},
+        {"question": "Hi?", "chosen": "A.", "rejected": "B."},
     ]
     drops = Counter()
     assert not list(sources.conversations(save(tmp_path / "p.jsonl", bad), drops))
-    assert drops == {"several turns": 1, "blank, or the same reply twice": 1, "two prompts in a pair": 1}
+    assert drops == {
+        "several turns": 1,
+        "blank, or the same reply twice": 1,
+        "two prompts in a pair": 1,
+        "no prompt": 1,
+    }
 
 
 def test_bad_sources_are_named(tmp_path):
@@ -175,7 +181,7 @@ def test_a_hub_data_set_is_streamed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     rows = list(sources.conversations("some-owner/some.set:test", Counter()))
-    assert rows[0]["prompt_id"] == "row-1"
+    assert rows[0]["prompt"] == "Hi?"
     assert asked[-1] == ("some-owner/some.set", {"split": "test", "streaming": True})
 
     def offline(name, **kw):
@@ -186,6 +192,46 @@ def test_a_hub_data_set_is_streamed(tmp_path, monkeypatch):
         sources.kind_of("some-owner/set")
     assert is_hub_id("some-owner/set") and not is_hub_id("ift") and not is_hub_id("data/rows.jsonl.gz")
     assert list(external_inputs("01_seed_data", {"ift_file": "some-owner/set"})) == []
+
+
+def test_made_ids_tell_sources_and_pairs_of_one_prompt_apart(tmp_path):
+    pair = PREFERENCES["texts"][0]
+    paths = [
+        save(tmp_path / f"{n}.jsonl", [pair | {"prompt": f"{n} {i} is a number?"} for i in range(3)] + [pair] * k)
+        for n, k in (("train", 2), ("eval", 0))
+    ]
+    p = SeedData(run_dir="x", ranked_train_files=paths[:1], ranked_eval_files=paths[1:])
+    rows, _ = seeds.load_seeds(p.model_dump())
+    ids = [r["prompt_id"] for name in ("ranked_train", "ranked_eval") for r in rows[name]]
+    assert len(set(ids)) == len(ids) == 8
+    assert ids[4] == f"{ids[3]}-2"  # the same prompt a second time
+    given = save(tmp_path / "given.jsonl", [pair | {"id": 7}, pair | {"id": 7}])
+    assert [r["prompt_id"] for r in sources.conversations(given, Counter())] == ["7", "7-2"]
+
+
+def test_messages_of_a_tree_must_stand_together(tmp_path):
+    messages = [m for t in TREES[:2] for m in flat(t["prompt"], t["message_tree_id"])]
+    path = save(tmp_path / "m.jsonl", messages[1:] + messages[:1])
+    with pytest.raises(DataError, match="do not follow each other"):
+        list(sources.conversations(path, Counter()))
+
+
+def test_kit_rows_from_anywhere(tmp_path, monkeypatch):
+    """Packed, from the hub, and ranked ones that serve as answers too."""
+    import datasets
+
+    row = {"replies": [{"reply_id": "a", "text": "No.", "rank": 1}, {"reply_id": "b", "text": "Yes.", "rank": 0}]}
+    kit = [{"prompt_id": f"p{i}", "prompt": f"{i} unlike any other prompt {i * i}?"} | row for i in range(40)]
+    path = save(tmp_path / "kit.jsonl.gz", kit)
+    p = SeedData(run_dir="x", ift_file=path, ranked_train_files=[path], ranked_eval_files=[path])
+    rows, _ = seeds.load_seeds(p.model_dump())
+    assert {r["response"] for r in rows["ift"]} == {"Yes."}
+    assert sum(len(rows[name]) for name in ("ift", "ranked_train", "ranked_eval")) == 40
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.Dataset.from_list(kit).to_iterable_dataset())
+    hub, _ = seeds.load_seeds(SeedData(run_dir="x", ranked_eval_files=["me/kit"]).model_dump())
+    assert len(hub["ranked_eval"]) == 40 and hub["ranked_eval"][0]["set"] == "kit"
+    with pytest.raises(DataError, match="ift: holds answers"):
+        seeds.load_seeds(SeedData(run_dir="x", ranked_train_files=["ift"]).model_dump())
 
 
 def many(n, seed=0):
@@ -200,7 +246,8 @@ def many(n, seed=0):
 def test_one_source_is_divided_by_prompt(tmp_path):
     path = save(tmp_path / "oa.jsonl", many(400))
     p = SeedData(run_dir="x", ift_file=path, ranked_train_files=[path, "ranked_train"], ranked_eval_files=[path])
-    rows, _ = seeds.load_seeds(p.model_dump())
+    rows, drops = seeds.load_seeds(p.model_dump())
+    assert not drops[path]
     three = ("ift", "ranked_train", "ranked_eval")
     ids = {name: {r["prompt_id"] for r in rows[name] if r.get("set") != "ranked_train"} for name in three}
     assert not ids["ift"] & ids["ranked_train"] and not (ids["ift"] | ids["ranked_train"]) & ids["ranked_eval"]
@@ -210,9 +257,21 @@ def test_one_source_is_divided_by_prompt(tmp_path):
     again, _ = seeds.load_seeds(p.model_dump())
     assert again == rows
     other, _ = seeds.load_seeds(p.model_dump() | {"seed": 1})
-    assert {r["prompt_id"] for r in other["ranked_eval"]} != ids["ranked_eval"]
+    assert other == rows  # no seed's exam is taught with another
     few, _ = seeds.load_seeds(p.model_dump() | {"n_ift": 7, "n_ranked_eval": 3})
     assert few["ift"] == rows["ift"][:7] and few["ranked_eval"] == rows["ranked_eval"][:3]
+
+
+def test_what_is_left_out_is_counted_once(tmp_path):
+    path = save(tmp_path / "oa.jsonl", [*TREES, *many(60)])
+    p = SeedData(run_dir="x", ift_file=path, ranked_train_files=[path], ranked_eval_files=[path])
+    assert seeds.load_seeds(p.model_dump())[1][path]["prompt deleted"] == 1
+
+
+def test_a_set_that_is_all_leaks_is_an_error(tmp_path):
+    rows, _ = seeds.load_seeds(SeedData(run_dir="x", n_ift=3).model_dump())
+    with pytest.raises(DataError, match="ift: every prompt also stands"):
+        seeds.drop_leaks(rows | {"ift": [r | {"response": "x"} for r in rows["test_prompts"][:3]]}, 0.7)
 
 
 def test_memory_is_that_of_the_rows_kept(tmp_path):
