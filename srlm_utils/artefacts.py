@@ -44,7 +44,7 @@ def read_json(path: Path):
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a JSONL file, ``.gz`` or not. Blank lines are skipped; anything but one object a line is a `DataError`."""
+    """Rows of a JSONL file, also ``.gz``. Blank lines are skipped; anything but one object a line is a `DataError`."""
     rows = []
     try:
         data = path.read_bytes()
