@@ -175,7 +175,7 @@ class ProgressLine:
     """One line for the whole run: step, rows within it, time so far, and an estimate of what is left.
 
     The estimate scales each step's expected cost (`tokens.step_cost`) by what the steps of this run
-    really took; before the first one has ended it says nothing.
+    really took; before a fiftieth of the whole is done it says nothing, since the first steps are mostly start-up.
     """
 
     def __init__(self, steps: list[tuple[str, float]], stream=None):
@@ -221,9 +221,10 @@ class ProgressLine:
 
     def left(self, i: int) -> float | None:
         """Seconds left from the start of step `i` on, less what this step has used already."""
-        if not self.took:
+        done = sum(self.steps[j][1] for j in self.took)
+        if not done or done < sum(cost for _, cost in self.steps) / 50:
             return None
-        rate = sum(self.took.values()) / sum(self.steps[j][1] for j in self.took)
+        rate = sum(self.took.values()) / done
         expected = rate * self.steps[i][1]
         used = time.monotonic() - self._step_start
         return max(expected - used, 0) + rate * sum(c for _, c in self.steps[i + 1 :])

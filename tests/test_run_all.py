@@ -69,3 +69,23 @@ def test_human_rankings_of_open_assistant_can_be_judged(tmp_path):
     figures = {r["metric"]: r for r in evaluate.agreement_rows("M0", ranked, judged, "expected", "oasst")}
     assert figures["tie_rate"]["value"] < 0.05
     assert 0 <= figures["pairwise_accuracy"]["value"] <= 1 and figures["pairwise_accuracy"]["n"] >= 8
+
+
+def test_no_estimate_is_made_of_start_up_alone(monkeypatch, tmp_path):
+    """A first step that fetches a model in 25 seconds says nothing of the hours of training behind it."""
+    import io
+    import time
+
+    from srlm_utils.runner import ProgressLine
+
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    line = ProgressLine([("01_seed_data@run", 800.0), ("02_sft@SFT", 45_000.0), ("02_sft@M1", 600_000.0)], out)
+    for i, seconds in enumerate((25, 72)):
+        line.begin(i, tmp_path / "none")
+        now[0] += seconds
+        line.end(i)
+    line.begin(2, tmp_path / "none")
+    assert [" left" in text for text in out.getvalue().splitlines()] == [False, False, True]
+    assert "about 21 min left" in out.getvalue()  # 97 s for 45,800 of 645,800
