@@ -1,4 +1,4 @@
-# make run    the whole loop on a small real model (CPU is enough): about 23 minutes on 2 cores
+# make run    the whole loop on a small real model (CPU is enough): about 30 minutes on 2 cores
 # make test   the tests
 # make lab    JupyterLab on the tour
 # make bench  how fast this machine is, against transformers and trl: benchmarks/latest.json (about 15 minutes;

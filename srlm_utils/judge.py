@@ -22,6 +22,7 @@ from srlm_utils.plan import rubric_path
 MIN_SCORE, MAX_SCORE = 0, 5
 FORMATS = ("justify_first", "score_first")
 MODES = ("sampled", "expected", "sampled_expected")
+READ_AT_ONCE = 64  # judgements whose digits are read together
 CUT = " [...]"  # ends a response of which the judge sees the beginning alone
 _SCORE_LINE = re.compile(r"^[\s*_#]*score[\s*_]*[:=][\s*_]*(-?\d+(?:\.\d+)?)\s*(?:/\s*5)?[\s*_.]*$", re.IGNORECASE)
 _BLOCK_TAG = re.compile(r"<(/?\s*(?:prompt|question|response|answer_A|answer_B)\s*)>", re.IGNORECASE)
@@ -190,32 +191,41 @@ def sampled_scores(
     requests, cut = prompts(engine.tokenizer, rubric, items, "justify_first", max_response_tokens)
     asked, choices = dict(requests), score_tokens(engine.tokenizer)[1] if read_digits else []
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    waiting: list[dict] = []  # texts end one by one; their digits are read many at once
     for batch in engine.generate(requests, n=n_samples, **sampling):
-        rows = []
         for i in range(0, len(batch), n_samples):
-            group = batch[i : i + n_samples]
-            key, samples = group[0].key.rpartition("-")[0], []
-            for s in group:
+            samples = []
+            for s in batch[i : i + n_samples]:
                 score, status = parse_score(s.text)
                 samples.append({"text": s.text, "score": score, "status": status})
-            if read_digits:
-                _read_digits(engine, asked[key], samples, choices)
+            key = batch[i].key.rpartition("-")[0]
             mode = "sampled_expected" if read_digits else "sampled"
-            row = {"id": key, "judge_mode": mode, "cut": key in cut} | _summary(samples)
-            rows.append(row | {"samples": samples})
-        yield rows
+            waiting.append({"id": key, "judge_mode": mode, "cut": key in cut, "samples": samples})
+        if not read_digits or len(waiting) >= READ_AT_ONCE:
+            yield _scored(engine, asked, waiting, choices)
+            waiting = []
+    if waiting:
+        yield _scored(engine, asked, waiting, choices)
 
 
-def _read_digits(engine, prompt: list[int], samples: list[dict], choices: list[int]) -> None:
-    """Put expected scores in the place of written ones."""
+def _scored(engine, asked: dict[str, list[int]], rows: list[dict], choices: list[int]) -> list[dict]:
+    """Rows with their "score" and "variance"; where there are `choices`, samples get the expected scores of digits."""
+    if choices:
+        _read_digits(engine, asked, [(row["id"], s) for row in rows for s in row["samples"]], choices)
+    return [row | _summary(row["samples"]) for row in rows]
+
+
+def _read_digits(engine, asked: dict[str, list[int]], samples: list[tuple[str, dict]], choices: list[int]) -> None:
+    """Put expected scores in the place of written ones; `samples` stand beside the ids of their rows."""
     requests = []
-    for i, sample in enumerate(samples):
+    for i, (key, sample) in enumerate(samples):
         if sample["score"] is not None:
             text = f"{justification(sample['text'])}\nScore: {MIN_SCORE}".lstrip()
-            requests.append((str(i), prompt + chat.answer_ids(engine.tokenizer, text, ended=False)[:-1]))
+            requests.append((str(i), asked[key] + chat.answer_ids(engine.tokenizer, text, ended=False)[:-1]))
     for batch in engine.choice_probs(requests, choices):
         for i, probs, _ in batch:
-            samples[int(i)] |= {"score": _expected(probs), "written": samples[int(i)]["score"]}
+            sample = samples[int(i)][1]
+            sample |= {"score": _expected(probs), "written": sample["score"]}
 
 
 def as_written(rows: list[dict]) -> list[dict]:
