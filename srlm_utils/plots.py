@@ -82,11 +82,13 @@ def agreement(metrics: pd.DataFrame, min_pairs: int = 10):
     """
     acc = metrics[metrics.metric == "pairwise_accuracy"]
     sets, modes = sorted(acc.set.unique()), sorted(acc.judge_mode.unique())
-    n_models = acc.model.nunique()
+    # not every model is measured in every mode; "longer wins" is written behind the last
+    widths = [0.75 * acc[acc.judge_mode == mode].model.nunique() + 1.1 for mode in modes] or [2.0]
     fig, axes = plt.subplots(
         max(len(sets), 1),
         max(len(modes), 1),
-        figsize=(1.2 + (0.6 + 0.85 * n_models) * max(len(modes), 1), 0.5 + 3.3 * max(len(sets), 1)),
+        figsize=(1.0 + sum(widths), 0.5 + 3.3 * max(len(sets), 1)),
+        gridspec_kw={"width_ratios": widths},
         sharey=True,
         squeeze=False,
     )
