@@ -135,7 +135,7 @@ def calibration(table: pd.DataFrame, model: str):
             rows = table[(table.set == name) & (table.judge_mode == mode)]
             x = rows.score + 0.2 * (i - (len(modes) - 1) / 2)
             spread = [(rows.value - rows.low).fillna(0), (rows.high - rows.value).fillna(0)]
-            style = {"color": color(model), "ls": ("-", "--", ":")[i], "mfc": (color(model), "white", "white")[i]}
+            style = {"color": color(model), "ls": ("-", "--", ":")[i], "mfc": (color(model), "white", "#cccccc")[i]}
             ax.errorbar(x, rows.value, yerr=spread, fmt=marker(model), capsize=3, label=mode, **style)
         n = table[table.set == name].pivot(index="judge_mode", columns="score", values="n").reindex(modes).fillna(0)
         ax.set_xticks(
@@ -143,12 +143,12 @@ def calibration(table: pd.DataFrame, model: str):
         )
         ax.axhline(0.5, color="#555555", lw=1, ls=":")
         ax.set_title(name)
-        ax.set_xlabel(f"score, rounded; below it n replies ({', '.join(modes)})", fontsize=9)
         ax.set_xlim(-0.4, 5.4)
         ax.set_ylim(1.05, -0.05)
     axes[0][0].set_ylabel("mean human place\n(0 best, 1 worst of its prompt)")
+    fig.supxlabel(f"score, rounded; below it n replies ({', '.join(modes)})", fontsize=9)
     if len(modes) > 1:
-        axes[0][-1].legend(title="judge mode", fontsize=8)
+        fig.legend(*axes[0][0].get_legend_handles_labels(), title="judge mode", fontsize=8, loc="outside right center")
     fig.suptitle(f"Does a higher score of {model} mean a better rank? (95 % intervals over prompts)", fontsize=11)
     return fig, table
 
