@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from srlm_utils.artefacts import read_json, read_jsonl
+from srlm_utils.judge import MODES
 from srlm_utils.metrics import METRICS
 from srlm_utils.report import COLUMNS
 from tests.conftest import ROOT, srlm
@@ -93,10 +94,10 @@ def test_metrics_csv(smoke):
     assert shares.n.gt(0).all()
     agreement = table[table.metric == "pairwise_accuracy"]
     assert set(zip(agreement.model, agreement.set, agreement.judge_mode, strict=True)) == {
-        (m, name, mode) for m in MODELS for name in ("onpolicy_eval", "ranked_eval") for mode in ("expected", "sampled")
+        (m, name, mode) for m in MODELS for name in ("onpolicy_eval", "ranked_eval") for mode in MODES
     }
     gains = table[table.metric == "agreement_gain"]
-    assert len(gains) == 10 * 4 and gains.value.between(-1, 1).all()  # ten pairs of models, two sets, two modes
+    assert len(gains) == 10 * 2 * len(MODES) and gains.value.between(-1, 1).all()  # ten pairs of models, two sets
     h2h = table[table.metric.isin(["win", "tie", "loss"])].groupby(["model", "opponent", "judge"]).value.sum()
     assert len(h2h) == 20 and h2h.between(1 - 1e-9, 1 + 1e-9).all()  # ten pairs, two judges
     assert {"M0", "M1"} == set(table[table.metric == "win_rate"].judge)
