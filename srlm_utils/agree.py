@@ -20,7 +20,7 @@ MAX_RESPONSE_TOKENS = 1024
 
 
 def ranked_rows(source: str, *, language: str = "en", all_turns: bool = False, limit: int = 0):
-    """(ranked rows of a source of any kind, what was left out by reason). Raises `DataError` if nothing is left."""
+    """(ranked rows of a source, its kind, what was left out by reason). Raises `DataError` if nothing is left."""
     drops: Counter = Counter()
     of_kind = sources.kind_of(source)
     if of_kind in ("ranked", "ift"):
@@ -31,7 +31,7 @@ def ranked_rows(source: str, *, language: str = "en", all_turns: bool = False, l
     found = list(itertools.islice(rows, limit or None))
     if not found:
         raise DataError(f"{source}: no prompt with ranked replies is left ({dict(drops)}).")
-    return found, drops
+    return found, of_kind, drops
 
 
 def engine_of(model: str):
@@ -65,7 +65,7 @@ def report(args) -> str:
     rubric = judge.Rubric(args.rubric)
     # as every path of a command line, from where one stands
     source = str(Path(args.ranked).resolve()) if Path(args.ranked).is_file() else args.ranked
-    rows, drops = ranked_rows(source, language=args.language, all_turns=args.all_turns, limit=args.limit)
+    rows, of_kind, drops = ranked_rows(source, language=args.language, all_turns=args.all_turns, limit=args.limit)
     name = seeds.set_name(source)
     judged = scores_of(args.model, rubric, rows, args.mode)
     figures = _figures(evaluate.agreement_rows(args.model, rows, judged, args.mode, name))
@@ -75,7 +75,7 @@ def report(args) -> str:
         figures |= _figures(gain)
     about = {"model": args.model} | ({"against": args.against} if args.against else {})
     about |= {"ranked": args.ranked, "judge_mode": args.mode}
-    if sources.kind_of(source) in ("tree", "message"):
+    if of_kind in ("tree", "message"):
         about["turns"] = "all" if args.all_turns else "first"
     about |= {"rubric": args.rubric, "n_prompts": len(rows), "n_replies": len(judged)}
     about |= {"n_cut": sum(r["cut"] for r in judged), "left_out": dict(drops)}

@@ -4,9 +4,10 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import get_args
 
 from srlm_utils.errors import MissingInputError, SrlmError, StepFailed
-from srlm_utils.params import Experiment
+from srlm_utils.params import Experiment, JudgeMode
 from srlm_utils.paths import RESULTS, resolve
 
 
@@ -45,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         "--ranked", required=True, metavar="FILE", help="ranked rows, Open Assistant trees or a preference set"
     )
     agree.add_argument("--against", default="", metavar="MODEL", help="another model on the same replies, and the gain")
-    agree.add_argument("--mode", default="expected", choices=("expected", "sampled", "sampled_expected"))
+    agree.add_argument("--mode", default="expected", choices=get_args(JudgeMode))
     agree.add_argument("--rubric", default="short", help="short, additive, multiple_choice, or a template's path")
     agree.add_argument(
         "--all-turns", action="store_true", help="of Open Assistant later turns too, not the first alone"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from srlm_utils import judge
 from srlm_utils.errors import ParamError
+from srlm_utils.metrics import ordered_pairs
 
 
 def has_scores(row: dict) -> bool:
@@ -19,7 +20,7 @@ def agrees(ranks: list[int], scores: list[float], rule: str = "no_reversal") -> 
     The paper says no more than that the rankings agree. "strict": every pair that people told apart is in order.
     "no_reversal": none is reversed, and one at least is in order; so some may be tied.
     """
-    pairs = [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
+    pairs = ordered_pairs(ranks)
     if rule == "strict":
         return all(scores[i] > scores[j] for i, j in pairs)
     return all(scores[i] >= scores[j] for i, j in pairs) and any(scores[i] > scores[j] for i, j in pairs)

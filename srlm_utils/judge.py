@@ -11,17 +11,19 @@ import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from srlm_utils import chat
 from srlm_utils.errors import ModelError, ParamError
+from srlm_utils.params import JudgeMode
 from srlm_utils.plan import rubric_path
 
 MIN_SCORE, MAX_SCORE = 0, 5
 FORMATS = ("justify_first", "score_first")
-MODES = ("sampled", "expected", "sampled_expected")
+MODES = get_args(JudgeMode)
 READ_AT_ONCE = 64  # judgements whose digits are read together
 CUT = " [...]"  # ends a response of which the judge sees the beginning alone
 _SCORE_LINE = re.compile(r"^[\s*_#]*score[\s*_]*[:=][\s*_]*(-?\d+(?:\.\d+)?)\s*(?:/\s*5)?[\s*_.]*$", re.IGNORECASE)

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from srlm_utils.errors import ParamError
 
+JudgeMode = Literal["sampled", "expected", "sampled_expected"]
+
 
 class _Params(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -122,7 +124,7 @@ class SelfInstruct(_ModelStep):
 class Judge(_ModelStep):
     max_rows: int = Field(0, ge=0)  # candidates
     rubric: str = "short"
-    judge_mode: Literal["sampled", "expected", "sampled_expected"] = "expected"
+    judge_mode: JudgeMode = "expected"
     max_response_tokens: int = Field(1024, ge=0)  # what the judge sees of a response, 0 is all
     n_samples: int = Field(3, ge=1)
     temperature: float = Field(0.7, gt=0)
@@ -144,7 +146,7 @@ class BuildPairs(Step):
 class Evaluate(_ModelStep):
     max_rows: int = Field(0, ge=0)  # ranked prompts, and test prompts
     rubric: str = "short"
-    judge_modes: list[Literal["expected", "sampled", "sampled_expected"]] = ["expected", "sampled"]
+    judge_modes: list[JudgeMode] = ["expected", "sampled"]
     max_response_tokens: int = Field(1024, ge=0)
     n_samples: int = Field(3, ge=1)
     judge_temperature: float = Field(0.7, gt=0)
