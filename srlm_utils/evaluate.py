@@ -1,6 +1,8 @@
 """The three questions of 08_evaluate: does it judge as people do, what does it answer, who wins."""
 
-from srlm_utils import judge, metrics, verdicts
+from srlm_utils import judge, metrics, outside, verdicts, winrates
+from srlm_utils.paths import resolve
+from srlm_utils.plan import parse_win_judge
 
 
 def ranked_items(ranked: list[dict]) -> list[dict]:
@@ -107,26 +109,66 @@ def score_answers(step, engine, rubric: judge.Rubric, name: str, answers: list[d
     ]
 
 
+def check_judges(win_judges: list[str]) -> None:
+    """Read what can be wrong about win judges before a model is loaded: files of verdicts."""
+    for name, mode in map(parse_win_judge, win_judges):
+        if mode == "human":
+            verdicts.read_votes(resolve(name))
+
+
+def pairwise_judge(step, name: str):
+    """``compare(prompts, a, b)`` of a judge that sees both answers, for `verdicts.compare`'s rows; loads its model."""
+    engine = step.engine(name)
+    return lambda prompts, a, b: verdicts.compare(engine, prompts, a, b)
+
+
+def exam_rows(step, compare) -> list[dict]:
+    """Metric rows of the outside judge's own exam on the bundled ranked sets."""
+    figures = outside.exam(step, compare)
+    where = {"model": outside.NAME, "judge": outside.NAME, "judge_mode": "pairwise"}
+    return [r for name, figs in figures.items() for r in metrics.metric_rows(figs, set=name, **where)]
+
+
 def compare_answers(
-    step, name: str, mode: str, engine, model: str, answers: list[dict], scores: list[dict], opponent: str
+    step, name: str, mode: str, compare, model: str, answers: list[dict], scores: list[dict], opponent: str
 ) -> list[dict]:
-    """Verdict rows of one win judge on `model` against `opponent`, over the prompts both answered."""
+    """Verdict rows of one win judge on `model` against `opponent`, over the prompts both answered.
+
+    `compare` is `pairwise_judge`'s; modes `score` and `human` need none.
+    """
     theirs = {a["prompt_id"]: a["text"] for a in step.rows(f"{opponent}/eval/answers.jsonl")}
     ours = {a["prompt_id"]: a["text"] for a in answers if a["prompt_id"] in theirs}
-    if mode == "pairwise":
-        prompts = {a["prompt_id"]: a["prompt"] for a in answers}
-        rows = [v for batch in verdicts.compare(engine, prompts, ours, theirs) for v in batch]
-    else:
+    if mode == "human":
+        rows = verdicts.from_votes(verdicts.read_votes(resolve(name)), model, opponent, ours)
+    elif mode == "score":
 
         def by_id(table):
             return {r["prompt_id"]: r["score"] for r in table if r["judge"] == name and r["prompt_id"] in ours}
 
         rows = verdicts.from_scores(by_id(scores), by_id(step.rows(f"{opponent}/eval/answer_scores.jsonl")))
-    who = {
-        "model_a": model,
-        "model_b": opponent,
-        "judge": name,
-        "judge_mode": mode,
-        "judge_rev": step.model_revision(name),
-    }
+    else:
+        prompts = {a["prompt_id"]: a["prompt"] for a in answers}
+        rows = [v for batch in compare(prompts, ours, {pid: theirs[pid] for pid in ours}) for v in batch]
+    revision = step.model_revision(name)
+    who = {"model_a": model, "model_b": opponent, "judge": name, "judge_mode": mode, "judge_rev": revision}
     return [who | r for r in sorted(rows, key=lambda r: (r["prompt_id"], r["order"]))]
+
+
+def duel_rows(verdict_rows: list[dict], answers: list[dict], theirs: list[dict], **where) -> list[dict]:
+    """Metric rows of one comparison: who wins, by the judge's word and with the effect of length taken out.
+
+    `where` names model, opponent, judge and judge_mode. Lengths are characters of the answers, as in AlpacaEval.
+    """
+    results = metrics.outcomes(verdict_rows)
+    if not results:
+        return []
+    ours, others = ({a["prompt_id"]: len(a["text"]) for a in rows} for rows in (answers, theirs))
+    values, mine, its = ([d[pid] for pid in results] for d in (results, ours, others))
+    figures = metrics.head_to_head(verdict_rows) | {
+        "win_rate_length_controlled": winrates.length_controlled(
+            values, [a - b for a, b in zip(mine, its, strict=True)]
+        ),
+        "win_rate_similar_length": winrates.similar_length(values, mine, its),
+        "sign_test": winrates.sign_test(values),
+    }
+    return metrics.metric_rows(figures, set="test_prompts", **where)

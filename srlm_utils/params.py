@@ -155,6 +155,7 @@ class Evaluate(_ModelStep):
     temperature: float = Field(0.7, ge=0)
     top_p: float = Field(0.9, gt=0, le=1)
     max_new_tokens: int = Field(160, ge=1)
+    safety_file: str = "safety_prompts"  # "" asks none
     win_judges: list[str] = ["M1:score", "M0:pairwise"]
 
 

@@ -59,10 +59,10 @@ def weights(model: str) -> str:
 def parse_win_judge(text: str) -> tuple[str, str]:
     """``"M1:score"`` -> ("M1", "score"); the last colon separates, so paths may hold others."""
     judge, _, mode = text.rpartition(":")
-    if not judge or mode not in ("score", "pairwise"):
+    if not judge or mode not in ("score", "pairwise", "human") or text == "outside:score":
         raise ParamError(
-            f"evaluate.win_judges: found {text!r}, expected <model>:score or <model>:pairwise, "
-            "where <model> is a model of the run, an embedded model, a hub id or a folder."
+            f"evaluate.win_judges: found {text!r}, expected outside:pairwise, <model>:pairwise or <model>:score (a "
+            "model of the run, an embedded model, a hub id or a folder), or <file>:human (verdict rows)."
         )
     return judge, mode
 
@@ -122,7 +122,9 @@ def make_step(stage: str, model: str, params: dict) -> Step:
         return Step(stage, m, tuple(reads), tuple(f"{m}/eval/{f}" for f in writes))
     if key == "report":
         names = model_names(params["iterations"])
-        reads = [f"{n}/eval/{f}" for n in names for f in ("metrics.json", "answers.jsonl")]
+        reads = ["seed/test_prompts.jsonl"]
+        reads += [f"{n}/eval/{f}" for n in names for f in ("metrics.json", "answers.jsonl")]
+        reads += [f"{n}/eval/verdicts/{n}_vs_{o}.jsonl" for n in names for o in models_before(n)]
         for n in names[2:-1]:
             reads += [
                 f"{n}/aift/{f}"
@@ -162,7 +164,12 @@ def external_inputs(stage: str, params: dict) -> dict[str, Path]:
     for name, value in params.items():
         if name.endswith(("_file", "_files")):
             sources = value if isinstance(value, list) else [value]
-            files |= {f"{name}:{v}": seed_path(v) for v in sources if not is_hub_id(v)}
+            files |= {f"{name}:{v}": seed_path(v) for v in sources if v and not is_hub_id(v)}
+    for judge, mode in map(parse_win_judge, params.get("win_judges", [])):
+        if mode == "human":
+            files[f"win_judges:{judge}"] = resolve(judge)
+        if judge == "outside":
+            files["win_judges:outside"] = SEED_DATA / "judge_train.jsonl"
     if "rubric" in params:
         files[f"rubric:{params['rubric']}"] = rubric_path(params["rubric"])
     return files

@@ -320,3 +320,152 @@ def training(logs: pd.DataFrame):
         ax.set_title(titles[column], fontsize=10)
         ax.legend(fontsize=8)
     return fig, logs
+
+
+def length_control(metrics: pd.DataFrame):
+    """Win rates as judged, with the effect of length taken out, among answers of similar length; a panel a judge."""
+    kinds = {
+        "win_rate": ("as judged", "o"),
+        "win_rate_length_controlled": ("length-controlled", "D"),
+        "win_rate_similar_length": ("similar lengths only", "|"),
+    }
+    data = metrics[metrics.metric.isin(kinds) & metrics.value.notna()]
+    judges = list(data[["judge", "judge_mode"]].drop_duplicates().itertuples(index=False))
+    pairs = list(data[["model", "opponent"]].drop_duplicates().itertuples(index=False))[::-1]
+    fig, axes = _panels(len(judges), 4.8, 1.5 + 0.42 * len(pairs))
+    for ax, (judge, mode) in zip(axes, judges, strict=False):
+        table = data[(data.judge == judge) & (data.judge_mode == mode)].set_index(["model", "opponent", "metric"])
+        for y, (m, o) in enumerate(pairs):
+            for i, (kind, (_, shape)) in enumerate(kinds.items()):
+                if (m, o, kind) in table.index:
+                    row = table.loc[(m, o, kind)]
+                    _interval(
+                        ax,
+                        row,
+                        y + 0.24 - 0.24 * i,
+                        scale=100,
+                        fmt=shape,
+                        color=color(m),
+                        mfc=color(m) if i == 0 else "white",
+                    )
+                    ax.text(101, y + 0.24 - 0.24 * i, f"n={row.n:.0f}", fontsize=6.5, va="center", clip_on=False)
+        ax.axvline(50, color="black", lw=0.8, ls="--")
+        ax.set_xlim(0, 100)
+        ax.set_ylim(-0.6, len(pairs) - 0.4)
+        ax.set_yticks(range(len(pairs)), [f"{m} vs {o}" for m, o in pairs], fontsize=9)
+        ax.set_title(f"judge: {judge_label(judge, mode)}", fontsize=9)
+        ax.set_xlabel("win rate, half ties, % (95 % interval)", fontsize=9)
+    handles = [
+        plt.Line2D([], [], color="#333333", ls="", marker=s, mfc="#333333" if i == 0 else "white", label=name)
+        for i, (name, s) in enumerate(kinds.values())
+    ]
+    fig.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
+    fig.suptitle("Is it length? Win rates with and without its effect", fontsize=11)
+    return fig, data
+
+
+def ratings(table: pd.DataFrame):
+    """Bradley-Terry ratings on the Elo scale, a panel a judge.
+
+    `table` has judge, judge_mode, model, value, low, high, n.
+    """
+    judges = list(table[["judge", "judge_mode"]].drop_duplicates().itertuples(index=False))
+    fig, axes = _panels(len(judges), 4.4, 3.1)
+    for ax, (judge, mode) in zip(axes, judges, strict=False):
+        rows = table[(table.judge == judge) & (table.judge_mode == mode)].reset_index(drop=True)
+        for y, row in rows.iterrows():
+            _interval(ax, row, y, fmt=marker(row.model), color=color(row.model), markersize=7)
+        ax.axvline(0, color="#555555", lw=1, ls="--")
+        ax.set_yticks(range(len(rows)), [f"{r.model}\nn={r.n:.0f}" for r in rows.itertuples()], fontsize=8)
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+        ax.set_title(f"judge: {judge_label(judge, mode)}", fontsize=9)
+        ax.set_xlabel("rating, Elo points (M0 is 0)", fontsize=9)
+    fig.suptitle("Ratings from all comparisons (95 % intervals over prompts)", fontsize=11)
+    return fig, table
+
+
+def categories(table: pd.DataFrame):
+    """Win rate of one model against another by kind of prompt and by length of the prompt's answers.
+
+    `table` has judge, judge_mode, model, opponent, by ("category" or "length"), group, value, low, high, n.
+    """
+    judges = list(table[["judge", "judge_mode"]].drop_duplicates().itertuples(index=False))
+    groups = list(dict.fromkeys(table.group))[::-1]
+    n_lengths = table[table.by == "length"].group.nunique()
+    fig, axes = _panels(len(judges), 4.6, 1.3 + 0.26 * len(groups))
+    for ax, (judge, mode) in zip(axes, judges, strict=False):
+        rows = table[(table.judge == judge) & (table.judge_mode == mode)].set_index("group")
+        for y, group in enumerate(groups):
+            if group in rows.index:
+                row = rows.loc[group]
+                _interval(ax, row, y, scale=100, fmt=marker(row.model), color=color(row.model))
+                ax.text(101, y, f"n={row.n:.0f}", fontsize=7, va="center", clip_on=False)
+        ax.axvline(50, color="black", lw=0.8, ls="--")
+        if n_lengths:
+            ax.axhline(n_lengths - 0.5, color="#999999", lw=0.8)
+        ax.set_xlim(0, 100)
+        ax.set_yticks(range(len(groups)), groups, fontsize=8)
+        ax.set_title(f"judge: {judge_label(judge, mode)}", fontsize=9)
+        ax.set_xlabel("win rate, half ties, % (95 % interval)", fontsize=9)
+    first = table.iloc[0]
+    fig.suptitle(f"{first.model} against {first.opponent} by kind of prompt and by length of answers", fontsize=11)
+    return fig, table
+
+
+def answer_lengths(lengths: pd.DataFrame):
+    """Distribution of the test answers' lengths: quartiles, whiskers to the 5th and 95th per cent, the mean as a mark.
+
+    `lengths` has model and chars.
+    """
+    models = list(dict.fromkeys(lengths.model))
+    fig, ax = plt.subplots(figsize=(6.4, 0.9 + 0.42 * len(models)))
+    values = [lengths[lengths.model == m].chars for m in models]
+    boxes = ax.boxplot(
+        values,
+        orientation="horizontal",
+        whis=(5, 95),
+        showfliers=False,
+        patch_artist=True,
+        widths=0.55,
+        medianprops={"color": "black"},
+    )
+    for y, (m, box, v) in enumerate(zip(models, boxes["boxes"], values, strict=True), 1):
+        box.set(facecolor=color(m), alpha=0.55)
+        ax.plot(v.mean(), y, marker=marker(m), color=color(m), mec="black", markersize=7)
+    ax.set_yticks(range(1, len(models) + 1), [f"{m}  n={len(v)}" for m, v in zip(models, values, strict=True)])
+    ax.invert_yaxis()
+    ax.set_xlim(left=0)
+    ax.set_xlabel("characters: box quartiles, line median, mark mean, whiskers 5 to 95 %")
+    fig.suptitle("How long are the test answers?", fontsize=11)
+    return fig, lengths
+
+
+def judge_agreement(table: pd.DataFrame):
+    """Cohen's kappa of every two win judges; `table` has first, second (labels), value, low, high, n."""
+    fig, ax = plt.subplots(figsize=(7.2, 1.1 + 0.5 * len(table)))
+    for y, row in table.reset_index(drop=True).iterrows():
+        _interval(ax, row, y, fmt="o", color="#333333")
+    ax.axvline(0, color="#555555", lw=1, ls="--")
+    ax.set_yticks(
+        range(len(table)),
+        [f"{r['first']}\nand {r['second']}  n={r['n']:.0f}" for r in table.to_dict("records")],
+        fontsize=8,
+    )
+    ax.set_ylim(len(table) - 0.5, -0.5)
+    ax.set_xlim(-0.5, 1)
+    ax.set_xlabel("Cohen's kappa on win, tie and loss: 0 is chance, 1 is the same verdicts")
+    fig.suptitle("Do the judges agree? (95 % intervals over prompts)", fontsize=11)
+    return fig, table
+
+
+def _panels(n: int, width: float, height: float):
+    """A row of `n` panels, one a judge, that share their y axis where they have the same rows."""
+    fig, axes = plt.subplots(1, max(n, 1), figsize=(width * max(n, 1) + 0.8, height), sharey=True, squeeze=False)
+    return fig, axes[0]
+
+
+def _interval(ax, row, y: float, *, scale: float = 1, **style) -> None:
+    """One figure as a point with its interval, lying."""
+    value = scale * row["value"]
+    low, high = (value if pd.isna(row[k]) else scale * row[k] for k in ("low", "high"))
+    ax.errorbar(value, y, xerr=[[max(value - low, 0)], [max(high - value, 0)]], capsize=3, **style)

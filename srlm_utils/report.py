@@ -6,11 +6,12 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment
 
-from srlm_utils import metrics
+from srlm_utils import metrics, winrates
 from srlm_utils.artefacts import read_json, write_text
 from srlm_utils.errors import MissingInputError
 from srlm_utils.paths import PACKAGE
-from srlm_utils.plan import model_names
+from srlm_utils.plan import model_names, models_before
+from srlm_utils.verdicts import judge_label
 
 COLUMNS = [
     "run",
@@ -42,7 +43,7 @@ def metrics_table(step) -> pd.DataFrame:
     for m in names[2:-1]:
         rows += read_json(step.input(f"{m}/aift/health.json"))["metrics"]
     table = pd.DataFrame(rows).assign(run=step.run.name, variant=p.variant, seed=p.seed)
-    return table[COLUMNS]
+    return table[COLUMNS].drop_duplicates()  # the outside judge's exam stands in every model's file
 
 
 def funnel_table(step) -> pd.DataFrame:
@@ -134,6 +135,77 @@ def wide(table: pd.DataFrame, names: list[str], **where) -> pd.DataFrame:
     table = rows.pivot_table(index="metric", columns="model", values="cell", aggfunc="first")
     order = [m for m in model_names(20) if m in table.columns]
     return table.reindex([n for n in names if n in table.index])[order].fillna("")
+
+
+def duels(step) -> pd.DataFrame:
+    """Every comparison of two answers, a row each.
+
+    Columns judge, judge_mode, model, opponent, prompt_id, result, category, chars.
+    `result` is 1 where model won, 0.5 for a tie, 0; `chars` the mean length of the two answers.
+    """
+    names = model_names(step.params.iterations)
+    kind = {r["prompt_id"]: r.get("category", "other") for r in step.rows("seed/test_prompts.jsonl")}
+    chars = {m: {a["prompt_id"]: len(a["text"]) for a in step.rows(f"{m}/eval/answers.jsonl")} for m in names}
+    out = []
+    for m in names:
+        for o in models_before(m):
+            rows = pd.DataFrame(step.rows(f"{m}/eval/verdicts/{m}_vs_{o}.jsonl"))
+            for (judge, mode), part in rows.groupby(["judge", "judge_mode"], sort=False) if len(rows) else ():
+                for pid, result in metrics.outcomes(part.to_dict("records")).items():
+                    length = (chars[m][pid] + chars[o][pid]) / 2
+                    out.append((judge, mode, m, o, pid, result, kind[pid], length))
+    columns = ["judge", "judge_mode", "model", "opponent", "prompt_id", "result", "category", "chars"]
+    return pd.DataFrame(out, columns=columns)
+
+
+def ratings_table(duels: pd.DataFrame) -> pd.DataFrame:
+    """Bradley-Terry ratings of every model by each judge, M0 at 0; a row a judge and model."""
+    out = []
+    for (judge, mode), part in duels.groupby(["judge", "judge_mode"], sort=False):
+        fought = [
+            (m, o, dict(zip(rows.prompt_id, rows.result, strict=True)))
+            for (m, o), rows in part.groupby(["model", "opponent"], sort=False)
+        ]
+        figures = winrates.bradley_terry(fought, anchor="M0")
+        out += [{"judge": judge, "judge_mode": mode, "model": m} | figures[m] for m in model_names(20) if m in figures]
+    return pd.DataFrame(out, columns=["judge", "judge_mode", "model", "value", "low", "high", "n"])
+
+
+def kinds_table(duels: pd.DataFrame, model: str, opponent: str) -> pd.DataFrame:
+    """Win rate of `model` against `opponent` by category of prompt, and by length of the two answers."""
+    out = []
+    for (judge, mode), part in duels[(duels.model == model) & (duels.opponent == opponent)].groupby(
+        ["judge", "judge_mode"], sort=False
+    ):
+        results = dict(zip(part.prompt_id, part.result, strict=True))
+        by_category = dict(zip(part.prompt_id, part.category, strict=True))
+        by_length = winrates.length_buckets(dict(zip(part.prompt_id, part.chars, strict=True)))
+        for by, groups in (("category", by_category), ("length", by_length)):
+            for group, figure in winrates.breakdown(results, groups).items():
+                out.append(
+                    {"judge": judge, "judge_mode": mode, "model": model, "opponent": opponent, "by": by, "group": group}
+                    | figure
+                )
+    return pd.DataFrame(out)
+
+
+def judges_table(duels: pd.DataFrame) -> pd.DataFrame:
+    """Cohen's kappa of every two win judges over the comparisons that both decided."""
+    judges = [
+        (
+            judge_label(*who),
+            dict(zip(zip(part.model, part.opponent, part.prompt_id, strict=True), part.result, strict=True)),
+        )
+        for who, part in duels.groupby(["judge", "judge_mode"], sort=False)
+    ]
+    return pd.DataFrame(
+        [
+            {"first": a, "second": b} | winrates.kappa(x, y)
+            for i, (a, x) in enumerate(judges)
+            for b, y in judges[i + 1 :]
+        ],
+        columns=["first", "second", "value", "low", "high", "n"],
+    )
 
 
 def html_table(table: pd.DataFrame):

@@ -76,7 +76,7 @@ def fetch(seed_model: str, revision: str = "") -> dict:
     """
     if seed_model in EMBEDDED:
         spec = EMBEDDED[seed_model]
-        path = _cached(seed_model, spec.gguf_sha256[:12], lambda to: _convert(seed_model, spec, to))
+        path = cached(seed_model, spec.gguf_sha256[:12], lambda to: _convert(seed_model, spec, to))
         return {
             "name": seed_model,
             "kind": "embedded",
@@ -87,7 +87,7 @@ def fetch(seed_model: str, revision: str = "") -> dict:
             "weights_sha256": sha256(path / "model.safetensors"),
         }
     if seed_model == TINY:
-        path = _cached(TINY, "v1", _make_tiny)
+        path = cached(TINY, "v1", _make_tiny)
         return {
             "name": TINY,
             "kind": "random",
@@ -154,7 +154,7 @@ def _hub(repo: str, revision: str) -> dict:
     return {"name": repo, "kind": "hub", "path": path, "revision": Path(path).name, "license": "", "note": ""}
 
 
-def _cached(name: str, version: str, make) -> Path:
+def cached(name: str, version: str, make) -> Path:
     """Folder of a cached model, made by ``make(temporary folder)`` under a lock if it is not there."""
     root = cache_dir() / "models"
     root.mkdir(parents=True, exist_ok=True)

@@ -87,10 +87,14 @@ class StepRun:
     def model_source(self, model: str) -> dict:
         """Where a model is and how to talk to it: keyword arguments for `Engine` and `train.load`.
 
-        `model` is a model of the run, an embedded model, a hub id or a folder. In a scratch run the
-        seed model stands in for models that were never trained there.
+        `model` is a model of the run, the `outside` judge, an embedded model, a hub id or a folder. In a scratch run
+        the seed model stands in for models that were never trained there.
         """
         trust = {"trust_remote_code": self.params.trust_remote_code}
+        if model == "outside":
+            from srlm_utils import outside
+
+            return {"folder": outside.fetch(self)}
         if not is_model_name(model):
             return {"folder": seed_model.fetch(model)["path"], **trust}
         if model != "M0" and (self.run / weights(model)).is_dir():
@@ -116,7 +120,12 @@ class StepRun:
         return chat.load_tokenizer(**self.model_source(model))
 
     def model_revision(self, model: str) -> str:
-        """Which weights a name means: 12 digits of a run model's sha256; the name itself of any other."""
+        """Which weights a name means: 12 digits of a run model's sha256 or of what the outside judge is made from; the
+        name itself of any other."""
+        if model == "outside":
+            from srlm_utils import outside
+
+            return outside.version()
         if not is_model_name(model):
             return model
         if self.scratch and not (self.run / weights(model)).exists():

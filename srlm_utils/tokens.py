@@ -20,6 +20,7 @@ SEED_ROWS = {  # bundled
     "ranked_eval": 43,
     "onpolicy_eval": 44,
     "test_prompts": 256,
+    "safety_prompts": 24,
 }
 CHAT, PROMPT, ANSWER, REPLY, JUSTIFICATION, REPLIES = 30, 30, 80, 80, 32, 3.85
 RUBRIC = {"short": 70, "additive": 285, "multiple_choice": 265}
@@ -71,14 +72,14 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
         n["judged"] = len(p["judge_modes"]) * replies * (judge_frame + REPLY)
         if {*p["judge_modes"]} - {"expected"}:
             n["generated"] = replies * p["n_samples"] * min(p["judge_max_new_tokens"], JUSTIFICATION + 15)
-        n["generated"] += tests * _written(p)
-        for judge in p["win_judges"]:
-            pairwise = parse_win_judge(judge)[1] == "pairwise"
-            n["judged"] += tests * (
-                2 * len(models_before(step.model)) * (judge_frame + 2 * _written(p))
-                if pairwise
-                else judge_frame + _written(p)
-            )
+        safety = SEED_ROWS.get(p["safety_file"], 100 if p["safety_file"] else 0)
+        n["generated"] += (tests + safety) * _written(p)
+        n["judged"] += tests * (CHAT + PROMPT + ANSWER)  # how likely the reference answers are
+        for mode in (parse_win_judge(judge)[1] for judge in p["win_judges"]):
+            if mode == "pairwise":
+                n["judged"] += tests * 2 * len(models_before(step.model)) * (judge_frame + 2 * _written(p))
+            if mode == "score":
+                n["judged"] += tests * (judge_frame + _written(p))
     return {k: int(v) for k, v in n.items()}
 
 

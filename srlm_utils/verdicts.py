@@ -1,9 +1,12 @@
-"""Head-to-head verdicts between two models' answers, by a judge that compares or one that scores."""
+"""Head-to-head verdicts between two models' answers: by a judge that compares, by one that scores, by people."""
 
 from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
 
-from srlm_utils import chat
-from srlm_utils.errors import ModelError
+from srlm_utils import chat, metrics
+from srlm_utils.artefacts import read_jsonl
+from srlm_utils.errors import DataError, ModelError
 from srlm_utils.judge import inert, load_template
 from srlm_utils.paths import PROMPTS
 from srlm_utils.plan import is_model_name
@@ -11,14 +14,14 @@ from srlm_utils.plan import is_model_name
 
 def judge_label(judge: str, mode: str = "") -> str:
     """How a figure names a win judge: a model of the run is inside the loop that is being measured."""
-    inside = (
-        " (inside the loop)"
-        if is_model_name(judge) and judge not in ("M0", "SFT")
-        else " (the models descend from it)"
-        if is_model_name(judge)
-        else ""
-    )
-    return f"{judge}{', ' + mode if mode else ''}{inside}"
+    if judge == "outside":
+        return "outside judge"
+    if mode == "human":
+        return f"people ({Path(judge).name})"
+    where = ""
+    if is_model_name(judge):
+        where = " (the models descend from it)" if judge in ("M0", "SFT") else " (inside the loop)"
+    return f"{judge}{', ' + mode if mode else ''}{where}"
 
 
 def choice_ids(tokenizer) -> list[int]:
@@ -29,18 +32,27 @@ def choice_ids(tokenizer) -> list[int]:
     return [i[0] for i in ids]
 
 
+@lru_cache(maxsize=1)
+def _template():
+    return load_template(PROMPTS / "pairwise.jinja")
+
+
+def question(prompt: str, first: str, second: str) -> str:
+    """What a pairwise judge is asked; control text in any of the three is made inert."""
+    return _template().render(prompt=inert(prompt), first=inert(first), second=inert(second))
+
+
 def compare(engine, prompts: dict[str, str], a: dict[str, str], b: dict[str, str]) -> Iterator[list[dict]]:
     """Ask in both orders which of two answers is better; answers by prompt_id.
 
     The choice is read from the probabilities of the letters, so that a small judge still says
     something. Yields rows {"prompt_id", "order" ("AB", "BA"), "p_first" (0 to 1)}.
     """
-    template = load_template(PROMPTS / "pairwise.jinja")
     requests = []
     for pid in a:
         for order, first, second in (("AB", a[pid], b[pid]), ("BA", b[pid], a[pid])):
-            text = template.render(prompt=inert(prompts[pid]), first=inert(first), second=inert(second))
-            requests.append((f"{pid}\t{order}", chat.prompt_ids(engine.tokenizer, chat.user(text))))
+            ids = chat.prompt_ids(engine.tokenizer, chat.user(question(prompts[pid], first, second)))
+            requests.append((f"{pid}\t{order}", ids))
     for batch in engine.choice_probs(requests, choice_ids(engine.tokenizer)):
         yield [
             {"prompt_id": key.split("\t")[0], "order": key.split("\t")[1], "p_first": round(p[0], 6)}
@@ -54,3 +66,65 @@ def from_scores(a: dict[str, float], b: dict[str, float]) -> list[dict]:
         {"prompt_id": pid, "order": "none", "p_first": 1.0 if a[pid] > b[pid] else 0.0 if a[pid] < b[pid] else 0.5}
         for pid in a
     ]
+
+
+def read_votes(path: Path) -> list[dict]:
+    """People's verdict rows; raises `DataError` for a row that is none.
+
+    Row: {"prompt_id", "model_a", "model_b", "order" ("AB", "BA": which answer was shown first), "p_first" (1 the first
+    wins, 0.5 tie, 0 the second), "judge" (who)}: what a model judge writes, too.
+    """
+    rows = read_jsonl(path)
+    for i, row in enumerate(rows, 1):
+        missing = sorted({"prompt_id", "model_a", "model_b", "order", "p_first"} - row.keys())
+        wrong = (
+            f"it has no {missing[0]}"
+            if missing
+            else f"order is {row['order']!r}, expected AB, BA or none"
+            if row["order"] not in ("AB", "BA", "none")
+            else f"p_first is {row['p_first']!r}, expected 1 (first wins), 0.5 (tie) or 0"
+            if row["p_first"] not in (0, 0.5, 1)
+            else ""
+        )
+        if wrong:
+            raise DataError(f"{path}: row {i} is no verdict: {wrong}.")
+    return rows
+
+
+def from_votes(votes: list[dict], model: str, opponent: str, prompt_ids) -> list[dict]:
+    """Verdicts of people (`read_votes`) on `model` against `opponent`, one row a prompt: the majority of its readers.
+
+    The two models may stand in either place; without a majority it is a tie.
+    """
+    sides: dict[str, list[float]] = {}
+    for row in votes:
+        if {row["model_a"], row["model_b"]} == {model, opponent} and row["prompt_id"] in prompt_ids:
+            a = 1 - row["p_first"] if row["order"] == "BA" else row["p_first"]
+            sides.setdefault(row["prompt_id"], []).append(a if row["model_a"] == model else 1 - a)
+    return [
+        {
+            "prompt_id": pid,
+            "order": "none",
+            "p_first": next((side for side in (1.0, 0.0) if 2 * s.count(side) > len(s)), 0.5),
+        }
+        for pid, s in sides.items()
+    ]
+
+
+def exam_figures(rows: list[dict]) -> dict[str, dict]:
+    """Figures of a pairwise judge on pairs whose better answer is always A; ids are ``<prompt>/<reply>/<reply>``."""
+    by_prompt: dict[str, list[float]] = {}
+    for key, result in metrics.outcomes(rows).items():
+        by_prompt.setdefault(key.partition("/")[0], []).append(result)
+    groups = by_prompt.values()
+    first: dict[str, list[bool]] = {}
+    for row in rows:
+        first.setdefault(row["prompt_id"].partition("/")[0], []).append(row["p_first"] > 0.5)
+    return {
+        "verdict_accuracy": metrics.ratio([sum(g) for g in groups], [len(g) for g in groups]),
+        "verdict_accuracy_decided": metrics.ratio(
+            [sum(r == 1 for r in g) for g in groups], [sum(r != 0.5 for r in g) for g in groups]
+        ),
+        "verdict_tie_rate": metrics.ratio([sum(r == 0.5 for r in g) for g in groups], [len(g) for g in groups]),
+        "first_position_rate": metrics.ratio([sum(f) for f in first.values()], [len(f) for f in first.values()]),
+    }

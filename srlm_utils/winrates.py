@@ -1,0 +1,160 @@
+"""Statistics of head-to-head comparisons: sign test, length control, Bradley-Terry ratings, agreement of judges.
+
+A result is 1 where A wins, 0.5 for a tie and 0 where B wins (`metrics.outcomes`). Intervals are 95 %, from resampling
+prompts; all draws are computed at once.
+"""
+
+import math
+from collections.abc import Hashable
+
+import numpy as np
+
+from srlm_utils.errors import DataError
+from srlm_utils.metrics import SIMILAR, mean, plain
+
+ELO = 400 / math.log(10)  # Elo points a logit
+_RIDGE = 1e-3  # prior precision of coefficients: keeps them finite where everything is won
+
+
+def sign_test(results) -> dict:
+    """Two-sided p of as many wins or more among the prompts that are no tie, were both models alike.
+
+    The exact binomial test; n is the number of prompts that are no tie.
+    """
+    from scipy.stats import binomtest  # slow to import, and needed nowhere else
+
+    results = np.asarray(results, float)
+    wins, losses = int((results == 1).sum()), int((results == 0).sum())
+    if not wins + losses:
+        return plain(None, 0)
+    return plain(float(binomtest(wins, wins + losses).pvalue), wins + losses)
+
+
+def similar_length(results, lengths_a, lengths_b) -> dict:
+    """Win rate, half ties, over the prompts whose two answers differ by 20 % of the longer one at most."""
+    a, b = np.asarray(lengths_a, float), np.asarray(lengths_b, float)
+    return mean(np.asarray(results, float)[np.abs(a - b) <= SIMILAR * np.maximum(a, b)])
+
+
+def length_controlled(results, gaps, *, n_draws: int = 1000, seed: int = 0) -> dict:
+    """Win rate with the effect of length taken out, after Dubois et al. 2024 (arXiv 2404.04475).
+
+    Verdicts are modelled as P(A wins) = sigmoid(theta + phi * tanh(gap / s)), gap being A's length minus B's and s the
+    root of the mean squared gap; a tie is half a win. The figure is sigmoid(theta): the win rate at equal lengths.
+    AlpacaEval's model also has a term for the difficulty of each instruction, fitted over many models; with one pair of
+    models there is nothing to fit it from. A judge that is swayed by length is corrected; where one model's answers are
+    always the longer ones, length and quality cannot be told apart, and the wide interval says so.
+    """
+    y, gaps = np.asarray(results, float), np.asarray(gaps, float)
+    scale = math.sqrt(np.mean(gaps**2)) if len(gaps) else 0.0
+    if len(y) < 2 or scale == 0:
+        return mean(y)
+    x = np.stack([np.ones(len(y)), np.tanh(gaps / scale)], 1)
+    draws = np.random.default_rng(seed).multinomial(len(y), np.full(len(y), 1 / len(y)), n_draws)
+    theta = _logistic(x, y, np.vstack([np.ones(len(y)), draws]))[:, 0]
+    rates = 1 / (1 + np.exp(-theta))
+    return _figure(rates, len(y))
+
+
+def bradley_terry(
+    duels: list[tuple[str, str, dict]], *, anchor: str, n_draws: int = 1000, seed: int = 0
+) -> dict[str, dict]:
+    """Ratings of all models from their comparisons, on the Elo scale: P(A beats B) = 1 / (1 + 10^((R_B - R_A) / 400)).
+
+    `duels`: (A, B, {prompt_id: result}). A tie is half a win for either. The `anchor` stands at 0, so a rating is the
+    difference to it; n counts the comparisons a model took part in. Prompts are resampled over all duels at once: every
+    model answered the same ones. Raises `DataError` for a model that no chain of comparisons ties to the anchor.
+    """
+    models = list(dict.fromkeys(m for a, b, _ in duels for m in (a, b)))
+    _check_connected(duels, models, anchor)
+    others = [m for m in models if m != anchor]
+    prompts = list(dict.fromkeys(pid for _, _, results in duels for pid in results))
+    where = {pid: i for i, pid in enumerate(prompts)}
+    wins = np.zeros((len(prompts), len(duels)))  # of A, by prompt and duel
+    fought = np.zeros_like(wins)
+    for d, (_, _, results) in enumerate(duels):
+        for pid, result in results.items():
+            wins[where[pid], d], fought[where[pid], d] = result, 1
+    draws = np.random.default_rng(seed).multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), n_draws)
+    weights = np.vstack([np.ones(len(prompts)), draws])
+    x = np.array([[float(m == a) - float(m == b) for m in others] for a, b, _ in duels])
+    total = weights @ fought
+    rate = np.divide(weights @ wins, total, out=np.full(total.shape, 0.5), where=total > 0)
+    ratings = ELO * _logistic(x, rate, total)
+    n = {m: sum(len(r) for a, b, r in duels if m in (a, b)) for m in models}
+    out = {m: _figure(ratings[:, i], n[m]) for i, m in enumerate(others)}
+    return {m: out.get(m, {"value": 0.0, "low": 0.0, "high": 0.0, "n": n[m]}) for m in models}
+
+
+def _check_connected(duels, models: list[str], anchor: str) -> None:
+    known, grew = {anchor} & {*models}, True
+    while grew:
+        reached = {m for a, b, r in duels if r and known & {a, b} for m in (a, b)} | known
+        grew, known = reached != known, reached
+    if lost := [m for m in models if m not in known]:
+        raise DataError(f"{lost[0]} was compared with no model that leads to {anchor}: it has no rating.")
+
+
+def breakdown(results: dict, groups: dict) -> dict[str, dict]:
+    """Win rate, half ties, by group; both by prompt_id. Groups come in the order in which `groups` names them first."""
+    by: dict[str, list[float]] = {g: [] for g in dict.fromkeys(groups.values())}
+    for pid, result in results.items():
+        by[groups[pid]].append(result)
+    return {group: mean(values) for group, values in by.items() if values}
+
+
+def length_buckets(lengths: dict) -> dict:
+    """A label by prompt_id, for thirds of the lengths (characters), in order from short to long."""
+    low, high = (int(round(q)) for q in np.quantile(list(lengths.values()), (1 / 3, 2 / 3)))
+    labels = f"up to {low} characters", f"up to {high}", f"more than {high}"
+    order = sorted(lengths, key=lengths.get)
+    return {pid: labels[0 if lengths[pid] <= low else 1 if lengths[pid] <= high else 2] for pid in order}
+
+
+def kappa(a: dict[Hashable, float], b: dict[Hashable, float], *, n_draws: int = 2000, seed: int = 0) -> dict:
+    """Cohen's kappa of two judges on win, tie and loss, over what both decided.
+
+    Keys are prompt_ids, or tuples that end in one: several comparisons on one prompt are resampled together. None where
+    both judges always say the same one thing; agreement by chance alone is then certain.
+    """
+    shared = [k for k in a if k in b]
+    prompts = list(dict.fromkeys(k[-1] if isinstance(k, tuple) else k for k in shared))
+    if len(prompts) < 2:
+        return plain(None, len(shared))
+    where = {pid: i for i, pid in enumerate(prompts)}
+    counts = np.zeros((len(prompts), 3, 3))
+    for k in shared:
+        counts[where[k[-1] if isinstance(k, tuple) else k], int(2 * a[k]), int(2 * b[k])] += 1
+    draws = np.random.default_rng(seed).multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), n_draws)
+    tables = np.einsum("dp,pij->dij", np.vstack([np.ones(len(prompts)), draws]), counts)
+    tables /= tables.sum((1, 2), keepdims=True)
+    agree, chance = np.trace(tables, axis1=1, axis2=2), np.einsum("di,di->d", tables.sum(1), tables.sum(2))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = np.where(chance < 1 - 1e-12, (agree - chance) / (1 - chance), np.nan)
+    return plain(None, len(shared)) if np.isnan(values[0]) else _figure(values, len(shared))
+
+
+def _figure(values: np.ndarray, n: int) -> dict:
+    """A figure from the sample's own value, which comes first, and those of the draws."""
+    low, high = np.nanquantile(values[1:], (0.025, 0.975))
+    value = float(values[0])
+    return {"value": value, "low": min(float(low), value), "high": max(float(high), value), "n": n}
+
+
+def _logistic(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Coefficients of weighted logistic models, one a row of `weights` (models, rows), by Newton's steps.
+
+    `x` (rows, coefficients), `y` (rows,) or (models, rows) in 0 to 1.
+    """
+    beta = np.zeros((len(weights), x.shape[1]))
+    eye = np.eye(x.shape[1])
+    for _ in range(60):
+        p = 1 / (1 + np.exp(-np.clip(beta @ x.T, -30, 30)))
+        gradient = (weights * (y - p)) @ x - _RIDGE * beta
+        hessian = np.einsum("dn,ni,nj->dij", weights * p * (1 - p), x, x) + _RIDGE * eye
+        step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
+        size = np.abs(step).max(-1, keepdims=True)
+        beta += step * np.minimum(1, 4 / np.maximum(size, 1e-12))  # near separation a full step overshoots
+        if size.max() < 1e-8:
+            break
+    return beta

@@ -1,0 +1,184 @@
+"""The outside judge: what it is taught, what its exam counts, and that it is made once."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from srlm_utils import metrics, outside, seed_model, verdicts
+from srlm_utils.artefacts import read_jsonl
+from srlm_utils.errors import DataError, ParamError
+from srlm_utils.plan import external_inputs, parse_win_judge
+
+RANKED = [
+    {
+        "prompt_id": "a",
+        "prompt": "Name a colour.",
+        "replies": [
+            {"reply_id": "1", "text": "Blue.", "rank": 0},
+            {"reply_id": "2", "text": "Seven.", "rank": 1},
+            {"reply_id": "3", "text": "Eight.", "rank": 1},
+        ],
+    }
+]
+
+
+class Bar:
+    n = 0
+
+    def update(self, n):
+        self.n += n
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        pass
+
+
+def fake_step():
+    return SimpleNamespace(params=SimpleNamespace(device="cpu", dtype="float32"), progress=lambda total, unit: Bar())
+
+
+def test_lessons_hold_every_ranked_pair_in_both_orders(engine):
+    rows = outside.lessons(engine.tokenizer, RANKED, 2000)
+    letters = verdicts.choice_ids(engine.tokenizer)
+    assert len(rows) == 4  # two pairs: equal ranks make none
+    assert [r["labels"][-1] for r in rows] == letters * 2
+    assert all(r["input_ids"][-1] == r["labels"][-1] and set(r["labels"][:-1]) == {-100} for r in rows)
+    first = engine.tokenizer.decode(rows[0]["input_ids"])
+    assert first.index("Blue.") < first.index("Seven.")  # the better one stands first where A is right
+    assert not outside.lessons(engine.tokenizer, RANKED, 40)
+
+
+def test_a_judge_learns_its_lessons(tiny, tmp_path):
+    """On one pair, shown in both orders: only who reads both answers gets both right."""
+    from srlm_utils.engine import Engine
+
+    ranked = [RANKED[0] | {"replies": RANKED[0]["replies"][:2]}]
+    recipe = {"epochs": 60, "learning_rate": 5e-3, "final_learning_rate": 1e-3, "max_length": 2000, "save_steps": 0}
+    recipe |= {"train_batch_size": 2, "micro_batch_size": 2}
+    outside.train_judge(fake_step(), tiny, ranked, tmp_path / "work", tmp_path / "judge", **recipe)
+    judge = Engine(str(tmp_path / "judge"), dtype="float32", device="cpu")
+    figures = outside.examine(lambda *a: verdicts.compare(judge, *a), ranked)
+    assert figures["verdict_accuracy"]["value"] == 1
+    assert figures["first_position_rate"]["value"] == 0.5
+
+
+def test_the_exam_counts_disagreeing_orders_as_ties():
+    def always_first(prompts, better, worse):
+        assert set(prompts) == set(better) == set(worse)
+        for pid in better:
+            yield [{"prompt_id": pid, "order": o, "p_first": 0.9} for o in ("AB", "BA")]
+
+    figures = outside.examine(always_first, RANKED)
+    assert figures["verdict_accuracy"]["value"] == 0.5 and figures["verdict_tie_rate"]["value"] == 1
+    assert figures["first_position_rate"]["value"] == 1
+    assert figures["verdict_accuracy_decided"] == metrics.plain(None, 0)
+    assert figures["verdict_accuracy"]["n"] == 2
+
+
+def test_the_exam_is_sat_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(outside, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(outside, "EXAMS", ("ranked_eval",))
+    (tmp_path / "models").mkdir()
+    asked = []
+
+    def better_wins(prompts, better, worse):
+        asked.append(len(prompts))
+        for pid in better:
+            yield [{"prompt_id": pid, "order": o, "p_first": float(o == "AB")} for o in ("AB", "BA")]
+
+    first = outside.exam(fake_step(), better_wins)
+    again = outside.exam(fake_step(), better_wins)
+    assert first == again and asked == [
+        sum(1 for _ in outside.reply_pairs(read_jsonl(outside.SEED_DATA / "ranked_eval.jsonl")))
+    ]
+    assert first["ranked_eval"]["verdict_accuracy"]["value"] == 1
+
+
+def test_it_is_made_again_when_what_it_is_made_from_changes(monkeypatch, tmp_path):
+    before = outside.version()
+    lessons = tmp_path / "judge_train.jsonl"
+    lessons.write_text(outside.LESSONS.read_text() + "\n")
+    monkeypatch.setattr(outside, "LESSONS", lessons)
+    changed = outside.version()
+    monkeypatch.setitem(outside.RECIPE, "epochs", 9)
+    assert len({before, changed, outside.version()}) == 3
+
+
+def test_it_is_made_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(outside, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(seed_model, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(seed_model, "fetch", lambda name: {"path": f"/models/{name}"})
+    made = []
+
+    def teach(step, base, ranked, work, folder):
+        made.append((base, len(ranked)))
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(outside, "train_judge", teach)
+    folders = {outside.fetch(fake_step()) for _ in range(2)}
+    assert len(folders) == 1 and made == [("/models/gemma-3-270m", 84)]
+
+
+def test_no_lesson_is_an_exam_question():
+    """No prompt of the judge's lessons stands in a set that it, or a model of a run, is measured or trained on."""
+    lessons = {r["prompt"] for r in read_jsonl(outside.LESSONS)}
+    others = [p for p in outside.SEED_DATA.glob("*.jsonl") if p != outside.LESSONS]
+    assert len(others) > 6
+    for path in others:
+        assert not lessons & {r["prompt"] for r in read_jsonl(path)}, path.name
+
+
+# ---- who decides
+
+
+@pytest.mark.parametrize("text", ["outside:score", "M1", "M1:vote", ":pairwise"])
+def test_a_judge_that_is_none_is_refused(text):
+    with pytest.raises(ParamError, match="expected outside:pairwise"):
+        parse_win_judge(text)
+
+
+def test_a_file_of_verdicts_is_an_input(tmp_path):
+    assert parse_win_judge("votes/a:b.jsonl:human") == ("votes/a:b.jsonl", "human")
+    files = external_inputs("08_evaluate", {"win_judges": [f"{tmp_path}/v.jsonl:human", "outside:pairwise"]})
+    assert files == {f"win_judges:{tmp_path}/v.jsonl": tmp_path / "v.jsonl", "win_judges:outside": outside.LESSONS}
+
+
+def vote(pid, a, b, order, p_first):
+    return {"prompt_id": pid, "model_a": a, "model_b": b, "order": order, "p_first": p_first}
+
+
+def test_people_decide_by_majority_whoever_stood_first():
+    votes = [
+        vote("p", "M2", "M1", "AB", 1),  # M2
+        vote("p", "M2", "M1", "BA", 0),  # M2
+        vote("p", "M1", "M2", "AB", 1),  # M1
+        vote("q", "M1", "M2", "BA", 1),  # M2
+        vote("q", "M1", "M2", "AB", 1),  # M1
+        vote("r", "M2", "M1", "AB", 0.5),
+        vote("r", "M2", "SFT", "AB", 0),  # another pair
+        vote("unknown", "M2", "M1", "AB", 1),
+    ]
+    rows = verdicts.from_votes(votes, "M2", "M1", {"p", "q", "r"})
+    assert metrics.outcomes(rows) == {"p": 1.0, "q": 0.5, "r": 0.5}
+    assert metrics.outcomes(verdicts.from_votes(votes, "M1", "M2", {"p"})) == {"p": 0.0}
+
+
+@pytest.mark.parametrize(
+    "row, wrong",
+    [
+        ({"prompt_id": "p"}, "no model_a"),
+        (vote("p", "M1", "M2", "first", 1), "order is 'first'"),
+        (vote("p", "M1", "M2", "AB", "A"), "p_first is 'A'"),
+    ],
+)
+def test_a_row_that_is_no_verdict_is_named(tmp_path, row, wrong):
+    path = tmp_path / "votes.jsonl"
+    path.write_text(json.dumps(vote("p", "M1", "M2", "AB", 1)) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(
+        DataError, match=f"votes.jsonl: row 2 is no verdict: it has {wrong}" if "no " in wrong else wrong
+    ):
+        verdicts.read_votes(path)
