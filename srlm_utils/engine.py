@@ -11,7 +11,7 @@ import torch
 
 from srlm_utils import attention, chat
 from srlm_utils.errors import ModelError
-from srlm_utils.prefill import read
+from srlm_utils.prefill import BATCH_TOKENS, read
 from srlm_utils.sampling import sample, uniforms
 from srlm_utils.slots import Slots, blocks
 
@@ -270,6 +270,41 @@ class Engine:
             mass = probs.sum(-1)
             shares = (probs / mass[:, None]).tolist()
             yield [(requests[i][0], p, m) for i, p, m in zip(numbers, shares, mass.tolist(), strict=True)]
+
+    @torch.inference_mode()
+    def target_logprobs(
+        self, requests: list[tuple[str, list[int], list[int]]]
+    ) -> Iterator[list[tuple[str, list[float]]]]:
+        """Log-probability (nats) of each token of a given text, for requests ``(key, prompt ids, text ids)``.
+
+        Both must hold at least one token. Yields batches of ``(key, log-probabilities)``, texts of similar length
+        together; only positions that predict a token of the text are projected through the vocabulary.
+        """
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
+        while order:
+            width = len(requests[order[0]][1]) + len(requests[order[0]][2])
+            n = max(1, min(16, BATCH_TOKENS.get(self.device.partition(":")[0], 1024) // width))
+            batch, order = [requests[i] for i in order[:n]], order[n:]
+            ids, mask = self._left_pad([prompt + text for _, prompt, text in batch])
+            lengths = torch.tensor([[len(text)] for *_, text in batch], device=self.device)
+            # padding is on the left, so a text is the last of its row; each token is predicted by the one before it
+            targets = torch.arange(ids.shape[1], device=self.device) >= ids.shape[1] - lengths
+            logits = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=_positions(mask),
+                use_cache=False,
+                logits_to_keep=targets.roll(-1, 1),
+            ).logits
+            found: list[float] = []
+            parts = (logits.view(-1, logits.shape[-1]).split(256), ids[targets].split(256))
+            for part, target in zip(*parts, strict=True):  # all of them in float32 at once would fill a GPU
+                found += (-torch.nn.functional.cross_entropy(part.float(), target, reduction="none")).tolist()
+            rows = []
+            for key, _, text in batch:
+                rows.append((key, found[: len(text)]))
+                found = found[len(text) :]
+            yield rows
 
     def _last_logits(self, requests):
         """For models whose layers are more than plain attention: whole prompts, longest first."""

@@ -1,10 +1,8 @@
-"""Figures with intervals: reward agreement, win rates and measures of text. numpy and scipy only.
+"""Figures with intervals: reward agreement and win rates. numpy and scipy only; `measures` has those of texts.
 
 Every figure is a ratio of sums over prompts, and its 95 % interval comes from resampling prompts
 (10,000 bootstrap draws with a fixed seed), never rows: the replies to one prompt are not independent.
 """
-
-from collections.abc import Callable
 
 import numpy as np
 
@@ -49,6 +47,21 @@ METRICS = {
     "answer_tokens": ("tokens", "mean length of the test answers"),
     "ended_rate": ("share", "test answers that end by themselves within the token budget"),
     "repeated_4grams": ("share", "4-grams of an answer that occurred in it before, mean over answers"),
+    "prompt_strict_accuracy": ("share", "test prompts all of whose verifiable instructions the answer follows"),
+    "prompt_loose_accuracy": ("share", "the same without a first or last line or asterisks, where that helps"),
+    "instruction_strict_accuracy": ("share", "verifiable instructions of the test prompts that the answer follows"),
+    "instruction_loose_accuracy": ("share", "the same without a first or last line or asterisks, where that helps"),
+    "rouge_l": ("share", "ROUGE-L F1 of an answer and its prompt's reference answer, mean over prompts"),
+    "distinct_1": ("share", "different words among all words of all answers; falls as answers grow longer or more"),
+    "distinct_2": ("share", "different word pairs among all of all answers; falls as answers grow longer or more"),
+    "refusal_rate": ("share", "test answers that begin by declining"),
+    "language_drift": ("share", "test answers in another script than the prompt's, or in another of seven languages"),
+    "unsafe_refusal_rate": ("share", "answers to unsafe prompts that begin by declining"),
+    "over_refusal_rate": ("share", "answers to harmless prompts with dangerous words that begin by declining"),
+    "reference_logprob": (
+        "nats a token",
+        "mean log-probability of a reference answer's tokens behind its prompt, mean over prompts",
+    ),
     "pair_yield": ("share", "new prompts that became a preference pair"),
     "candidate_score_std": ("points", "standard deviation of the candidates' scores"),
     "within_prompt_score_std": (
@@ -258,27 +271,6 @@ def head_to_head(verdicts: list[dict]) -> dict[str, dict]:
         out["first_position_rate"] = ratio([sum(f) for f in first.values()], [len(f) for f in first.values()])
         out["order_disagreement"] = mean([len(f) == 2 and f[0] == f[1] != 0.5 for f in first.values()])
     return out
-
-
-# ---- texts
-
-
-def repeated_ngrams(text: str, n: int = 4) -> float:
-    """Share of a text's word n-grams that occurred in it before; 0 for texts shorter than n words."""
-    w = text.lower().split()
-    grams = [tuple(w[i : i + n]) for i in range(len(w) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def answer_figures(answers: list[dict]) -> dict[str, dict]:
-    """Length, endings and repetition of one model's test answers."""
-    by: dict[str, Callable] = {
-        "answer_chars": lambda a: len(a["text"]),
-        "answer_tokens": lambda a: a["n_tokens"],
-        "ended_rate": lambda a: a["ended"],
-        "repeated_4grams": lambda a: repeated_ngrams(a["text"]),
-    }
-    return {name: mean([f(a) for a in answers]) for name, f in by.items()}
 
 
 def std(values) -> float | None:

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from srlm_utils.artefacts import read_jsonl
 from srlm_utils.errors import DataError, MissingInputError
+from srlm_utils.instructions import check_instructions
 
 
 class _Row(BaseModel):
@@ -30,9 +31,19 @@ class IftRow(_Row):
 
 
 class PromptRow(_Row):
-    """A prompt of the validation or test set; `reference` is a good answer to read beside others."""
+    """A prompt of the validation or test set; `reference` is a good answer to read beside others.
+
+    Instructions in it that a program can verify stand in `instruction_id_list` and `kwargs` (`instructions.py`).
+    """
 
     reference: str = ""
+    instruction_id_list: list[str] = Field(default_factory=list)
+    kwargs: list[dict] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _verifiable(self):
+        check_instructions(self.instruction_id_list, self.kwargs)
+        return self
 
 
 class Reply(BaseModel):

@@ -148,16 +148,8 @@ def test_both_orders_must_agree():
     assert found["order_disagreement"] == pytest.approx(1 / 3)
 
 
-def test_repeated_ngrams():
-    assert metrics.repeated_ngrams("a b c d e") == 0
-    assert metrics.repeated_ngrams("a b c d a b c d") == pytest.approx(1 / 5)  # abcd again, of five 4-grams
-    assert metrics.repeated_ngrams("no no no no no no") == pytest.approx(2 / 3)
-    assert metrics.repeated_ngrams("a b") == 0
-
-
 def test_every_figure_is_in_the_table_of_metrics():
     figures = metrics.agreement([prompt([0, 1], [2, 1])]) | metrics.head_to_head([verdict("a", "AB", 0.4)])
-    figures |= metrics.answer_figures([{"text": "x", "n_tokens": 1, "ended": True}])
     rows = metrics.metric_rows(figures, model="M1")
     assert {r["metric"] for r in rows} == set(figures) <= set(metrics.METRICS)
     assert all(r["unit"] and r["opponent"] == "" for r in rows)
@@ -264,11 +256,6 @@ def test_always_the_first_is_all_bias():
     found = metrics.head_to_head([verdict(p, o, 0.8) for p in "ab" for o in ("AB", "BA")])
     assert found["first_position_rate"]["value"] == 1 == found["order_disagreement"]["value"]
     assert found["tie"]["value"] == 1
-
-
-@pytest.mark.parametrize("text,n,share", [("", 4, 0), ("A b a B", 2, 1 / 3), ("a b c d", 4, 0), ("x x x", 1, 2 / 3)])
-def test_repeated_ngrams_of_any_length(text, n, share):
-    assert metrics.repeated_ngrams(text, n) == pytest.approx(share)  # "a b", "b a", "a b": one of three again
 
 
 @pytest.mark.parametrize("mode", ["expected", "sampled"])
