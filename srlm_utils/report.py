@@ -41,6 +41,8 @@ def metrics_table(step) -> pd.DataFrame:
         rows += read_json(step.input(f"{m}/eval/metrics.json"))
     for m in names[2:-1]:
         rows += read_json(step.input(f"{m}/aift/health.json"))["metrics"]
+    for m in p.benchmarked:
+        rows += read_json(step.input(f"{m}/benchmarks/metrics.json"))
     table = pd.DataFrame(rows).assign(run=step.run.name, variant=p.variant, seed=p.seed)
     return table[COLUMNS]
 
@@ -134,6 +136,16 @@ def wide(table: pd.DataFrame, names: list[str], **where) -> pd.DataFrame:
     table = rows.pivot_table(index="metric", columns="model", values="cell", aggfunc="first")
     order = [m for m in model_names(20) if m in table.columns]
     return table.reindex([n for n in names if n in table.index])[order].fillna("")
+
+
+def benchmark_table(table: pd.DataFrame) -> pd.DataFrame:
+    """The field's benchmarks: a row a figure of one set and judge, a column a model, cells with interval and n."""
+    rows = table[table.metric.isin(metrics.FIELD)]
+    rows = rows.assign(cell=[rate(r) for r in rows.to_dict("records")])
+    out = rows.pivot_table(
+        index=["set", "judge", "metric", "judge_mode"], columns="model", values="cell", aggfunc="first"
+    )
+    return out[[m for m in model_names(20) if m in out.columns]].fillna("")
 
 
 def html_table(table: pd.DataFrame):

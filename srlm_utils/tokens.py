@@ -23,6 +23,7 @@ SEED_ROWS = {  # bundled
 }
 CHAT, PROMPT, ANSWER, REPLY, JUSTIFICATION, REPLIES = 30, 30, 80, 80, 32, 3.85
 RUBRIC = {"short": 70, "additive": 285, "multiple_choice": 265}
+BENCHMARK_TEXTS = {"alpaca_eval_file": 805, "mt_bench_file": 160}  # answers to the whole of each
 TAIL = 25  # of a rubric: what stands behind the reply, once a format
 
 
@@ -79,6 +80,9 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
                 if pairwise
                 else judge_frame + _written(p)
             )
+    elif key == "benchmarks":
+        texts = [BENCHMARK_TEXTS[name] for name in BENCHMARK_TEXTS if p[name]]
+        n["generated"] = sum(min(p["max_rows"] or n_texts, n_texts) for n_texts in texts) * _written(p)
     return {k: int(v) for k, v in n.items()}
 
 
