@@ -17,6 +17,7 @@ from srlm_utils.artefacts import read_json, read_jsonl
 from srlm_utils.errors import DataError, MissingInputError, StepFailed
 
 SET = "alpaca_eval"
+ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"  # AlpacaEval 2's
 KEYS = ("OPENAI_API_KEY", "OPENAI_API_KEYS", "OPENAI_CLIENT_CONFIG_PATH")  # where alpaca_eval finds one of OpenAI
 
 
@@ -95,6 +96,30 @@ def run(outputs: Path, annotator: str, log: Path) -> None:
             f"alpaca_eval ended with code {code}: {last_line(log)}\n  all it said: {log}\n  by hand: "
             f"{command(outputs, annotator)}"
         )
+
+
+def compare(outputs: Path, annotator: str) -> dict[str, dict]:
+    """`figures` of the answers in `outputs`; {}, and the command on the screen, where nobody can compare them here.
+
+    Results that alpaca_eval left beside `outputs`, here or on another machine, are taken if they are of these answers.
+    """
+    results = outputs.parent if "/" in annotator else outputs.parent / annotator  # where alpaca_eval puts them
+    if not annotator or not _compared(outputs, results):
+        reason = missing() if annotator else "alpaca_eval_annotator names nobody"
+        if reason:
+            print(f"not compared: {reason}. By hand:\n{command(outputs, annotator or ANNOTATOR)}")
+            return {}
+        run(outputs, annotator, outputs.parent / "alpaca_eval.log")
+    return figures(results, read_json(outputs)[0]["generator"])
+
+
+def _compared(outputs: Path, results: Path) -> bool:
+    """Whether the annotations in `results` are of these outputs."""
+    if not (results / "annotations.json").is_file():
+        return False
+    text = {o["instruction"]: o["output"] for o in read_json(outputs)}
+    annotations = read_json(results / "annotations.json")
+    return bool(annotations) and all(text.get(a.get("instruction")) == a.get("output_2") for a in annotations)
 
 
 def last_line(log: Path) -> str:

@@ -149,6 +149,18 @@ def test_figures_of_alpaca_eval_are_read_back(tmp_path):
         alpaca_eval.figures(tmp_path, "run_M2")
 
 
+def test_a_comparison_made_elsewhere_counts_for_the_same_answers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(alpaca_eval, "missing", lambda: "no key")
+    outputs, results = tmp_path / "model_outputs.json", tmp_path / "judge"
+    write_json(outputs, [{"instruction": "a", "output": "b", "generator": "run_M1", "dataset": "x"}])
+    assert alpaca_eval.compare(outputs, "judge") == {} and "not compared: no key" in capsys.readouterr().out
+    write_json(results / "annotations.json", [{"instruction": "a", "output_2": "b", "preference": 2.0}])
+    (results / "leaderboard.csv").write_text(",win_rate\nrun_M1,100\n")
+    assert alpaca_eval.compare(outputs, "judge")["alpaca_eval_win_rate"]["value"] == 1
+    write_json(results / "annotations.json", [{"instruction": "a", "output_2": "older", "preference": 2.0}])
+    assert alpaca_eval.compare(outputs, "judge") == {}
+
+
 def test_a_comparison_wants_package_and_key(monkeypatch):
     for key in alpaca_eval.KEYS:
         monkeypatch.delenv(key, raising=False)
