@@ -80,7 +80,7 @@ def command(outputs: Path, annotator: str) -> str:
 def missing() -> str:
     """What is missing for a comparison here, "" if nothing is."""
     if importlib.util.find_spec("alpaca_eval") is None:
-        return 'alpaca_eval is not installed (pip install "srlm-kit[benchmarks]")'
+        return "alpaca_eval is not installed (`pip install -c constraints.txt -e '.[benchmarks]'`)"
     if not any(os.environ.get(k) for k in KEYS):
         return f"no key of the annotator's service in the environment ({', '.join(KEYS)})"
     return ""

@@ -17,6 +17,7 @@ from srlm_utils.plan import list_steps, seed_path, status
 from srlm_utils.report import benchmark_table
 from srlm_utils.runner import execute
 from srlm_utils.seed_model import fetch, write_pointer
+from srlm_utils.tokens import step_tokens
 from tests.conftest import ROOT
 
 ASKED = {"alpaca_eval_file": "test_prompts", "mt_bench_file": "mt_bench_sample", "max_rows": 2}
@@ -45,6 +46,12 @@ def test_the_report_reads_the_benchmarks_that_the_run_has():
     assert [p for p in report.reads if "benchmarks" in p] == ["M2/benchmarks/metrics.json"]
     assert Experiment(tree).flat("09_report", "run", "")["benchmarked"] == ["M2"]
     assert not [p for p in list_steps(Experiment({}))[-1].reads if "benchmarks" in p]
+
+
+def test_the_tokens_of_a_benchmark_are_estimated():
+    experiment = Experiment({"benchmarks": {"alpaca_eval_file": "a.json", "max_rows": 10, "max_new_tokens": 50}})
+    step = next(s for s in list_steps(experiment) if s.stage == "10_benchmarks")
+    assert step_tokens(step, experiment)["generated"] == 500
 
 
 def test_a_judge_has_to_exist():
