@@ -180,8 +180,11 @@ def test_a_comparison_wants_package_and_key(monkeypatch):
 
 
 def test_a_comparison_that_fails_shows_its_last_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(alpaca_eval, "arguments", lambda *a: ["--nothing"])
-    with pytest.raises(StepFailed, match=r"alpaca_eval ended with code \d+: .+\n  all it said: .*alpaca\.log"):
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\necho out of money >&2\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(StepFailed, match=r"alpaca_eval ended with code 3: out of money\n  all it said: .*alpaca\.log"):
         alpaca_eval.run(tmp_path / "model_outputs.json", "nobody", tmp_path / "alpaca.log")
 
 
