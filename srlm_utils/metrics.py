@@ -76,7 +76,21 @@ METRICS = {
     "cut_rate": ("share", "candidates of which the judge saw the beginning alone"),
     "chosen_chars": ("characters", "mean length of chosen answers"),
     "rejected_chars": ("characters", "mean length of rejected answers"),
+    "alpaca_eval_win_rate": ("share", "AlpacaEval 2: the annotator's mean preference for the model over the reference"),
+    "alpaca_eval_lc_win_rate": ("share", "AlpacaEval 2: length-controlled win rate; interval from its standard error"),
+    "alpaca_eval_chars": ("characters", "mean length of the answers to AlpacaEval's instructions"),
+    "mt_bench_expected": ("points", "MT-Bench's questions: mean expected score of both turns, 0 to 5; no rating"),
+    "mt_bench_expected_turn_1": ("points", "MT-Bench's questions: mean expected score of the first turn, 0 to 5"),
+    "mt_bench_expected_turn_2": ("points", "MT-Bench's questions: mean expected score of the second turn, 0 to 5"),
+    "mt_bench_judged": ("share", "answers to MT-Bench's questions that got a score"),
+    "lm_eval_acc": ("share", "lm-evaluation-harness: accuracy; interval from its standard error"),
+    "lm_eval_acc_norm": (
+        "share",
+        "lm-evaluation-harness: accuracy with length-normalised choices; interval from its standard error",
+    ),
+    "lm_eval_exact_match": ("share", "lm-evaluation-harness: exact match; interval from its standard error"),
 }
+FIELD = [name for name in METRICS if name.startswith(("alpaca_eval", "mt_bench", "lm_eval"))]
 
 
 def ratio(num, den, *, seed: int = 0) -> dict:
@@ -108,6 +122,13 @@ def mean(values, *, seed: int = 0) -> dict:
 def plain(value: float | None, n: int) -> dict:
     """A figure without an interval, such as a standard deviation."""
     return {"value": value, "low": None, "high": None, "n": n}
+
+
+def normal(value: float, error: float | None, n: int) -> dict:
+    """A share that another program measured: 95 % interval of the normal distribution, within 0 and 1."""
+    if error is None:
+        return plain(value, n)
+    return {"value": value, "low": max(value - 1.96 * error, 0.0), "high": min(value + 1.96 * error, 1.0), "n": n}
 
 
 SIMILAR = 0.2  # lengths that differ by so much of the longer one, at most

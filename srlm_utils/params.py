@@ -163,6 +163,25 @@ class Report(Step):
     iterations: int = Field(3, ge=1, le=20)
     variant: str = "default"
     n_examples: int = Field(3, ge=1)
+    benchmarked: list[str] = []  # models with a 10_benchmarks step
+
+
+class Benchmarks(_ModelStep):
+    """Benchmarks of the field: a step of a run only where one of them is asked for (`asks_benchmarks`)."""
+
+    max_rows: int = Field(0, ge=0)  # instructions, and questions
+    alpaca_eval_file: str = ""  # instructions, "" leaves AlpacaEval out
+    alpaca_eval_annotator: str = "weighted_alpaca_eval_gpt4_turbo"  # AlpacaEval 2's; "" writes the answers alone
+    mt_bench_file: str = ""  # questions of two turns, "" leaves MT-Bench out
+    mt_bench_judge: str = ""  # a model that gives expected scores, 0 to 5; "" writes the answers alone
+    rubric: str = "short"  # of a judge that is a model
+    max_response_tokens: int = Field(1024, ge=0)  # what that judge sees of an answer, 0 is all
+    temperature: float = Field(0.7, ge=0)  # of AlpacaEval's answers; MT-Bench's categories have their own
+    top_p: float = Field(0.9, gt=0, le=1)
+    max_new_tokens: int = Field(1024, ge=1)
+    lm_eval_tasks: list[str] = []  # tasks of lm-evaluation-harness
+    lm_eval_include_path: str = ""  # folder with tasks of your own
+    lm_eval_limit: int = Field(0, ge=0)  # rows a task, 0 takes all
 
 
 STAGES: dict[str, type[Step]] = {
@@ -175,13 +194,19 @@ STAGES: dict[str, type[Step]] = {
     "dpo": Dpo,
     "evaluate": Evaluate,
     "report": Report,
+    "benchmarks": Benchmarks,
 }
-NOT_IN_YAML = {"run_dir", "model"}  # the runner sets these
+NOT_IN_YAML = {"run_dir", "model", "benchmarked"}  # the runner sets these
 
 
 def stage_key(stage: str) -> str:
     """Section of a stage's notebook: "05_judge" -> "judge"."""
     return stage.split("_", 1)[1]
+
+
+def asks_benchmarks(params: dict) -> bool:
+    """Whether flat parameters of 10_benchmarks ask for any benchmark."""
+    return any(params[name] for name in ("alpaca_eval_file", "mt_bench_file", "lm_eval_tasks"))
 
 
 def shared_names() -> set[str]:
@@ -306,7 +331,7 @@ class Experiment:
         self.run = Run(**check(Run, {k: v for k, v in common.items() if k in Run.model_fields}, f"{source}: common"))
         for stage in STAGES:  # every value is checked now, whether its step runs today or next week
             self.flat(f"00_{stage}", "M1", "run")
-        known = {"SFT", *(f"M{i}" for i in range(self.run.iterations + 1))}
+        known = self._models()
         for model, stages in tree.get("by_model", {}).items():
             if model not in known:
                 raise ParamError(f"{source}: by_model.{model}: no such model.{_suggest(str(model), known)}")
@@ -318,6 +343,13 @@ class Experiment:
         trees = [read_yaml(f) for f in files] + [parse_set(s) for s in sets]
         return cls(merge(*trees), str(files[0]))
 
+    def _models(self) -> list[str]:
+        return ["M0", "SFT", *(f"M{i}" for i in range(1, self.run.iterations + 1))]
+
+    def benchmarked(self) -> list[str]:
+        """Models whose 10_benchmarks step is part of this experiment."""
+        return [m for m in self._models() if asks_benchmarks(self.flat("10_benchmarks", m, ""))]
+
     def flat(self, stage: str, model: str, run_dir: str) -> dict:
         """Parameters of one step: plain types, names equal to the notebook's `parameters` cell."""
         key = stage_key(stage)
@@ -325,4 +357,6 @@ class Experiment:
         values = {k: v for k, v in self.tree.get("common", {}).items() if k in cls.model_fields}
         values |= self.tree.get(key, {})
         values |= self.tree.get("by_model", {}).get(model, {}).get(key, {})
+        if key == "report":
+            values = values | {"benchmarked": self.benchmarked()}
         return check(cls, values | {"model": model, "run_dir": run_dir}, f"{self.source}: {key}")

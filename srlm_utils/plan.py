@@ -131,7 +131,16 @@ def make_step(stage: str, model: str, params: dict) -> Step:
                 for f in ("attempts.jsonl", "prompts.jsonl", "candidates.jsonl", "judgements.jsonl", "health.json")
             ]
         reads += [f"{n}/training_log.csv" for n in names[1:]]
+        reads += [f"{n}/benchmarks/metrics.json" for n in params["benchmarked"]]
         return Step(stage, m, tuple(reads), ("report",))
+    if key == "benchmarks":
+        judge = params["mt_bench_judge"]
+        reads = dict.fromkeys([weights(m), *([weights(judge)] if is_model_name(judge) else [])])
+        writes = ["metrics.json"]
+        writes += ["alpaca_eval/model_outputs.json"] if params["alpaca_eval_file"] else []
+        writes += [f"mt_bench/{f}.jsonl" for f in ("model_answer", "grades")] if params["mt_bench_file"] else []
+        writes += ["lm_eval/results.json"] if params["lm_eval_tasks"] else []
+        return Step(stage, m, tuple(reads), tuple(f"{m}/benchmarks/{f}" for f in writes))
     raise ParamError(f"unknown stage {stage!r}")
 
 
@@ -153,13 +162,21 @@ def list_steps(experiment: Experiment) -> list[Step]:
     for i in range(1, run.iterations):
         order += [(stage, f"M{i}") for stage in ("04_self_instruct", "05_judge", "06_build_pairs")]
         order += [("07_dpo" if run.learn_from == "pairs" else "02_sft", f"M{i + 1}"), ("08_evaluate", f"M{i + 1}")]
+    for model in experiment.benchmarked():
+        judge = experiment.flat("10_benchmarks", model, "")["mt_bench_judge"]
+        if is_model_name(judge) and judge not in ("M0", "SFT", "M1", *models_before(model), model):
+            raise ParamError(
+                f"benchmarks.mt_bench_judge: {judge} would judge {model}, which exists before it does; "
+                "expected M0, SFT, M1, a model from outside the run or api:<model>."
+            )
+        order.insert(order.index(("08_evaluate", model)) + 1, ("10_benchmarks", model))
     order.append(("09_report", "run"))
     return [make_step(stage, m, experiment.flat(stage, m, "")) for stage, m in order]
 
 
 def external_inputs(stage: str, params: dict) -> dict[str, Path]:
-    """Files outside the run folder that a step depends on: seed files and the judge's rubric. A data set of the hub is
-    none: its name stands among the parameters."""
+    """Files outside the run folder that a step depends on: seed files, the judge's rubric, benchmarks and their tasks.
+    A data set of the hub is none: its name stands among the parameters."""
     files = {}
     for name, value in params.items():
         if name.endswith(("_file", "_files")):
@@ -172,6 +189,8 @@ def external_inputs(stage: str, params: dict) -> dict[str, Path]:
             files["win_judges:outside"] = SEED_DATA / "judge_train.jsonl"
     if "rubric" in params:
         files[f"rubric:{params['rubric']}"] = rubric_path(params["rubric"])
+    if params.get("lm_eval_include_path"):
+        files["lm_eval_include_path:"] = resolve(params["lm_eval_include_path"])
     return files
 
 

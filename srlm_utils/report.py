@@ -34,6 +34,27 @@ COLUMNS = [
 AGREEMENT = [*metrics.AGREEMENT, "parse_rate", "score_mass", "score_std"]
 
 
+# what answers are like without a judge
+ANSWERS = [
+    "answer_chars",
+    "answer_tokens",
+    "ended_rate",
+    "repeated_4grams",
+    "distinct_1",
+    "distinct_2",
+    "prompt_strict_accuracy",
+    "prompt_loose_accuracy",
+    "instruction_strict_accuracy",
+    "instruction_loose_accuracy",
+    "rouge_l",
+    "reference_logprob",
+    "refusal_rate",
+    "language_drift",
+    "unsafe_refusal_rate",
+    "over_refusal_rate",
+]
+
+
 def metrics_table(step) -> pd.DataFrame:
     """metrics.csv: one row a figure, from every model's metrics.json and every round's health.json."""
     p, rows = step.params, []
@@ -42,6 +63,8 @@ def metrics_table(step) -> pd.DataFrame:
         rows += read_json(step.input(f"{m}/eval/metrics.json"))
     for m in names[2:-1]:
         rows += read_json(step.input(f"{m}/aift/health.json"))["metrics"]
+    for m in p.benchmarked:
+        rows += read_json(step.input(f"{m}/benchmarks/metrics.json"))
     table = pd.DataFrame(rows).assign(run=step.run.name, variant=p.variant, seed=p.seed)
     return table[COLUMNS].drop_duplicates()  # the outside judge's exam stands in every model's file
 
@@ -206,6 +229,16 @@ def judges_table(duels: pd.DataFrame) -> pd.DataFrame:
         ],
         columns=["first", "second", "value", "low", "high", "n"],
     )
+
+
+def benchmark_table(table: pd.DataFrame) -> pd.DataFrame:
+    """The field's benchmarks: a row a figure of one set and judge, a column a model, cells with interval and n."""
+    rows = table[table.metric.isin(metrics.FIELD)]
+    rows = rows.assign(cell=[rate(r) for r in rows.to_dict("records")])
+    out = rows.pivot_table(
+        index=["set", "judge", "metric", "judge_mode"], columns="model", values="cell", aggfunc="first"
+    )
+    return out[[m for m in model_names(20) if m in out.columns]].fillna("")
 
 
 def html_table(table: pd.DataFrame):

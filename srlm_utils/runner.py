@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from srlm_utils import errors
+from srlm_utils import errors, field_benchmarks
 from srlm_utils.artefacts import read_json, write_text
 from srlm_utils.errors import LockedError, MissingInputError, ParamError, SrlmError, StepFailed
 from srlm_utils.params import Experiment
@@ -31,6 +31,9 @@ def execute(
     """
     load_seeds(experiment.flat("01_seed_data", "run", "run"))  # every row is checked before any kernel starts
     steps = list_steps(experiment)
+    for step in steps:
+        if step.stage == "10_benchmarks":
+            field_benchmarks.load(experiment.flat(step.stage, step.model, "run"))
     names = [s.name for s in steps]
     for option in (start, only):
         if option and option not in names:

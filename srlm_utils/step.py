@@ -159,7 +159,7 @@ class StepRun:
                 continue  # model_path() has a stand-in
             self.input(path)
         for name, path in external_inputs(self.declared.stage, vars(self.params)).items():
-            if not path.is_file():
+            if not path.exists():
                 raise MissingInputError(f"{name.split(':')[0]}: {path}: no such file.")
 
     def _lock(self) -> None:

@@ -24,6 +24,7 @@ SEED_ROWS = {  # bundled
 }
 CHAT, PROMPT, ANSWER, REPLY, JUSTIFICATION, REPLIES = 30, 30, 80, 80, 32, 3.85
 RUBRIC = {"short": 70, "additive": 285, "multiple_choice": 265}
+BENCHMARK_TEXTS = {"alpaca_eval_file": 805, "mt_bench_file": 160}  # answers to the whole of each
 TAIL = 25  # of a rubric: what stands behind the reply, once a format
 
 
@@ -80,6 +81,9 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
                 n["judged"] += tests * 2 * len(models_before(step.model)) * (judge_frame + 2 * _written(p))
             if mode == "score":
                 n["judged"] += tests * (judge_frame + _written(p))
+    elif key == "benchmarks":
+        texts = [BENCHMARK_TEXTS[name] for name in BENCHMARK_TEXTS if p[name]]
+        n["generated"] = sum(min(p["max_rows"] or n_texts, n_texts) for n_texts in texts) * _written(p)
     return {k: int(v) for k, v in n.items()}
 
 

@@ -30,8 +30,8 @@ def code(nb):
     return [c for c in nb.cells if c.cell_type == "code"]
 
 
-def test_the_ten_notebooks_are_there():
-    assert [n.stem[:2] for n in NOTEBOOKS] == [f"{i:02d}" for i in range(10)]
+def test_the_eleven_notebooks_are_there():
+    assert [n.stem[:2] for n in NOTEBOOKS] == [f"{i:02d}" for i in range(11)]
     assert {stage_key(n.stem) for n in STAGE_NOTEBOOKS} == set(STAGES)
 
 
