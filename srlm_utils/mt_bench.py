@@ -4,7 +4,6 @@ Files have FastChat's formats. Ratings of 1 to 10, the figures to print beside p
 `gen_judgment` on the same answers; a local judge's expected scores, 0 to 5, are a figure of the kit's own.
 """
 
-import re
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
