@@ -327,7 +327,7 @@ def length_control(metrics: pd.DataFrame):
     kinds = {
         "win_rate": ("as judged", "o"),
         "win_rate_length_controlled": ("length-controlled", "D"),
-        "win_rate_similar_length": ("similar lengths only", "|"),
+        "win_rate_similar_length": ("similar lengths only", "s"),
     }
     data = metrics[metrics.metric.isin(kinds) & metrics.value.notna()]
     judges = list(data[["judge", "judge_mode"]].drop_duplicates().itertuples(index=False))
@@ -348,9 +348,9 @@ def length_control(metrics: pd.DataFrame):
                         color=color(m),
                         mfc=color(m) if i == 0 else "white",
                     )
-                    ax.text(101, y + 0.24 - 0.24 * i, f"n={row.n:.0f}", fontsize=6.5, va="center", clip_on=False)
+                    ax.text(103, y + 0.24 - 0.24 * i, f"n={row.n:.0f}", fontsize=6.5, va="center", clip_on=False)
         ax.axvline(50, color="black", lw=0.8, ls="--")
-        ax.set_xlim(0, 100)
+        ax.set_xlim(-2, 102)
         ax.set_ylim(-0.6, len(pairs) - 0.4)
         ax.set_yticks(range(len(pairs)), [f"{m} vs {o}" for m, o in pairs], fontsize=9)
         ax.set_title(f"judge: {judge_label(judge, mode)}", fontsize=9)
@@ -399,11 +399,11 @@ def categories(table: pd.DataFrame):
             if group in rows.index:
                 row = rows.loc[group]
                 _interval(ax, row, y, scale=100, fmt=marker(row.model), color=color(row.model))
-                ax.text(101, y, f"n={row.n:.0f}", fontsize=7, va="center", clip_on=False)
+                ax.text(103, y, f"n={row.n:.0f}", fontsize=7, va="center", clip_on=False)
         ax.axvline(50, color="black", lw=0.8, ls="--")
         if n_lengths:
             ax.axhline(n_lengths - 0.5, color="#999999", lw=0.8)
-        ax.set_xlim(0, 100)
+        ax.set_xlim(-2, 102)
         ax.set_yticks(range(len(groups)), groups, fontsize=8)
         ax.set_title(f"judge: {judge_label(judge, mode)}", fontsize=9)
         ax.set_xlabel("win rate, half ties, % (95 % interval)", fontsize=9)
@@ -453,7 +453,7 @@ def judge_agreement(table: pd.DataFrame):
     )
     ax.set_ylim(len(table) - 0.5, -0.5)
     ax.set_xlim(-0.5, 1)
-    ax.set_xlabel("Cohen's kappa on win, tie and loss: 0 is chance, 1 is the same verdicts")
+    ax.set_xlabel("Cohen's kappa (win, tie, loss): 0 chance, 1 the same")
     fig.suptitle("Do the judges agree? (95 % intervals over prompts)", fontsize=11)
     return fig, table
 

@@ -96,11 +96,18 @@ def _check_connected(duels, models: list[str], anchor: str) -> None:
 
 
 def breakdown(results: dict, groups: dict) -> dict[str, dict]:
-    """Win rate, half ties, by group; both by prompt_id. Groups come in the order in which `groups` names them first."""
+    """Win rate, half ties, by group; both by prompt_id. Groups come in the order in which `groups` names them first.
+
+    A group whose results are all alike has no interval: resampling them shows no doubt, however few they are.
+    """
     by: dict[str, list[float]] = {g: [] for g in dict.fromkeys(groups.values())}
     for pid, result in results.items():
         by[groups[pid]].append(result)
-    return {group: mean(values) for group, values in by.items() if values}
+    return {
+        group: mean(values) if len({*values}) > 1 else plain(values[0], len(values))
+        for group, values in by.items()
+        if values
+    }
 
 
 def length_buckets(lengths: dict) -> dict:

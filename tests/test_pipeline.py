@@ -101,6 +101,10 @@ def test_metrics_csv(smoke):
     h2h = table[table.metric.isin(["win", "tie", "loss"])].groupby(["model", "opponent", "judge"]).value.sum()
     assert len(h2h) == 20 and h2h.between(1 - 1e-9, 1 + 1e-9).all()  # ten pairs, two judges
     assert {"M0", "M1"} == set(table[table.metric == "win_rate"].judge)
+    for name in ("win_rate_length_controlled", "sign_test"):  # beside every win rate
+        assert len(table[table.metric == name]) == 20
+    for name in ("reference_logprob", "instruction_strict_accuracy", "over_refusal_rate", "unsafe_refusal_rate"):
+        assert set(table[table.metric == name].model) == set(MODELS), name
 
 
 def test_verdict_rows_say_who_judged_and_in_which_order(smoke):
@@ -122,6 +126,7 @@ def test_report_is_one_file_without_outside_requests(smoke):
         figures
         == {p.stem for p in (smoke / "report/figures").glob("*.csv")}
         >= {"agreement", "win_rates", "answers", "funnel", "scores", "sft", "dpo", "mean_scores"}
+        | {"length_control", "ratings", "categories", "judge_agreement", "answer_lengths"}
     )
     assert html.count("data:image/png") == len(figures)
 
