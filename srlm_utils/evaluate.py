@@ -1,6 +1,9 @@
 """The three questions of 08_evaluate: does it judge as people do, what does it answer, who wins."""
 
-from srlm_utils import judge, metrics, outside, verdicts, winrates
+import os
+
+from srlm_utils import api, judge, metrics, outside, verdicts, winrates
+from srlm_utils.errors import ParamError
 from srlm_utils.paths import resolve
 from srlm_utils.plan import parse_win_judge
 
@@ -109,15 +112,26 @@ def score_answers(step, engine, rubric: judge.Rubric, name: str, answers: list[d
     ]
 
 
-def check_judges(win_judges: list[str]) -> None:
-    """Read what can be wrong about win judges before a model is loaded: files of verdicts."""
+def check_judges(win_judges: list[str], judge_base_url: str) -> None:
+    """Find what is wrong about win judges before a model is loaded: files of verdicts, endpoints, their key."""
     for name, mode in map(parse_win_judge, win_judges):
         if mode == "human":
             verdicts.read_votes(resolve(name))
+        if mode == "api":
+            api.Api(name, judge_base_url)
+            if not judge_base_url and not os.environ.get(api.KEY):
+                raise ParamError(
+                    f"win_judges: {name}:api needs a key in the environment variable {api.KEY}, or judge_base_url of a "
+                    "server that asks for none."
+                )
 
 
-def pairwise_judge(step, name: str):
+def pairwise_judge(step, name: str, mode: str):
     """``compare(prompts, a, b)`` of a judge that sees both answers, for `verdicts.compare`'s rows; loads its model."""
+    if mode == "api":
+        p = step.params
+        endpoint = api.Api(name, p.judge_base_url, parallel=p.api_parallel, limit=p.api_limit)
+        return lambda prompts, a, b: api.compare(endpoint, prompts, a, b)
     engine = step.engine(name)
     return lambda prompts, a, b: verdicts.compare(engine, prompts, a, b)
 

@@ -157,6 +157,9 @@ class Evaluate(_ModelStep):
     max_new_tokens: int = Field(160, ge=1)
     safety_file: str = "safety_prompts"  # "" asks none
     win_judges: list[str] = ["M1:score", "M0:pairwise"]
+    judge_base_url: str = ""  # of <model>:api judges, "" is OpenAI's own
+    api_parallel: int = Field(8, ge=1)
+    api_limit: int = Field(0, ge=0)  # new calls at most, 0 is any number
 
 
 class Report(Step):

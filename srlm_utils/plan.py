@@ -59,10 +59,11 @@ def weights(model: str) -> str:
 def parse_win_judge(text: str) -> tuple[str, str]:
     """``"M1:score"`` -> ("M1", "score"); the last colon separates, so paths may hold others."""
     judge, _, mode = text.rpartition(":")
-    if not judge or mode not in ("score", "pairwise", "human") or text == "outside:score":
+    if not judge or mode not in ("score", "pairwise", "api", "human") or text == "outside:score":
         raise ParamError(
             f"evaluate.win_judges: found {text!r}, expected outside:pairwise, <model>:pairwise or <model>:score (a "
-            "model of the run, an embedded model, a hub id or a folder), or <file>:human (verdict rows)."
+            "model of the run, an embedded model, a hub id or a folder), <model>:api (an OpenAI-compatible endpoint) "
+            "or <file>:human (verdict rows)."
         )
     return judge, mode
 

@@ -42,17 +42,20 @@ def question(prompt: str, first: str, second: str) -> str:
     return _template().render(prompt=inert(prompt), first=inert(first), second=inert(second))
 
 
+def questions(prompts: dict[str, str], a: dict[str, str], b: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """(``<prompt_id>\\t<order>``, the judge's prompt) of both orders; answers by prompt_id."""
+    for pid in a:
+        for order, first, second in (("AB", a[pid], b[pid]), ("BA", b[pid], a[pid])):
+            yield f"{pid}\t{order}", question(prompts[pid], first, second)
+
+
 def compare(engine, prompts: dict[str, str], a: dict[str, str], b: dict[str, str]) -> Iterator[list[dict]]:
     """Ask in both orders which of two answers is better; answers by prompt_id.
 
     The choice is read from the probabilities of the letters, so that a small judge still says
     something. Yields rows {"prompt_id", "order" ("AB", "BA"), "p_first" (0 to 1)}.
     """
-    requests = []
-    for pid in a:
-        for order, first, second in (("AB", a[pid], b[pid]), ("BA", b[pid], a[pid])):
-            ids = chat.prompt_ids(engine.tokenizer, chat.user(question(prompts[pid], first, second)))
-            requests.append((f"{pid}\t{order}", ids))
+    requests = [(key, chat.prompt_ids(engine.tokenizer, chat.user(text))) for key, text in questions(prompts, a, b)]
     for batch in engine.choice_probs(requests, choice_ids(engine.tokenizer)):
         yield [
             {"prompt_id": key.split("\t")[0], "order": key.split("\t")[1], "p_first": round(p[0], 6)}

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from srlm_utils import metrics, outside, seed_model, verdicts
+from srlm_utils import evaluate, metrics, outside, seed_model, verdicts
 from srlm_utils.artefacts import read_jsonl
 from srlm_utils.errors import DataError, ParamError
 from srlm_utils.plan import external_inputs, parse_win_judge
@@ -145,6 +145,13 @@ def test_a_file_of_verdicts_is_an_input(tmp_path):
     assert parse_win_judge("votes/a:b.jsonl:human") == ("votes/a:b.jsonl", "human")
     files = external_inputs("08_evaluate", {"win_judges": [f"{tmp_path}/v.jsonl:human", "outside:pairwise"]})
     assert files == {f"win_judges:{tmp_path}/v.jsonl": tmp_path / "v.jsonl", "win_judges:outside": outside.LESSONS}
+
+
+def test_an_endpoint_without_key_stops_before_a_model_loads(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(ParamError, match="OPENAI_API_KEY"):
+        evaluate.check_judges(["some-model:api"], "")
+    evaluate.check_judges(["some-model:api"], "http://localhost:8000/v1")
 
 
 def vote(pid, a, b, order, p_first):
