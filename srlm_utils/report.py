@@ -228,7 +228,7 @@ def judges_table(duels: pd.DataFrame) -> pd.DataFrame:
             for b, y in judges[i + 1 :]
         ],
         columns=["first", "second", "value", "low", "high", "n"],
-    )
+    ).dropna(subset="value")  # undefined where both always say the same
 
 
 def benchmark_table(table: pd.DataFrame) -> pd.DataFrame:
