@@ -164,7 +164,8 @@ def duels(step) -> pd.DataFrame:
     """Every comparison of two answers, a row each.
 
     Columns judge, judge_mode, model, opponent, prompt_id, result, category, chars.
-    `result` is 1 where model won, 0.5 for a tie, 0; `chars` the mean length of the two answers.
+    `result` is 1 where model won, 0.5 for a tie, 0; `chars` the mean length of the two answers. Verdicts on answers
+    that are not here are left out: a scratch run borrows verdicts on more prompts than it answered itself.
     """
     names = model_names(step.params.iterations)
     kind = {r["prompt_id"]: r.get("category", "other") for r in step.rows("seed/test_prompts.jsonl")}
@@ -173,8 +174,9 @@ def duels(step) -> pd.DataFrame:
     for m in names:
         for o in models_before(m):
             rows = pd.DataFrame(step.rows(f"{m}/eval/verdicts/{m}_vs_{o}.jsonl"))
+            here = kind.keys() & chars[m].keys() & chars[o].keys()
             for (judge, mode), part in rows.groupby(["judge", "judge_mode"], sort=False) if len(rows) else ():
-                for pid, result in metrics.outcomes(part.to_dict("records")).items():
+                for pid, result in metrics.outcomes(part[part.prompt_id.isin(here)].to_dict("records")).items():
                     length = (chars[m][pid] + chars[o][pid]) / 2
                     out.append((judge, mode, m, o, pid, result, kind[pid], length))
     columns = ["judge", "judge_mode", "model", "opponent", "prompt_id", "result", "category", "chars"]

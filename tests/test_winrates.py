@@ -1,11 +1,12 @@
 """Statistics of comparisons: known answers, planted effects recovered, intervals that cover what they promise."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from srlm_utils import metrics, winrates
+from srlm_utils import metrics, report, winrates
 from srlm_utils.errors import DataError
 
 N_SIMULATIONS, N_PROMPTS = 500, 200
@@ -102,6 +103,27 @@ def test_kappa_resamples_prompts_not_comparisons():
     )
     assert four["n"] == 160 and four["value"] == pytest.approx(once["value"])
     assert four["high"] - four["low"] == pytest.approx(once["high"] - once["low"], rel=0.05)
+
+
+def test_duels_leave_out_verdicts_on_answers_that_are_not_here():
+    def answers(*ids):
+        return [{"prompt_id": pid, "text": "abcd"} for pid in ids]
+
+    def verdict(pid, p):
+        return {"prompt_id": pid, "order": "none", "p_first": p, "judge": "M1", "judge_mode": "score"}
+
+    files = {"seed/test_prompts.jsonl": [{"prompt_id": p, "category": "list"} for p in "abc"]}
+    files |= {"M0/eval/answers.jsonl": answers("a", "b", "c"), "SFT/eval/answers.jsonl": answers("a", "b", "c")}
+    files |= {"M1/eval/answers.jsonl": answers("a"), "SFT/eval/verdicts/SFT_vs_M0.jsonl": [verdict("b", 1.0)]}
+    files |= {f"M1/eval/verdicts/M1_vs_{o}.jsonl": [verdict("a", 0.0), verdict("b", 1.0)] for o in ("M0", "SFT")}
+    step = SimpleNamespace(params=SimpleNamespace(iterations=1), rows=files.__getitem__)
+    found = report.duels(step)
+    assert list(zip(found.model, found.opponent, found.prompt_id, found.result, strict=True)) == [
+        ("SFT", "M0", "b", 1.0),
+        ("M1", "M0", "a", 0.0),
+        ("M1", "SFT", "a", 0.0),
+    ]
+    assert set(found.chars) == {4} and set(found.category) == {"list"}
 
 
 # ---- planted effects
