@@ -193,16 +193,20 @@ class Api:
                 todo[ids[-1]] = body
         return answers, ids, todo
 
-    def _client(self):
-        from openai import OpenAI  # slow to import
-
+    def check_key(self) -> None:
+        """Raise `ParamError` if the environment holds no key that this endpoint could take."""
         key = _key()
         if not key and not self.local:
             raise ParamError(f"the variable {KEY} is not set; {self.base_url} needs a key.")
         if not (key.isascii() and key.isprintable()) or " " in key:
             raise ParamError(f"the variable {KEY} holds a blank or a character that no key has; copy the key again.")
+
+    def _client(self):
+        from openai import OpenAI  # slow to import
+
+        self.check_key()
         # no retries of the client's: it cannot be stopped in a wait, and it takes a malformed answer for one
-        return OpenAI(api_key=key or "none", base_url=self.base_url, timeout=self.timeout_s, max_retries=0)
+        return OpenAI(api_key=_key() or "none", base_url=self.base_url, timeout=self.timeout_s, max_retries=0)
 
     def _answer(self, client, answers: "_Answers", id: str, key: str, body: dict, stop: threading.Event) -> dict | None:
         """One request's reply, on disk before it is returned, or None if stopped. What fails here stops the others."""

@@ -1,9 +1,6 @@
 """The three questions of 08_evaluate: does it judge as people do, what does it answer, who wins."""
 
-import os
-
 from srlm_utils import api, judge, metrics, outside, verdicts, winrates
-from srlm_utils.errors import ParamError
 from srlm_utils.paths import resolve
 from srlm_utils.plan import parse_win_judge
 
@@ -118,12 +115,7 @@ def check_judges(win_judges: list[str], judge_base_url: str) -> None:
         if mode == "human":
             verdicts.read_votes(resolve(name))
         if mode == "api":
-            api.Api(name, judge_base_url)
-            if not judge_base_url and not os.environ.get(api.KEY):
-                raise ParamError(
-                    f"win_judges: {name}:api needs a key in the environment variable {api.KEY}, or judge_base_url of a "
-                    "server that asks for none."
-                )
+            api.Api(name, judge_base_url).check_key()
 
 
 def pairwise_judge(step, name: str, mode: str):
@@ -144,13 +136,21 @@ def exam_rows(step, compare) -> list[dict]:
 
 
 def compare_answers(
-    step, name: str, mode: str, compare, model: str, answers: list[dict], scores: list[dict], opponent: str
+    step,
+    name: str,
+    mode: str,
+    compare,
+    model: str,
+    answers: list[dict],
+    scores: list[dict],
+    opponent: str,
+    opponent_answers: list[dict],
 ) -> list[dict]:
     """Verdict rows of one win judge on `model` against `opponent`, over the prompts both answered.
 
     `compare` is `pairwise_judge`'s; modes `score` and `human` need none.
     """
-    theirs = {a["prompt_id"]: a["text"] for a in step.rows(f"{opponent}/eval/answers.jsonl")}
+    theirs = {a["prompt_id"]: a["text"] for a in opponent_answers}
     ours = {a["prompt_id"]: a["text"] for a in answers if a["prompt_id"] in theirs}
     if mode == "human":
         rows = verdicts.from_votes(verdicts.read_votes(resolve(name)), model, opponent, ours)
@@ -163,8 +163,8 @@ def compare_answers(
     else:
         prompts = {a["prompt_id"]: a["prompt"] for a in answers}
         rows = [v for batch in compare(prompts, ours, {pid: theirs[pid] for pid in ours}) for v in batch]
-    revision = step.model_revision(name)
-    who = {"model_a": model, "model_b": opponent, "judge": name, "judge_mode": mode, "judge_rev": revision}
+    who = {"model_a": model, "model_b": opponent, "judge": name, "judge_mode": mode}
+    who |= {"judge_rev": step.model_revision(name)}
     return [who | r for r in sorted(rows, key=lambda r: (r["prompt_id"], r["order"]))]
 
 

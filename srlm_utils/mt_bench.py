@@ -6,11 +6,12 @@ Files have FastChat's formats. Ratings of 1 to 10, the figures to print beside p
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from srlm_utils import chat, judge, metrics
 from srlm_utils.artefacts import read_jsonl
-from srlm_utils.errors import DataError, MissingInputError
+from srlm_utils.errors import MissingInputError
+from srlm_utils.rows import check_rows
 
 SET = "mt_bench"
 TURNS = (1, 2)
@@ -52,20 +53,7 @@ def load_questions(path: Path, limit: int = 0) -> list[dict]:
             f"mt_bench_file: {path}: no such file. Expected MT-Bench's question.jsonl, or rows of {{question_id, "
             "category, turns, reference}."
         )
-    rows, seen = read_jsonl(path), set()
-    if not rows:
-        raise DataError(f"{path}: no rows. Expected a question a line.")
-    for i, row in enumerate(rows, 1):
-        where = f"{path}: row {i} (question_id {row.get('question_id', 'missing')})"
-        try:
-            Question.model_validate(row)
-        except ValidationError as e:
-            err = e.errors()[0]
-            field = ".".join(map(str, err["loc"])) or "row"
-            raise DataError(f"{where}: {field}: {err['msg']}; found {err['input']!r:.80}. Mend this row.") from e
-        if str(row["question_id"]) in seen:
-            raise DataError(f"{where}: stands twice in this file. Give each question an id of its own.")
-        seen.add(str(row["question_id"]))
+    rows = check_rows(read_jsonl(path), Question, str(path))
     return rows[:limit] if limit else rows
 
 

@@ -15,8 +15,9 @@ from srlm_utils import seed_model, verdicts
 from srlm_utils.artefacts import read_json, read_jsonl, write_json
 from srlm_utils.metrics import ordered_pairs
 from srlm_utils.paths import PROMPTS, SEED_DATA, cache_dir
+from srlm_utils.plan import OUTSIDE
 
-NAME = "outside"
+NAME = OUTSIDE
 BASE = "gemma-3-270m"
 LESSONS = SEED_DATA / "judge_train.jsonl"
 EXAMS = ("onpolicy_eval", "ranked_eval")

@@ -207,6 +207,11 @@ def stage_key(stage: str) -> str:
     return stage.split("_", 1)[1]
 
 
+def model_names(iterations: int) -> list[str]:
+    """M0, SFT, M1 ... M<iterations>: the order in which figures show them."""
+    return ["M0", "SFT", *(f"M{i}" for i in range(1, iterations + 1))]
+
+
 def asks_benchmarks(params: dict) -> bool:
     """Whether flat parameters of 10_benchmarks ask for any benchmark."""
     return any(params[name] for name in ("alpaca_eval_file", "mt_bench_file", "lm_eval_tasks"))
@@ -334,7 +339,7 @@ class Experiment:
         self.run = Run(**check(Run, {k: v for k, v in common.items() if k in Run.model_fields}, f"{source}: common"))
         for stage in STAGES:  # every value is checked now, whether its step runs today or next week
             self.flat(f"00_{stage}", "M1", "run")
-        known = self._models()
+        known = model_names(self.run.iterations)
         for model, stages in tree.get("by_model", {}).items():
             if model not in known:
                 raise ParamError(f"{source}: by_model.{model}: no such model.{_suggest(str(model), known)}")
@@ -346,12 +351,9 @@ class Experiment:
         trees = [read_yaml(f) for f in files] + [parse_set(s) for s in sets]
         return cls(merge(*trees), str(files[0]))
 
-    def _models(self) -> list[str]:
-        return ["M0", "SFT", *(f"M{i}" for i in range(1, self.run.iterations + 1))]
-
     def benchmarked(self) -> list[str]:
         """Models whose 10_benchmarks step is part of this experiment."""
-        return [m for m in self._models() if asks_benchmarks(self.flat("10_benchmarks", m, ""))]
+        return [m for m in model_names(self.run.iterations) if asks_benchmarks(self.flat("10_benchmarks", m, ""))]
 
     def flat(self, stage: str, model: str, run_dir: str) -> dict:
         """Parameters of one step: plain types, names equal to the notebook's `parameters` cell."""

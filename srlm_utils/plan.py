@@ -10,9 +10,10 @@ from pathlib import Path
 
 from srlm_utils.artefacts import read_json, sha256
 from srlm_utils.errors import DataError, ParamError
-from srlm_utils.params import Experiment, stage_key
+from srlm_utils.params import Experiment, model_names, stage_key
 from srlm_utils.paths import PROMPTS, SEED_DATA, resolve
 
+OUTSIDE = "outside"  # the judge that is no model of a run (outside.py)
 SEED_FILES = ("ift", "ranked_train", "ranked_eval", "valid_prompts", "test_prompts")
 
 
@@ -26,11 +27,6 @@ class Step:
     @property
     def name(self) -> str:
         return f"{self.stage}@{self.model}"
-
-
-def model_names(iterations: int) -> list[str]:
-    """M0, SFT, M1 ... M<iterations>: the order in which figures show them."""
-    return ["M0", "SFT", *(f"M{i}" for i in range(1, iterations + 1))]
 
 
 def is_model_name(name: str) -> bool:
@@ -59,7 +55,7 @@ def weights(model: str) -> str:
 def parse_win_judge(text: str) -> tuple[str, str]:
     """``"M1:score"`` -> ("M1", "score"); the last colon separates, so paths may hold others."""
     judge, _, mode = text.rpartition(":")
-    if not judge or mode not in ("score", "pairwise", "api", "human") or text == "outside:score":
+    if not judge or mode not in ("score", "pairwise", "api", "human") or text == f"{OUTSIDE}:score":
         raise ParamError(
             f"evaluate.win_judges: found {text!r}, expected outside:pairwise, <model>:pairwise or <model>:score (a "
             "model of the run, an embedded model, a hub id or a folder), <model>:api (an OpenAI-compatible endpoint) "
@@ -168,7 +164,7 @@ def list_steps(experiment: Experiment) -> list[Step]:
         if is_model_name(judge) and judge not in ("M0", "SFT", "M1", *models_before(model), model):
             raise ParamError(
                 f"benchmarks.mt_bench_judge: {judge} would judge {model}, which exists before it does; "
-                "expected M0, SFT, M1, a model from outside the run or api:<model>."
+                "expected M0, SFT, M1 or a model from outside the run."
             )
         order.insert(order.index(("08_evaluate", model)) + 1, ("10_benchmarks", model))
     order.append(("09_report", "run"))
@@ -186,7 +182,7 @@ def external_inputs(stage: str, params: dict) -> dict[str, Path]:
     for judge, mode in map(parse_win_judge, params.get("win_judges", [])):
         if mode == "human":
             files[f"win_judges:{judge}"] = resolve(judge)
-        if judge == "outside":
+        if judge == OUTSIDE:
             files["win_judges:outside"] = SEED_DATA / "judge_train.jsonl"
     if "rubric" in params:
         files[f"rubric:{params['rubric']}"] = rubric_path(params["rubric"])

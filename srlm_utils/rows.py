@@ -88,13 +88,16 @@ def load_rows(path: Path, shape: type[_Row], limit: int = 0) -> list[dict]:
     return rows[:limit] if limit else rows
 
 
-def check_rows(rows: list[dict], shape: type[_Row], name: str) -> list[dict]:
-    """`rows` of the source `name`, each checked as in `load_rows`."""
+def check_rows(rows: list[dict], shape: type[BaseModel], name: str) -> list[dict]:
+    """`rows` of the source `name`, each checked as in `load_rows`; the first field of `shape` is the id."""
+    id_field = next(iter(shape.model_fields))
     if not rows:
         raise DataError(f"{name}: no rows. Expected at least one {shape.__name__} object a line.")
     seen: set[str] = set()
     for i, row in enumerate(rows, 1):
-        where = f"{name}: row {i} ({row.get('prompt_id', 'no prompt_id')})"
+        id = row.get(id_field, f"no {id_field}")
+        # a number alone would not say what it is
+        where = f"{name}: row {i} ({id if isinstance(id, str) else f'{id_field} {id}'})"
         try:
             shape.model_validate(row)
         except ValidationError as e:
@@ -103,9 +106,9 @@ def check_rows(rows: list[dict], shape: type[_Row], name: str) -> list[dict]:
             raise DataError(
                 f"{where}: {field}: {err['msg']}; found {_short(err['input'])}. Mend this row and run the step again."
             ) from e
-        if row["prompt_id"] in seen:
-            raise DataError(f"{where}: prompt_id stands twice in this file. Give each row an id of its own.")
-        seen.add(row["prompt_id"])
+        if str(row[id_field]) in seen:
+            raise DataError(f"{where}: {id_field} stands twice in this file. Give each row an id of its own.")
+        seen.add(str(row[id_field]))
     return rows
 
 

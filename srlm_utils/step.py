@@ -28,6 +28,7 @@ from srlm_utils.errors import DataError, LockedError, MissingInputError, ParamEr
 from srlm_utils.params import STAGES, Experiment, check, stage_key
 from srlm_utils.paths import EXAMPLE, PROJ_ROOT, resolve, shown
 from srlm_utils.plan import (
+    OUTSIDE,
     external_inputs,
     fingerprint,
     is_model_name,
@@ -91,7 +92,7 @@ class StepRun:
         the seed model stands in for models that were never trained there.
         """
         trust = {"trust_remote_code": self.params.trust_remote_code}
-        if model == "outside":
+        if model == OUTSIDE:
             from srlm_utils import outside
 
             return {"folder": outside.fetch(self)}
@@ -122,7 +123,7 @@ class StepRun:
     def model_revision(self, model: str) -> str:
         """Which weights a name means: 12 digits of a run model's sha256 or of what the outside judge is made from; the
         name itself of any other."""
-        if model == "outside":
+        if model == OUTSIDE:
             from srlm_utils import outside
 
             return outside.version()

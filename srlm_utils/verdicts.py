@@ -9,12 +9,12 @@ from srlm_utils.artefacts import read_jsonl
 from srlm_utils.errors import DataError, ModelError
 from srlm_utils.judge import inert, load_template
 from srlm_utils.paths import PROMPTS
-from srlm_utils.plan import is_model_name
+from srlm_utils.plan import OUTSIDE, is_model_name
 
 
 def judge_label(judge: str, mode: str = "") -> str:
     """How a figure names a win judge: a model of the run is inside the loop that is being measured."""
-    if judge == "outside":
+    if judge == OUTSIDE:
         return "outside judge"
     if mode == "human":
         return f"people ({Path(judge).name})"
