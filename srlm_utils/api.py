@@ -54,7 +54,8 @@ class Api:
     """A model behind ``base_url`` (empty: ``OPENAI_BASE_URL``, else OpenAI itself).
 
     `parallel` calls at most are under way at once. `limit` (0: none) is how many calls this object may make beyond what
-    the cache holds; retries are not counted. `timeout_s` is for one try. `cache` is the folder of the answers, by
+    the cache holds; retries are not counted. Prices, of a million tokens in and out, are for the estimate (0: it names
+    no cost). `timeout_s` is for one try. `cache` is the folder of the answers, by
     default ``api/`` in `paths.cache_dir()`, with one JSONL file for each base_url and model.
     """
 
@@ -65,6 +66,8 @@ class Api:
         *,
         parallel: int = 8,
         limit: int = 0,
+        price_in: float = 0,
+        price_out: float = 0,
         timeout_s: float = 60,
         cache: str | Path | None = None,
     ):
@@ -81,6 +84,7 @@ class Api:
             if not value >= least:
                 raise ParamError(f"{name} is {value}; expected {least} or more.")
         self.parallel, self.limit, self.timeout_s = parallel, limit, timeout_s
+        self.price_in, self.price_out = price_in, price_out
         name = re.sub(r"[^\w.-]+", "_", f"{url.netloc}-{model}")[:80]
         name += f"-{hashlib.sha256(f'{self.base_url} {model}'.encode()).hexdigest()[:8]}.jsonl"
         self.path = Path(cache or paths.cache_dir() / "api") / name
@@ -140,32 +144,36 @@ class Api:
             f"{failure} {n} of {len(ids)} answers are safe in {paths.shown(self.path)}; running again continues there."
         )
 
-    def estimate(
-        self,
-        requests: list[tuple[str, list[dict]]],
-        max_tokens: int,
-        price_in: float = 0,
-        price_out: float = 0,
-        *,
-        logprobs: int = 0,
-    ) -> dict:
+    @classmethod
+    def from_params(cls, model: str, params) -> "Api":
+        """The endpoint that a step's parameters name (`params._Judged`)."""
+        return cls(
+            model,
+            params.judge_base_url,
+            parallel=params.api_parallel,
+            limit=params.api_limit,
+            price_in=params.api_price_in,
+            price_out=params.api_price_out,
+        )
+
+    def estimate(self, requests: list[tuple[str, list[dict]]], max_tokens: int, *, logprobs: int = 0) -> dict:
         """Print and return what `ask` would take: {"calls", "tokens_in", "tokens_out", "seconds", "cost"}.
 
-        Prices are for a million tokens. `calls` are those that the cache does not answer; `tokens_in` is about a token
+        `calls` are those that the cache does not answer; `tokens_in` is about a token
         for 4 characters; `tokens_out`, and the cost with it, is the most there can be; `seconds` is from this object's
         calls so far, else from 2 s a call; `cost` is None without prices.
         """
         _, _, todo = self._split(requests, max_tokens, logprobs)
-        return self._estimate(todo, len(requests), max_tokens, price_in, price_out)
+        return self._estimate(todo, len(requests), max_tokens)
 
-    def _estimate(
-        self, todo: dict[str, dict], n: int, max_tokens: int, price_in: float = 0, price_out: float = 0
-    ) -> dict:
+    def _estimate(self, todo: dict[str, dict], n: int, max_tokens: int) -> dict:
         calls, timed = len(todo), bool(self._seconds)
         each = statistics.fmean(self._seconds) if timed else ASSUMED_CALL_S
         chars = sum(len(m["content"]) for body in todo.values() for m in body["messages"])
         tokens_in, tokens_out = math.ceil(chars / CHARS_A_TOKEN), calls * max_tokens
-        cost = (tokens_in * price_in + tokens_out * price_out) / 1e6 if price_in or price_out else None
+        cost = (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
+        if not (self.price_in or self.price_out):
+            cost = None
         seconds = math.ceil(calls / self.parallel) * each
         print(
             f"{self.model}: {calls:,} calls for {n:,} requests, about {tokens_in:,} tokens in and at most "

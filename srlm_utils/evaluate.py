@@ -109,20 +109,19 @@ def score_answers(step, engine, rubric: judge.Rubric, name: str, answers: list[d
     ]
 
 
-def check_judges(win_judges: list[str], judge_base_url: str) -> None:
+def check_judges(params) -> None:
     """Find what is wrong about win judges before a model is loaded: files of verdicts, endpoints, their key."""
-    for name, mode in map(parse_win_judge, win_judges):
+    for name, mode in map(parse_win_judge, params.win_judges):
         if mode == "human":
             verdicts.read_votes(resolve(name))
         if mode == "api":
-            api.Api(name, judge_base_url).check_key()
+            api.Api.from_params(name, params).check_key()
 
 
 def pairwise_judge(step, name: str, mode: str):
     """``compare(prompts, a, b)`` of a judge that sees both answers, for `verdicts.compare`'s rows; loads its model."""
     if mode == "api":
-        p = step.params
-        endpoint = api.Api(name, p.judge_base_url, parallel=p.api_parallel, limit=p.api_limit)
+        endpoint = api.Api.from_params(name, step.params)
         return lambda prompts, a, b: api.compare(endpoint, prompts, a, b)
     engine = step.engine(name)
     return lambda prompts, a, b: verdicts.compare(engine, prompts, a, b)

@@ -27,7 +27,10 @@ MODES = get_args(JudgeMode)
 READ_AT_ONCE = 64  # judgements whose digits are read together
 CUT = " [...]"  # ends a response of which the judge sees the beginning alone
 _SCORE_LINE = re.compile(r"^[\s*_#]*score[\s*_]*[:=][\s*_]*(-?\d+(?:\.\d+)?)\s*(?:/\s*5)?[\s*_.]*$", re.IGNORECASE)
-_BLOCK_TAG = re.compile(r"<(/?\s*(?:prompt|question|response|answer_A|answer_B)\s*)>", re.IGNORECASE)
+_BLOCK_TAG = re.compile(
+    r"<(/?\s*(?:prompt|question|response|answer_A|answer_B|reference_answer|(?:user|assistant)_turn)\s*)>",
+    re.IGNORECASE,
+)
 
 
 def load_template(path: Path):

@@ -82,6 +82,9 @@ METRICS = {
     "mt_bench_expected": ("points", "MT-Bench's questions: mean expected score of both turns, 0 to 5; no rating"),
     "mt_bench_expected_turn_1": ("points", "MT-Bench's questions: mean expected score of the first turn, 0 to 5"),
     "mt_bench_expected_turn_2": ("points", "MT-Bench's questions: mean expected score of the second turn, 0 to 5"),
+    "mt_bench_rating": ("points", "MT-Bench's questions: mean rating of both turns, 1 to 10"),
+    "mt_bench_rating_turn_1": ("points", "MT-Bench's questions: mean rating of the first turn, 1 to 10"),
+    "mt_bench_rating_turn_2": ("points", "MT-Bench's questions: mean rating of the second turn, 1 to 10"),
     "mt_bench_judged": ("share", "answers to MT-Bench's questions that got a score"),
     "lm_eval_acc": ("share", "lm-evaluation-harness: accuracy; interval from its standard error"),
     "lm_eval_acc_norm": (

@@ -1,16 +1,18 @@
 """MT-Bench (Zheng et al. 2023, arXiv 2306.05685): dialogues of two turns, each answer graded by itself.
 
-Files have FastChat's formats. Ratings of 1 to 10, the figures to print beside published ones, come from FastChat's
-`gen_judgment` on the same answers; a local judge's expected scores, 0 to 5, are a figure of the kit's own.
+Files have FastChat's formats. A judge behind an endpoint rates from 1 to 10, asked in the kit's own words; ratings to
+print beside published ones come from FastChat's `gen_judgment` on the same answers. A local judge's expected scores, 0
+to 5, are a figure of the kit's own.
 """
 
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from srlm_utils import chat, judge, metrics
+from srlm_utils import api, chat, judge, metrics
 from srlm_utils.artefacts import read_jsonl
 from srlm_utils.errors import MissingInputError
+from srlm_utils.paths import PROMPTS
 from srlm_utils.rows import check_rows
 
 SET = "mt_bench"
@@ -111,6 +113,24 @@ def model_answer(questions: list[dict], answers: dict[str, str], model_id: str, 
 # ---- grading
 
 
+def api_judge(name: str) -> str:
+    """The endpoint's model of ``<model>:api``, "" for a judge that is none."""
+    return name.removesuffix(":api") if name.endswith(":api") else ""
+
+
+def ratings(endpoint: api.Api, questions: list[dict], answers: dict[str, str]) -> dict[str, float | None]:
+    """Ratings of 1 to 10 by key, None where the judge's reply holds none (`api.parse_rating`)."""
+    template = judge.load_template(PROMPTS / "mt_bench_rating.jinja")
+    items = []
+    for q in questions:
+        for t in TURNS:
+            said = [*dialogue(q, answers, t), {"role": "assistant", "content": answers[key(q, t)]}]
+            said = [m | {"content": judge.inert(m["content"])} for m in said]
+            reference = "".join(q.get("reference", [])[t - 1 : t])
+            items.append((key(q, t), chat.user(template.render(dialogue=said, reference=reference))))
+    return {r["id"]: r["score"] for batch in api.grade(endpoint, items) for r in batch}
+
+
 def expected(
     engine, rubric: judge.Rubric, questions: list[dict], answers: dict[str, str], *, max_response_tokens: int = 0
 ) -> dict[str, float | None]:
@@ -150,7 +170,7 @@ def grade_rows(questions: list[dict], grades: dict[str, float | None], judge_nam
 def metric_rows(model: str, grades: list[dict]) -> list[dict]:
     """Means of `grade_rows` by turn, of both, and of both in each category (set ``mt_bench/<category>``).
 
-    Questions are resampled for the intervals. Names start with mt_bench_expected.
+    Questions are resampled for the intervals. Names start with mt_bench_ and the mode: expected, or rating.
     """
     if not grades:
         return []

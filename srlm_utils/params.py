@@ -43,6 +43,16 @@ class _ModelStep(Step):
     trust_remote_code: bool = False
 
 
+class _Judged(_ModelStep):
+    """Steps whose judge may be ``<model>:api``, behind an OpenAI-compatible endpoint."""
+
+    judge_base_url: str = ""  # "" is OpenAI's own
+    api_parallel: int = Field(8, ge=1)
+    api_limit: int = Field(0, ge=0)  # new calls at most, 0 is any number
+    api_price_in: float = Field(0.0, ge=0)  # of a million tokens, 0 is unknown
+    api_price_out: float = Field(0.0, ge=0)
+
+
 class SeedData(Step):
     seed_model: str = "smollm2-135m-instruct"
     seed_model_revision: str = ""
@@ -143,7 +153,7 @@ class BuildPairs(Step):
     min_pair_yield: float = Field(0.3, ge=0, le=1)
 
 
-class Evaluate(_ModelStep):
+class Evaluate(_Judged):
     max_rows: int = Field(0, ge=0)  # ranked prompts, and test prompts
     rubric: str = "short"
     judge_modes: list[JudgeMode] = ["expected", "sampled"]
@@ -157,9 +167,6 @@ class Evaluate(_ModelStep):
     max_new_tokens: int = Field(160, ge=1)
     safety_file: str = "safety_prompts"  # "" asks none
     win_judges: list[str] = ["M1:score", "M0:pairwise"]
-    judge_base_url: str = ""  # of <model>:api judges, "" is OpenAI's own
-    api_parallel: int = Field(8, ge=1)
-    api_limit: int = Field(0, ge=0)  # new calls at most, 0 is any number
 
 
 class Report(Step):
@@ -169,14 +176,14 @@ class Report(Step):
     benchmarked: list[str] = []  # models with a 10_benchmarks step
 
 
-class Benchmarks(_ModelStep):
+class Benchmarks(_Judged):
     """Benchmarks of the field: a step of a run only where one of them is asked for (`asks_benchmarks`)."""
 
     max_rows: int = Field(0, ge=0)  # instructions, and questions
     alpaca_eval_file: str = ""  # instructions, "" leaves AlpacaEval out
     alpaca_eval_annotator: str = "weighted_alpaca_eval_gpt4_turbo"  # AlpacaEval 2's; "" writes the answers alone
     mt_bench_file: str = ""  # questions of two turns, "" leaves MT-Bench out
-    mt_bench_judge: str = ""  # a model that gives expected scores, 0 to 5; "" writes the answers alone
+    mt_bench_judge: str = ""  # <model>:api rates, 1 to 10; a model gives expected scores, 0 to 5; "" nobody
     rubric: str = "short"  # of a judge that is a model
     max_response_tokens: int = Field(1024, ge=0)  # what that judge sees of an answer, 0 is all
     temperature: float = Field(0.7, ge=0)  # of AlpacaEval's answers; MT-Bench's categories have their own

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,25 @@ def smoke():
     assert result.returncode == 0, result.stdout + result.stderr
     yield run
     shutil.rmtree(run, ignore_errors=True)
+
+
+@pytest.fixture
+def endpoint(monkeypatch, tmp_path):
+    """Makes endpoints; the key is set, waits are short, the cache is a folder of the test."""
+    from srlm_utils import api
+    from tests.endpoints import SECRET, Endpoint
+
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.setenv("SRLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(api, "BACKOFF_S", 0.02)
+    servers = []
+
+    def make(script):
+        servers.append(Endpoint(script))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.02,), daemon=True).start()
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import math
 import os
 import signal
 import subprocess
@@ -11,10 +10,8 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -23,110 +20,18 @@ from srlm_utils import api as api_module
 from srlm_utils import chat
 from srlm_utils.api import Api, compare, grade, p_first, parse_choice, parse_rating
 from srlm_utils.errors import ModelError, ParamError
+from tests.endpoints import SECRET, completion
 
 ROOT = Path(__file__).resolve().parents[1]
-SECRET = "sk-test-0123456789abcdef"
 PROMPTS = {f"p{i}": f"Question {i}?" for i in range(12)}
 OURS = {pid: f"{pid} right" for pid in PROMPTS}
 THEIRS = {pid: f"{pid} wrong" for pid in PROMPTS}
-
-
-def completion(text, top=None):
-    """A chat completion; `top` are the first token's probabilities."""
-    tokens = [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in (top or {}).items()]
-    logprobs = {"content": [tokens[0] | {"top_logprobs": tokens}]} if top else None
-    message = {"role": "assistant", "content": text}
-    return {
-        "model": "judge-0613",
-        "choices": [{"index": 0, "message": message, "logprobs": logprobs, "finish_reason": "stop"}],
-        "usage": {"prompt_tokens": 9, "completion_tokens": 1, "prompt_tokens_details": None},
-    }
 
 
 def right_is_first(body):
     """A judge that likes the answer with the word "right"."""
     prompt = body["messages"][0]["content"]
     return completion("A" if "right" in prompt.split("<answer_B>")[0] else "B")
-
-
-class Endpoint(ThreadingHTTPServer):
-    """`script(body, nth)` says what the nth try of a request gets: a completion, or (status, headers, error message),
-    or one of "hang", "cut", "cut body", "garbage"."""
-
-    daemon_threads = True
-
-    def __init__(self, script):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.script, self.lock = script, threading.Lock()
-        self.tried, self.answered, self.bodies, self.keys, self.times = Counter(), Counter(), [], [], []
-        self.busy = self.peak = self.n_answered = 0
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-    def handle_error(self, request, client_address):
-        pass  # a client that was killed
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-    def do_POST(self):
-        server, raw = self.server, self.rfile.read(int(self.headers["Content-Length"]))
-        body = json.loads(raw)
-        with server.lock:
-            server.tried[raw] += 1
-            nth = server.tried[raw]
-            server.bodies.append(body)
-            server.keys.append(self.headers["Authorization"])
-            server.times.append(time.time())
-            server.busy += 1
-            server.peak = max(server.peak, server.busy)
-        time.sleep(0.01)
-        action = server.script(body, nth)
-        with server.lock:
-            server.busy -= 1
-            server.answered[raw] += isinstance(action, dict)
-            server.n_answered += isinstance(action, dict)
-        self.send(action)
-
-    def send(self, action):
-        self.close_connection = True
-        if action == "hang":
-            self.connection.settimeout(10)
-            self.connection.recv(1)  # nothing comes before the client gives up
-        if action in ("hang", "cut"):
-            return
-        status, headers, data = 200, {}, b'{"choices": [{"mess'
-        if isinstance(action, tuple):
-            status, headers, message = action
-            data = json.dumps({"error": {"message": message, "type": "x", "param": None, "code": None}}).encode()
-        elif isinstance(action, dict):
-            data = json.dumps(action).encode()
-        self.send_response(status)
-        length = len(data) + (100 if action == "cut body" else 0)
-        for name, value in ({"Content-Type": "application/json", "Content-Length": str(length)} | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
-
-
-@pytest.fixture
-def endpoint(monkeypatch, tmp_path):
-    """Makes endpoints; the key is set, waits are short, the cache is a folder of the test."""
-    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    monkeypatch.setenv("SRLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(api_module, "BACKOFF_S", 0.02)
-    servers = []
-
-    def make(script):
-        servers.append(Endpoint(script))
-        threading.Thread(target=servers[-1].serve_forever, args=(0.02,), daemon=True).start()
-        return servers[-1]
-
-    yield make
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 def ask_all(api, n=1, **kw):
@@ -336,15 +241,16 @@ def test_a_limit_is_checked_before_the_first_call(endpoint):
 def test_the_estimate_comes_before_the_calls(endpoint, capsys):
     seen = []
     server = endpoint(lambda body, nth: seen.append(capsys.readouterr().out) or completion("A"))
-    api = Api("judge", server.url, parallel=2)
+    api = Api("judge", server.url, parallel=2, price_in=2, price_out=10)
     requests = [(str(i), chat.user("x" * 400 + str(i))) for i in range(10)]
-    figures = api.estimate(requests, 50, price_in=2, price_out=10)
+    figures = api.estimate(requests, 50)
     assert figures == {"calls": 10, "tokens_in": 1003, "tokens_out": 500, "seconds": 10, "cost": 0.007006}
     assert "10 calls for 10 requests, about 1,003 tokens in and at most 500 out" in (out := capsys.readouterr().out)
     assert "about 10 s (2 at once, if a call takes 2 s), about 0.01 at the given prices" in out
     list(api.ask(requests, max_tokens=50))
-    assert "10 calls for 10 requests" in seen[0]
+    assert "10 calls for 10 requests" in seen[0] and "about 0.01 at the given prices" in seen[0]
     assert "2 of 10 calls timed, about" in "".join(seen) + capsys.readouterr().out
+    api.price_in = api.price_out = 0
     figures = api.estimate(requests + [("new", chat.user("y" * 8))], 50)
     assert figures["calls"] == 1 and figures["tokens_in"] == 2 and 0 < figures["seconds"] < 1
     assert figures["cost"] is None

@@ -8,6 +8,7 @@ import pytest
 from srlm_utils import evaluate, metrics, outside, seed_model, verdicts
 from srlm_utils.artefacts import read_jsonl
 from srlm_utils.errors import DataError, ParamError
+from srlm_utils.params import Experiment
 from srlm_utils.plan import external_inputs, parse_win_judge
 
 RANKED = [
@@ -147,11 +148,16 @@ def test_a_file_of_verdicts_is_an_input(tmp_path):
     assert files == {f"win_judges:{tmp_path}/v.jsonl": tmp_path / "v.jsonl", "win_judges:outside": outside.LESSONS}
 
 
+def asks_api(base_url):
+    flat = Experiment({}).flat("08_evaluate", "M1", "")
+    return SimpleNamespace(**flat | {"win_judges": ["some-model:api"], "judge_base_url": base_url})
+
+
 def test_an_endpoint_without_key_stops_before_a_model_loads(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ParamError, match="OPENAI_API_KEY"):
-        evaluate.check_judges(["some-model:api"], "")
-    evaluate.check_judges(["some-model:api"], "http://localhost:8000/v1")
+        evaluate.check_judges(asks_api(""))
+    evaluate.check_judges(asks_api("http://localhost:8000/v1"))
 
 
 def vote(pid, a, b, order, p_first):
