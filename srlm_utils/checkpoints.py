@@ -191,8 +191,12 @@ class AtSteps(TrainerCallback):
     def _compare(self, n: int) -> None:
         model, training = plain_model(self.trainer), self.trainer.model.training
         self.trainer.model.eval()
+        # trl's fused head and accelerate's autocast, under which keys of a cache would be of two dtypes, stand aside
+        patched = vars(model).pop("forward", None)
         with untouched_randomness():
             self.selection.compare(n, model, self.trainer.processing_class)
+        if patched:
+            model.forward = patched
         self.trainer.model.train(training)
 
 
