@@ -171,6 +171,8 @@ class Selection:
         weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
         tmp = self.folder / f".{n}.tmp"
         save_file(weights, tmp)
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())  # before the row that says it is there
         os.replace(tmp, self.folder / f"{n}.safetensors")
 
 

@@ -327,7 +327,7 @@ def selection(table: pd.DataFrame, model: str, judge: str):
 
     `table` is `checkpoints.Selection.table`, `judge` a win judge as parameters name it.
     """
-    fig, ax = plt.subplots(figsize=(max(4.2, 1.6 + 0.45 * len(table)), 3))
+    fig, ax = plt.subplots(figsize=(max(5.0, 1.6 + 0.45 * len(table)), 3.2))
     ax.plot(table.step, 100 * table.win_rate, color=color(model), lw=1, alpha=0.5)
     for row in table.to_dict("records"):
         value = 100 * row["win_rate"]
@@ -342,7 +342,8 @@ def selection(table: pd.DataFrame, model: str, judge: str):
     ax.set_xlabel("optimizer step")
     ax.set_ylabel("wins against the checkpoint\nbefore, % (half ties)")
     name, _, mode = judge.rpartition(":")
-    fig.suptitle(f"{model}: {judge_label(name, mode)}, {kept.n} validation prompts (95 % intervals)", fontsize=10)
+    asked = f"{kept.n} validation prompts, 95 % intervals"
+    fig.suptitle(f"Which step of {model} is kept? {asked}\njudge: {judge_label(name, mode)}", fontsize=9)
     return fig, table
 
 
