@@ -96,15 +96,14 @@ class Engine:
     ):
         from transformers import AutoModelForCausalLM
 
-        self.tokenizer = chat.load_tokenizer(
+        tokenizer = chat.load_tokenizer(
             folder, revision=revision, chat_template=chat_template, trust_remote_code=trust_remote_code
         )
-        self.device = pick_device(device)
-        if self.device == "cpu":
+        device = pick_device(device)
+        if device == "cpu":
             keep_memory()
-        self.batch_size = batch_size
         try:
-            self.model = (
+            model = (
                 AutoModelForCausalLM.from_pretrained(
                     folder,
                     revision=revision or None,
@@ -112,7 +111,7 @@ class Engine:
                     use_safetensors=True,
                     trust_remote_code=trust_remote_code,
                 )
-                .to(self.device)
+                .to(device)
                 .eval()
             )
         except (OSError, ValueError) as e:
@@ -120,10 +119,24 @@ class Engine:
                 f"{folder}: the model could not be loaded ({str(e).splitlines()[0]}). Expected "
                 "a transformers causal language model with safetensors weights."
             ) from e
-        attention.use(self.model)
-        eos = self.model.generation_config.eos_token_id
+        attention.use(model)
+        self._hold(model, tokenizer, device, batch_size)
+
+    @classmethod
+    def around(cls, model, tokenizer, *, batch_size: int = 0) -> "Engine":
+        """An engine on a model that is in memory, with that model's own weights: it says what they say at each call.
+
+        Whoever trains the model puts it into eval mode around a call.
+        """
+        engine = cls.__new__(cls)
+        engine._hold(model, tokenizer, str(model.device), batch_size)
+        return engine
+
+    def _hold(self, model, tokenizer, device: str, batch_size: int) -> None:
+        self.model, self.tokenizer, self.device, self.batch_size = model, tokenizer, device, batch_size
+        eos = model.generation_config.eos_token_id
         eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        self._ends = {self.tokenizer.eos_token_id, chat.end_of_turn(self.tokenizer), *eos}
+        self._ends = {tokenizer.eos_token_id, chat.end_of_turn(tokenizer), *eos}
 
     # ---- sampling
 

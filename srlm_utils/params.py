@@ -90,6 +90,12 @@ class _Train(_ModelStep):
     max_length: int = Field(512, ge=16)  # tokens; longer rows are dropped and counted
     gradient_checkpointing: bool = False
     save_steps: int = Field(50, ge=0)
+    select_steps: int = Field(0, ge=0)  # between compared checkpoints, of which the best is kept; 0 keeps the last step
+    select_judge: str = "M0:score"  # as in evaluate.win_judges; a model of the run must exist before the trained one
+    select_rubric: str = "short"  # of a select_judge that scores
+    select_prompts: int = Field(0, ge=0)  # validation prompts, 0 takes all
+    select_max_new_tokens: int = Field(160, ge=1)
+    judge_base_url: str = ""  # of a <model>:api judge, "" is OpenAI's own
 
 
 class Sft(_Train):

@@ -14,6 +14,7 @@ from srlm_utils.params import Experiment, model_names, stage_key
 from srlm_utils.paths import PROMPTS, SEED_DATA, resolve
 
 OUTSIDE = "outside"  # the judge that is no model of a run (outside.py)
+VALID = "seed/valid_prompts.jsonl"  # what checkpoints answer
 SEED_FILES = ("ift", "ranked_train", "ranked_eval", "valid_prompts", "test_prompts")
 
 
@@ -52,16 +53,46 @@ def weights(model: str) -> str:
     return "M0/model.json" if model == "M0" else f"{model}/model"
 
 
-def parse_win_judge(text: str) -> tuple[str, str]:
+def parse_win_judge(text: str, where: str = "evaluate.win_judges") -> tuple[str, str]:
     """``"M1:score"`` -> ("M1", "score"); the last colon separates, so paths may hold others."""
     judge, _, mode = text.rpartition(":")
     if not judge or mode not in ("score", "pairwise", "api", "human") or text == f"{OUTSIDE}:score":
         raise ParamError(
-            f"evaluate.win_judges: found {text!r}, expected outside:pairwise, <model>:pairwise or <model>:score (a "
+            f"{where}: found {text!r}, expected outside:pairwise, <model>:pairwise or <model>:score (a "
             "model of the run, an embedded model, a hub id or a folder), <model>:api (an OpenAI-compatible endpoint) "
             "or <file>:human (verdict rows)."
         )
     return judge, mode
+
+
+def select_judge(stage: str, model: str, params: dict) -> tuple[str, str]:
+    """(judge, mode) that compares the checkpoints of `model`; `ParamError` for one that cannot be asked by then."""
+    where = f"{stage_key(stage)}.select_judge"
+    judge, mode = parse_win_judge(params["select_judge"], where)
+    known = models_before(model)
+    if mode == "human":
+        raise ParamError(f"{where}: {judge}: nobody can vote on answers of a model in training; name a model.")
+    if is_model_name(judge) and judge not in known:
+        raise ParamError(
+            f"{where}: {judge} does not exist yet while {model} is trained; expected {', '.join(known)} or a model "
+            "from outside the run."
+        )
+    return judge, mode
+
+
+def sft_files(model: str) -> tuple[str, ...]:
+    """What a supervised model learns from."""
+    made = {"SFT": (), "M1": ("SFT/eft/train.jsonl",)}.get(model, (f"{init_model(model)}/aift/positives.jsonl",))
+    return "seed/ift.jsonl", *made
+
+
+def _training_step(stage: str, model: str, params: dict, data: tuple[str, ...]) -> Step:
+    reads, writes = [weights(init_model(model)), *data], [f"{model}/model", f"{model}/training_log.csv"]
+    if params.get("select_steps"):
+        judge, _ = select_judge(stage, model, params)
+        reads += [VALID, *([weights(judge)] if is_model_name(judge) else [])]
+        writes += [f"{model}/selection.csv", f"{model}/selection_answers.jsonl"]
+    return Step(stage, model, tuple(dict.fromkeys(reads)), tuple(writes))
 
 
 def make_step(stage: str, model: str, params: dict) -> Step:
@@ -70,11 +101,7 @@ def make_step(stage: str, model: str, params: dict) -> Step:
     if key == "seed_data":
         return Step(stage, m, (), ("M0/model.json", *(f"seed/{f}.jsonl" for f in SEED_FILES)))
     if key == "sft":
-        if m in ("SFT", "M1"):
-            data = ["seed/ift.jsonl"] + (["SFT/eft/train.jsonl"] if m == "M1" else [])
-        else:
-            data = ["seed/ift.jsonl", f"{init_model(m)}/aift/positives.jsonl"]
-        return Step(stage, m, (weights(init_model(m)), *data), (f"{m}/model", f"{m}/training_log.csv"))
+        return _training_step(stage, m, params, sft_files(m))
     if key == "build_eft":
         return Step(stage, m, (weights(m), "seed/ranked_train.jsonl"), (f"{m}/eft/train.jsonl", f"{m}/eft/yield.json"))
     if key == "self_instruct":
@@ -101,8 +128,7 @@ def make_step(stage: str, model: str, params: dict) -> Step:
             (f"{m}/aift/{params.get('learn_from', 'pairs')}.jsonl", f"{m}/aift/health.json"),
         )
     if key == "dpo":
-        start = init_model(m)
-        return Step(stage, m, (weights(start), f"{start}/aift/pairs.jsonl"), (f"{m}/model", f"{m}/training_log.csv"))
+        return _training_step(stage, m, params, (f"{init_model(m)}/aift/pairs.jsonl",))
     if key == "evaluate":
         judges = {parse_win_judge(j)[0] for j in params.get("win_judges", [])}
         reads = dict.fromkeys(
@@ -184,6 +210,12 @@ def external_inputs(stage: str, params: dict) -> dict[str, Path]:
             files[f"win_judges:{judge}"] = resolve(judge)
         if judge == OUTSIDE:
             files["win_judges:outside"] = SEED_DATA / "judge_train.jsonl"
+    if params.get("select_steps"):
+        judge, mode = parse_win_judge(params["select_judge"])
+        if mode == "score":
+            files[f"select_rubric:{params['select_rubric']}"] = rubric_path(params["select_rubric"])
+        if judge == OUTSIDE:
+            files["select_judge:outside"] = SEED_DATA / "judge_train.jsonl"
     if "rubric" in params:
         files[f"rubric:{params['rubric']}"] = rubric_path(params["rubric"])
     if params.get("lm_eval_include_path"):

@@ -322,6 +322,31 @@ def training(logs: pd.DataFrame):
     return fig, logs
 
 
+def selection(table: pd.DataFrame, model: str, judge: str):
+    """Win rate of each checkpoint against the one compared before it; the kept one is filled.
+
+    `table` is `checkpoints.Selection.table`, `judge` a win judge as parameters name it.
+    """
+    fig, ax = plt.subplots(figsize=(max(5.0, 1.6 + 0.45 * len(table)), 3.2))
+    ax.plot(table.step, 100 * table.win_rate, color=color(model), lw=1, alpha=0.5)
+    for row in table.to_dict("records"):
+        value = 100 * row["win_rate"]
+        low, high = (value if pd.isna(row[k]) else 100 * row[k] for k in ("low", "high"))
+        style = {"color": color(model), "mfc": color(model) if row["kept"] else "white", "capsize": 3, "markersize": 7}
+        ax.errorbar(row["step"], value, yerr=[[value - low], [high - value]], fmt=marker(model), **style)
+    kept = table[table.kept].iloc[0]
+    ax.annotate("kept", (kept.step, 100 * kept.win_rate), (6, 6), textcoords="offset points", fontsize=8)
+    ax.axhline(50, color="#555555", lw=1, ls="--")
+    ax.set_ylim(-3, 103)
+    ax.set_xticks(table.step if len(table) <= 12 else table.step[:: -(-len(table) // 12)])
+    ax.set_xlabel("optimizer step")
+    ax.set_ylabel("wins against the checkpoint\nbefore, % (half ties)")
+    name, _, mode = judge.rpartition(":")
+    asked = f"{kept.n} validation prompts, 95 % intervals"
+    fig.suptitle(f"Which step of {model} is kept? {asked}\njudge: {judge_label(name, mode)}", fontsize=9)
+    return fig, table
+
+
 def length_control(metrics: pd.DataFrame):
     """Win rates as judged, with the effect of length taken out, among answers of similar length; a panel a judge."""
     kinds = {

@@ -19,6 +19,7 @@ SEED_ROWS = {  # bundled
     "onpolicy_train": 130,
     "ranked_eval": 43,
     "onpolicy_eval": 44,
+    "valid_prompts": 48,
     "test_prompts": 256,
     "safety_prompts": 24,
 }
@@ -53,7 +54,11 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
             own = REPLY * (1 if size >= n_formats else n_formats) + TAIL * n_formats
             own += JUSTIFICATION * ("justify_first" in eft["formats"])
             n["trained"] += _rows(experiment, "ranked_train") * (parts * shared + REPLIES * own)
+        n_rows = _rows(experiment, "ift")
+        if step.model == "M1":
+            n_rows += _rows(experiment, "ranked_train") * REPLIES * n_formats
         n["trained"] *= p["epochs"]
+        _add_selection(n, p, n_rows, _rows(experiment, "valid"))
     elif key == "self_instruct":
         # about every second attempt is kept, and each reads eight demonstrations
         n["generated"] = p["n_prompts"] * (2 * 20 + p["n_candidates"] * _written(p))
@@ -68,6 +73,7 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
         source = experiment.flat("04_self_instruct", f"M{int(step.model[1:]) - 1}", "")
         tokens = 2 * source["n_prompts"] * (CHAT + PROMPT + _written(source))
         n["trained"], n["judged"] = tokens * p["epochs"], tokens  # the reference reads every pair once
+        _add_selection(n, p, source["n_prompts"], _rows(experiment, "valid"))
     elif key == "evaluate":
         replies, tests = _rows(experiment, "ranked_eval") * REPLIES, _rows(experiment, "test")
         n["judged"] = len(p["judge_modes"]) * replies * (judge_frame + REPLY)
@@ -85,6 +91,21 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
         texts = [BENCHMARK_TEXTS[name] for name in BENCHMARK_TEXTS if p[name]]
         n["generated"] = sum(min(p["max_rows"] or n_texts, n_texts) for n_texts in texts) * _written(p)
     return {k: int(v) for k, v in n.items()}
+
+
+def _add_selection(n: dict, p: dict, n_rows: float, n_valid: int) -> None:
+    """Add what the checkpoints of a training on `n_rows` rows write, and what their judge reads."""
+    if not p["select_steps"]:
+        return
+    checkpoints = math.ceil(math.ceil(n_rows * p["epochs"] / p["train_batch_size"]) / p["select_steps"])
+    prompts = min(p["select_prompts"] or n_valid, n_valid)
+    written, mode = min(p["select_max_new_tokens"], 300), parse_win_judge(p["select_judge"])[1]
+    n["generated"] += (1 + checkpoints) * prompts * written  # the first are the starting model's
+    if mode == "score":
+        frame = CHAT + PROMPT + RUBRIC.get(p["select_rubric"], 200)
+        n["judged"] += (1 + checkpoints) * prompts * (frame + written)
+    if mode == "pairwise":
+        n["judged"] += 2 * checkpoints * prompts * (CHAT + PROMPT + 200 + 2 * written)
 
 
 def _written(params: dict) -> int:
@@ -114,4 +135,6 @@ def token_table(experiment: Experiment) -> str:
 
 
 def _short(n: int) -> str:
-    return "-" if not n else f"{n / 1e9:.2f} G" if n >= 1e9 else f"{n / 1e6:.2f} M" if n >= 1e6 else f"{n / 1e3:.0f} k"
+    if n < 1e6:
+        return "-" if not n else "< 1 k" if n < 500 else f"{n / 1e3:.0f} k"
+    return f"{n / 1e9:.2f} G" if n >= 1e9 else f"{n / 1e6:.2f} M"

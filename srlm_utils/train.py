@@ -370,10 +370,11 @@ class _Report(TrainerCallback):
             raise StepFailed(f"the loss became {loss} at step {state.global_step}; lower learning_rate.")
 
 
-def train(trainer, step) -> pd.DataFrame:
+def train(trainer, step, selection=None) -> pd.DataFrame:
     """Run a trainer to its end, from the last checkpoint of an interrupted attempt if there is one.
 
-    Returns the log, one row an optimizer step.
+    Returns the log, one row an optimizer step. With a `checkpoints.Selection` the trainer's model has the weights of
+    the step that it kept, else those of the last.
     """
     from transformers.trainer_callback import PrinterCallback
 
@@ -388,7 +389,13 @@ def train(trainer, step) -> pd.DataFrame:
         print(f"continuing from step {last.rpartition('-')[2]} of {total}")
     with step.progress(total, "steps") as progress:
         trainer.add_callback(_Report(progress))
+        if selection:
+            from srlm_utils import checkpoints
+
+            trainer.add_callback(checkpoints.AtSteps(selection, trainer))
         trainer.train(resume_from_checkpoint=last)
+    if selection:
+        selection.restore(checkpoints.plain_model(trainer))
     return pd.DataFrame([r for r in trainer.state.log_history if "loss" in r])
 
 
@@ -441,9 +448,15 @@ def model_card(step, start: str, data: dict[str, int], figures: dict) -> str:
     """A short card: what the model was made from, by which parameters, from how many rows."""
     p = {k: v for k, v in vars(step.params).items() if k not in ("run_dir", "device")}
     rows = "\n".join(f"- {name}: {n} rows" for name, n in data.items())
+    kept = ""
+    if "kept_step" in figures:
+        kept = (
+            f"The weights are those after step {figures['kept_step']} of {figures['n_steps']}: of the checkpoints "
+            f"compared on the validation prompts by {p['select_judge']} it did best (selection.csv).\n\n"
+        )
     return (
         f"---\nlibrary_name: transformers\ntags: [self-rewarding]\n---\n# {step.params.model}\n\n"
         f"Made by {step.name} from {start} ({step.model_revision(start)}).\n\n## Data\n{rows}\n\n"
-        f"## Training\n```json\n{json.dumps(p | figures, indent=1)}\n```\n"
+        f"## Training\n{kept}```json\n{json.dumps(p | figures, indent=1)}\n```\n"
         "\nA research artefact: its answers are often wrong. Evaluation figures are in the run's report.\n"
     )

@@ -9,6 +9,7 @@ import ipykernel.kernelapp  # noqa: E402, F401
 import matplotlib.pyplot  # noqa: E402, F401
 import pandas  # noqa: E402, F401
 
+import srlm_utils.checkpoints  # noqa: E402
 import srlm_utils.evaluate  # noqa: E402
 import srlm_utils.plots  # noqa: E402
 import srlm_utils.report  # noqa: E402

@@ -460,5 +460,6 @@ def test_positives_only_variant_trains_on_positives():
     e = Experiment.load([Path(ROOT / "params/smoke.yaml"), Path(ROOT / "params/variants/positives.yaml")])
     steps = {s.name: s for s in list_steps(e)}
     assert "07_dpo@M2" not in steps
-    assert steps["02_sft@M2"].reads == ("M1/model", "seed/ift.jsonl", "M1/aift/positives.jsonl")
+    compared = "seed/valid_prompts.jsonl", "M0/model.json"  # the checkpoints' answers, and their judge
+    assert steps["02_sft@M2"].reads == ("M1/model", "seed/ift.jsonl", "M1/aift/positives.jsonl", *compared)
     assert "M1/aift/positives.jsonl" in steps["06_build_pairs@M1"].writes

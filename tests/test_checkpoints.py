@@ -1,0 +1,401 @@
+"""Which checkpoint is kept: known answers, deaths at every point, and a training that notices nothing."""
+
+import json
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from srlm_utils import checkpoints, evaluate, plan, plots, train
+from srlm_utils.artefacts import read_json, read_jsonl
+from srlm_utils.checkpoints import COLUMNS, Selection, best, strengths
+from srlm_utils.engine import Engine
+from srlm_utils.errors import ParamError
+from srlm_utils.params import Dpo, Experiment, Sft
+from tests.conftest import srlm
+from tests.test_train import ANSWERS, PAIRS, FakeStep
+
+PROMPTS = [{"prompt_id": f"v{i}", "prompt": q} for i, q in enumerate(["Name a tree.", "Why not?", "What is rain?"])]
+STEPS = (2, 4, 5)  # of the trainings below: every two, and the last
+
+
+class Step(FakeStep):
+    """What a `Selection` needs of a step; the tiny model is the judge."""
+
+    def __init__(self, params, work, tiny):
+        self.params, self.work, self.tiny = params, work, tiny
+        self.declared = SimpleNamespace(stage="02_sft")
+
+    def model_source(self, model):
+        return {"folder": self.tiny}
+
+    def model_revision(self, model):
+        return "rev"
+
+    def engine(self, model):
+        return Engine(self.tiny, device="cpu", dtype="float32")
+
+    def rows(self, path):
+        assert path == "seed/valid_prompts.jsonl"
+        return PROMPTS
+
+
+def params(kind=Sft, **kw):
+    values = {
+        "model": "M2",
+        "device": "cpu",
+        "dtype": "float32",
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "learning_rate": 1e-2,
+        "train_batch_size": 4,
+        "micro_batch_size": 2,
+        "save_steps": 0,
+        "select_steps": 2,
+        "select_judge": "M0:pairwise",
+        "select_max_new_tokens": 6,
+    }
+    return SimpleNamespace(**kind(**(values | kw)).model_dump())
+
+
+def run(tiny, work, p, *, select=True, callback=None):
+    """One training of five steps; (its log, trainer, selection)."""
+    step = Step(p, work, tiny)
+    selection = Selection(step) if select else None
+    net, tok = train.load(tiny, p)
+    if hasattr(p, "beta"):
+        rows, _ = train.dpo_rows(tok, (PAIRS * 2)[:20], 512)
+        trainer = train.dpo_trainer(net, tok, rows, p, work)
+    else:
+        rows, _ = train.sft_rows(tok, [{"prompt": q, "response": a} for q, a in (ANSWERS * 2)[:20]], 512)
+        trainer = train.sft_trainer(net, tok, rows, p, work)
+    if callback:
+        trainer.add_callback(callback)
+    return train.train(trainer, step, selection), trainer, selection
+
+
+class Watch(TrainerCallback):
+    """The trainable weights after each step, as training left them."""
+
+    def __init__(self):
+        self.weights = {}
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.weights[state.global_step] = weights(model)
+
+
+def weights(model) -> dict:
+    return {n.rpartition("base_model.model.")[2]: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """`judge(step)` has a fake judge prefer the answers of that step to all others, and writes answers that name their
+    step; `judge.asked` are the texts that it compared."""
+
+    def prefer(best_step):
+        prefer.asked, prefer.written = [], 0
+
+        def compare(prompts, ours, theirs):
+            prefer.asked.append((next(iter(ours.values())), next(iter(theirs.values()))))
+            for pid in ours:
+                for order, a, b in (("AB", ours[pid], theirs[pid]), ("BA", theirs[pid], ours[pid])):
+                    good = f"step {best_step}"
+                    yield [
+                        {"prompt_id": pid, "order": order, "p_first": 1.0 if a == good else 0.0 if b == good else 0.5}
+                    ]
+
+        compared = Selection.compare
+
+        def write(self, n, model, tokenizer):
+            def answers(*_):
+                prefer.written += 1
+                return [{"prompt_id": pid, "text": f"step {n}", "n_tokens": 2, "ended": True} for pid in self.prompts]
+
+            self._answers = answers
+            compared(self, n, model, tokenizer)
+
+        monkeypatch.setattr(Selection, "compare", write)
+        monkeypatch.setattr(evaluate, "pairwise_judge", lambda step, name, mode: compare)
+
+    return prefer
+
+
+# ---- the rule
+
+
+def rows(*rates, n=10):
+    return [
+        {"step": 2 * i + 2, "compared_with": 2 * i, "win_rate": rate, "n": n, "ties": 0} for i, rate in enumerate(rates)
+    ]
+
+
+@pytest.mark.parametrize(
+    "rates,kept",
+    [
+        ([0.6, 0.6, 0.4], 4),
+        ([0.6, 0.4, 0.6], 2),  # back where it was: the earlier one
+        ([0.6, 0.4, 0.7], 6),
+        ([0.6, 0.3, 0.6], 2),  # the last one won, but did not make up for it
+        ([0.5, 0.5], 2),
+        ([0.0, 0.0], 2),  # step 0 is stronger, and no trained model
+        ([1.0, 1.0], 4),
+    ],
+)
+def test_the_strongest_of_a_chain_is_kept(rates, kept):
+    assert best(rows(*rates)) == kept
+
+
+def test_strengths_are_bradley_and_terrys(tmp_path):
+    (a, b) = (strengths(rows(0.6, 0.8))[s] for s in (2, 4))
+    assert a == pytest.approx(torch.logit(torch.tensor(6.5 / 11)).item())
+    assert b - a == pytest.approx(torch.logit(torch.tensor(8.5 / 11)).item())
+
+
+# ---- training
+
+
+@pytest.mark.parametrize(
+    "kind,lora_r,kept", [(Sft, 4, 2), (Sft, 4, 4), (Sft, 4, 5), (Sft, 0, 4), (Dpo, 4, 4), (Dpo, 0, 4)]
+)
+def test_the_preferred_step_is_saved(tiny, tmp_path, judge, kind, lora_r, kept):
+    judge(kept)
+    watch, p = Watch(), params(kind, lora_r=lora_r)
+    log, trainer, selection = run(tiny, tmp_path, p, callback=watch)
+    assert len(log) == STEPS[-1] and selection.kept == kept
+    assert equal(weights(trainer.model), watch.weights[kept])
+    assert not equal(watch.weights[kept], watch.weights[2 if kept != 2 else 5])
+    assert judge.asked == [("step 2", "step 0"), ("step 4", "step 2"), ("step 5", "step 4")]
+    assert [f.name for f in (tmp_path / "selection").glob("*.safetensors")] == [f"{kept}.safetensors"]
+
+    table = selection.table()
+    assert list(table) == COLUMNS and table.step.tolist() == [*STEPS] and table.compared_with.tolist() == [0, 2, 4]
+    assert table.kept.tolist() == [s == kept for s in STEPS]
+    won = [{kept: 1.0}.get(s, 0.0 if before == kept else 0.5) for s, before in zip(STEPS, (0, 2, 4), strict=True)]
+    assert table.win_rate.tolist() == won and table.ties.tolist() == [3 if w == 0.5 else 0 for w in won]
+    assert [r["text"] for r in selection.answers()] == [f"step {s}" for s in (0, *STEPS) for _ in PROMPTS]
+
+    ids = torch.tensor([[1, 2, 3, 4]])
+    trainer.model.eval()
+    with torch.no_grad():
+        trained = trainer.model(ids).logits
+        train.save(trainer, trainer.processing_class, tmp_path / "model", p, "# card\n")
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)(ids).logits
+    assert torch.allclose(saved, trained, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind,lora_r", [(Sft, 4), (Sft, 0), (Dpo, 4), (Dpo, 0)])
+def test_training_notices_nothing(tiny, tmp_path, kind, lora_r):
+    """With dropout, so that random numbers count; the model answers, and a judge is loaded in between."""
+    p = params(kind, lora_r=lora_r, dropout=0.3, select_judge="M0:score" if lora_r else "M0:pairwise")
+    quiet, watched = Watch(), Watch()
+    before = run(tiny, tmp_path / "a", p, select=False, callback=quiet)[0]
+    after, _, selection = run(tiny, tmp_path / "b", p, callback=watched)
+    assert after.loss.tolist() == before.loss.tolist() and after.grad_norm.tolist() == before.grad_norm.tolist()
+    assert all(equal(quiet.weights[s], watched.weights[s]) for s in quiet.weights)
+    answers = pd.DataFrame(selection.answers())
+    assert answers.step.unique().tolist() == [0, *STEPS] and answers.groupby("step").text.agg(tuple).nunique() > 1
+    n_files = len(list((tmp_path / "b/selection").glob("*-scores.jsonl" if lora_r else "*-verdicts.jsonl")))
+    assert n_files == (4 if lora_r else 3)  # a text's score is asked once
+
+
+def test_the_model_in_training_answers_as_its_saved_copy(tiny, tmp_path):
+    """The engine around the model sees its adapters; under full training's autocast, and gradient checkpointing, it
+    answers too."""
+    p = params(select_steps=5)
+    _, trainer, selection = run(tiny, tmp_path, p)
+    train.save(trainer, trainer.processing_class, tmp_path / "model", p, "# card\n")
+    selection.step.params.batch_size = 0
+    saved = Engine(str(tmp_path / "model"), device="cpu", dtype="float32")
+    (tmp_path / "selection/5-answers.jsonl").rename(tmp_path / "answers.jsonl")
+    again = selection._answers(saved.model, saved.tokenizer)
+    assert again == read_jsonl(tmp_path / "answers.jsonl") != read_jsonl(tmp_path / "selection/0-answers.jsonl")
+    for kw in ({"lora_r": 0}, {"lora_r": 4, "gradient_checkpointing": True}):
+        half = params(select_steps=5, dtype="bfloat16", **kw)
+        assert len(run(tiny, tmp_path / str(kw["lora_r"]), half)[2].answers()) == 2 * len(PROMPTS)
+
+
+# ---- deaths
+
+
+class Death(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("save_steps", [0, 1])
+@pytest.mark.parametrize("point", ["answers", "verdicts", "weights", "row", "old weights", "end"])
+def test_a_death_loses_nothing(tiny, tmp_path, judge, monkeypatch, point, save_steps):
+    """Killed at step 4 in the midst of its comparison, or after training: continued, it is an undisturbed run."""
+    judge(4)
+    p = params(save_steps=save_steps)
+    log, whole, selection = run(tiny, tmp_path / "a", p)
+    expected, kept, n_written = selection.table(), weights(whole.model), judge.written
+    judge.asked.clear()
+
+    def die(*args, **kwargs):
+        raise Death
+
+    work = tmp_path / "b"
+    with monkeypatch.context() as m:
+        if point == "verdicts":  # behind the answers
+            m.setattr(checkpoints.metrics, "head_to_head", dying(4, work, checkpoints.metrics.head_to_head))
+        elif point == "weights":  # behind the verdicts
+            m.setattr(Selection, "_save", dying(4, work, Selection._save))
+        elif point == "row":  # between weights and row
+            m.setattr(checkpoints, "write_json", dying(4, work, checkpoints.write_json))
+        elif point == "old weights":  # behind the row, before the weights of step 2 are gone
+            m.setattr(Selection, "kept", property(lambda self: die() if len(self.rows) == 2 else best(self.rows)))
+        elif point == "answers":
+            m.setattr(checkpoints, "write_jsonl", dying(4, work, checkpoints.write_jsonl, "answers"))
+        else:
+            m.setattr(Selection, "restore", die)
+        with pytest.raises(Death):
+            run(tiny, work, p)
+    rows_before = {f.name: f.read_bytes() for f in (work / "selection").glob("*.json")}
+    assert ("4.json" in rows_before) == (point in ("old weights", "end"))
+    n_asked, files = len(judge.asked), {f.name for f in (work / "selection").iterdir()}
+    assert ("4.safetensors" in files) == (point in ("row", "old weights", "end"))
+
+    again, trainer, selection = run(tiny, work, p)
+    assert again.loss.tolist() == pytest.approx(log.loss.tolist(), rel=1e-6)
+    pd.testing.assert_frame_equal(selection.table(), expected)
+    assert equal(weights(trainer.model), kept)
+    assert [f.name for f in (work / "selection").glob("*.safetensors")] == ["4.safetensors"]
+    assert all((work / "selection" / name).read_bytes() == data for name, data in rows_before.items())
+    assert n_asked == {"answers": 1, "end": 3}.get(point, 2)  # nothing was asked twice
+    assert len(judge.asked) == 3 and judge.written == 2 * n_written + (point == "answers")
+
+
+def dying(step, work, do, what=""):
+    """`do`, which dies where it would be done for `step` (instead of it)."""
+
+    def call(*args, **kwargs):
+        path = next((a for a in args if hasattr(a, "name")), None)
+        here = path.name.startswith(str(step)) if path else (work / f"selection/{step}-answers.jsonl").exists()
+        if here and what in str(path):
+            raise Death
+        return do(*args, **kwargs)
+
+    return call
+
+
+# ---- what is refused, read and shown
+
+
+@pytest.mark.parametrize(
+    "stage,model,judge_name,says",
+    [
+        ("sft", "M1", "M1:score", r"sft\.select_judge: M1 does not exist yet while M1 is trained; expected M0, SFT or"),
+        ("sft", "SFT", "SFT:pairwise", "SFT does not exist yet while SFT is trained; expected M0 or"),
+        ("dpo", "M2", "M3:score", r"dpo\.select_judge: M3 does not exist yet while M2 is trained"),
+        ("dpo", "M2", "votes.jsonl:human", "nobody can vote"),
+        ("dpo", "M2", "M0", r"dpo\.select_judge: found 'M0', expected"),
+    ],
+)
+def test_a_judge_that_is_not_there_is_refused(stage, model, judge_name, says):
+    name = {"sft": "02_sft", "dpo": "07_dpo"}[stage]
+    p = {"select_steps": 2, "select_judge": judge_name}
+    with pytest.raises(ParamError, match=says):
+        plan.make_step(name, model, Experiment({stage: p}).flat(name, model, ""))
+    with pytest.raises(ParamError):
+        plan.list_steps(Experiment({stage: p}))
+    plan.list_steps(Experiment({stage: p | {"select_steps": 0}}))  # nobody is asked
+
+
+def test_a_judge_that_is_not_there_stops_a_run_before_its_first_step():
+    result = srlm("run", "params/smoke.yaml", "--set", "common.select_judge=M1:score", "--run-name", "test-no-judge")
+    assert result.returncode == 2 and "sft.select_judge: M1 does not exist yet while SFT is trained" in result.stderr
+
+
+def test_an_endpoint_without_a_key_is_refused_before_a_model_is_loaded(tiny, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(ParamError, match="OPENAI_API_KEY is not set"):
+        Selection(Step(params(select_judge="gpt-4o:api"), tmp_path, tiny))
+
+
+def test_an_endpoint_compares(tiny, tmp_path, monkeypatch):
+    asked = []
+
+    def compare(endpoint, prompts, ours, theirs):
+        asked.append(endpoint.base_url)
+        yield [{"prompt_id": pid, "order": order, "p_first": 0.5} for pid in ours for order in ("AB", "BA")]
+
+    monkeypatch.setattr(checkpoints.api, "compare", compare)
+    p = params(select_judge="judge:api", judge_base_url="http://localhost:1/v1")
+    *_, selection = run(tiny, tmp_path, p)
+    assert asked == ["http://localhost:1/v1"] * 3 and selection.kept == 2
+
+
+def test_what_a_step_reads_and_writes():
+    on = {"select_steps": 2, "select_judge": "SFT:score"}
+    e = Experiment({"dpo": on})
+    off, step = (plan.make_step("07_dpo", "M2", x.flat("07_dpo", "M2", "")) for x in (Experiment({}), e))
+    assert off.reads == ("M1/model", "M1/aift/pairs.jsonl") and off.writes == ("M2/model", "M2/training_log.csv")
+    assert step.reads == (*off.reads, "seed/valid_prompts.jsonl", "SFT/model")
+    assert step.writes == (*off.writes, "M2/selection.csv", "M2/selection_answers.jsonl")
+    outside = e.flat("07_dpo", "M2", "")
+    assert [*plan.external_inputs("07_dpo", outside)] == ["select_rubric:short"]
+    assert [*plan.external_inputs("07_dpo", outside | {"select_judge": "outside:pairwise"})] == ["select_judge:outside"]
+    assert not plan.external_inputs("07_dpo", outside | {"select_steps": 0})
+    assert plan.sft_files("SFT") == ("seed/ift.jsonl",)  # no validation prompt is trained on
+    assert plan.sft_files("M1") == ("seed/ift.jsonl", "SFT/eft/train.jsonl")
+    assert plan.sft_files("M2") == ("seed/ift.jsonl", "M1/aift/positives.jsonl")
+
+
+def test_the_figure_marks_the_kept_step():
+    table = pd.DataFrame(
+        [
+            {"step": 2, "compared_with": 0, "win_rate": 0.6, "low": 0.4, "high": 0.8, "n": 9, "ties": 1, "kept": True},
+            {
+                "step": 4,
+                "compared_with": 2,
+                "win_rate": 0.5,
+                "low": None,
+                "high": None,
+                "n": 9,
+                "ties": 0,
+                "kept": False,
+            },
+        ]
+    )
+    fig, data = plots.selection(table, "M2", "M1:score")
+    (ax,) = fig.axes
+    assert data is table and ax.get_ylim() == (-3, 103)
+    assert [list(line.get_ydata()) for line in ax.lines if line.get_linestyle() == "--"] == [[50, 50]]
+    assert [t.get_text() for t in ax.texts] == ["kept"] and ax.texts[0].xy == (2, 60)
+    assert "inside the loop" in fig.get_suptitle() and "9 validation prompts" in fig.get_suptitle()
+
+
+@pytest.mark.slow
+def test_the_pipeline_compares_and_keeps(smoke):
+    for model, stage in (("SFT", "02_sft"), ("M1", "02_sft"), ("M2", "07_dpo"), ("M3", "07_dpo")):
+        table = pd.read_csv(smoke / model / "selection.csv")
+        assert list(table) == COLUMNS and (table.n == 2).all()
+        log, manifest = (
+            pd.read_csv(smoke / model / "training_log.csv"),
+            read_json(smoke / f"steps/{stage}@{model}.json"),
+        )
+        assert table.step.iloc[-1] == log.step.iloc[-1], "the last step is compared"
+        assert (table.step[:-1] % 2 == 0).all() and table.kept.sum() == 1
+        kept = int(table.step[table.kept].iloc[0])
+        assert manifest["figures"]["kept_step"] == kept
+        assert {f"{model}/selection.csv", f"{model}/selection_answers.jsonl"} <= manifest["outputs"].keys()
+        assert "seed/valid_prompts.jsonl" in manifest["inputs"]
+        card = (smoke / model / "model/README.md").read_text()
+        assert f"after step {kept} of {len(log)}: of the checkpoints compared" in card
+        answers = read_jsonl(smoke / model / "selection_answers.jsonl")
+        assert {r["step"] for r in answers} == {0, *table.step} and len(answers) == 2 * (1 + len(table))
+        valid = {r["prompt_id"]: r["prompt"] for r in read_jsonl(smoke / "seed/valid_prompts.jsonl")}
+        assert all(valid[r["prompt_id"]] == r["prompt"] for r in answers)
+        notebook = json.loads((smoke / f"notebooks/{stage}@{model}.ipynb").read_text())
+        cell = next(c for c in notebook["cells"] if "plots.selection(" in "".join(c["source"]))
+        text = json.dumps(cell["outputs"])
+        assert "image/png" in text and "compared_with" in text
+    assert not list((smoke / "steps").glob("*.work"))
