@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from srlm_utils import api, chat, evaluate, judge, metrics, plan, verdicts
+from srlm_utils import chat, evaluate, judge, metrics, plan, verdicts
 from srlm_utils.artefacts import read_json, read_jsonl, write_json, write_jsonl
 from srlm_utils.engine import Engine
 
@@ -52,7 +52,7 @@ class Selection:
 
     def __init__(self, step):
         p, self.step, self.folder = step.params, step, step.work / "selection"
-        evaluate.check_judges([p.select_judge], p.judge_base_url)
+        evaluate.check_judges([p.select_judge], p)
         self.judge, self.mode = plan.select_judge(step.declared.stage, p.model, vars(p))
         self.rubric = judge.Rubric(p.select_rubric) if self.mode == "score" else None
         if self.mode != "api":
@@ -158,12 +158,8 @@ class Selection:
 
     def _side_by_side(self, n: int, before: int, ours: dict[str, str], theirs: dict[str, str]) -> list[dict]:
         def make():
-            if self.mode == "api":
-                endpoint = api.Api(self.judge, self.step.params.judge_base_url)
-                batches = api.compare(endpoint, self.prompts, ours, theirs)
-            else:
-                batches = evaluate.pairwise_judge(self.step, self.judge, self.mode)(self.prompts, ours, theirs)
-            return [v for batch in batches for v in batch]
+            compare = evaluate.pairwise_judge(self.step, self.judge, self.mode)
+            return [v for batch in compare(self.prompts, ours, theirs) for v in batch]
 
         return self._made(f"{n}-verdicts.jsonl", make)
 

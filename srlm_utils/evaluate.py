@@ -109,9 +109,9 @@ def score_answers(step, engine, rubric: judge.Rubric, name: str, answers: list[d
     ]
 
 
-def check_judges(params) -> None:
-    """Find what is wrong about win judges before a model is loaded: files of verdicts, endpoints, their key."""
-    for name, mode in map(parse_win_judge, params.win_judges):
+def check_judges(judges: list[str], params) -> None:
+    """Find what is wrong about `judges` before a model is loaded: files of verdicts, endpoints, their key."""
+    for name, mode in map(parse_win_judge, judges):
         if mode == "human":
             verdicts.read_votes(resolve(name))
         if mode == "api":

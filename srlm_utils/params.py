@@ -74,7 +74,7 @@ class SeedData(Step):
     rouge_l_max: float = Field(0.7, gt=0, le=1)
 
 
-class _Train(_ModelStep):
+class _Train(_Judged):
     max_rows: int = Field(0, ge=0)  # 0 takes all rows; more is a taste of the step
     lora_r: int = Field(16, ge=0)  # 0 trains all weights
     lora_alpha: int = Field(32, ge=1)
@@ -95,7 +95,6 @@ class _Train(_ModelStep):
     select_rubric: str = "short"  # of a select_judge that scores
     select_prompts: int = Field(0, ge=0)  # validation prompts, 0 takes all
     select_max_new_tokens: int = Field(160, ge=1)
-    judge_base_url: str = ""  # of a <model>:api judge, "" is OpenAI's own
 
 
 class Sft(_Train):

@@ -327,7 +327,7 @@ def test_an_endpoint_compares(tiny, tmp_path, monkeypatch):
         asked.append(endpoint.base_url)
         yield [{"prompt_id": pid, "order": order, "p_first": 0.5} for pid in ours for order in ("AB", "BA")]
 
-    monkeypatch.setattr(checkpoints.api, "compare", compare)
+    monkeypatch.setattr(evaluate.api, "compare", compare)
     p = params(select_judge="judge:api", judge_base_url="http://localhost:1/v1")
     *_, selection = run(tiny, tmp_path, p)
     assert asked == ["http://localhost:1/v1"] * 3 and selection.kept == 2

@@ -150,14 +150,14 @@ def test_a_file_of_verdicts_is_an_input(tmp_path):
 
 def asks_api(base_url):
     flat = Experiment({}).flat("08_evaluate", "M1", "")
-    return SimpleNamespace(**flat | {"win_judges": ["some-model:api"], "judge_base_url": base_url})
+    return SimpleNamespace(**flat | {"judge_base_url": base_url})
 
 
 def test_an_endpoint_without_key_stops_before_a_model_loads(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ParamError, match="OPENAI_API_KEY"):
-        evaluate.check_judges(asks_api(""))
-    evaluate.check_judges(asks_api("http://localhost:8000/v1"))
+        evaluate.check_judges(["some-model:api"], asks_api(""))
+    evaluate.check_judges(["some-model:api"], asks_api("http://localhost:8000/v1"))
 
 
 def vote(pid, a, b, order, p_first):
