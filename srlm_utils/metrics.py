@@ -101,6 +101,11 @@ def ratio(num, den, *, share: bool = True, seed: int = 0) -> dict:
     Returns {"value", "low", "high", "n"}; n is sum(den) rounded. value is None where the denominator is 0, the interval
     is None for fewer than two prompts with a denominator. A share, 0 <= num <= den in each prompt, has a score interval
     and 12 of 12 a bound; all other numbers, and those that only look like one (`share=False`), 10,000 draws and BCa.
+
+    In simulations 95 % intervals covered win rates of 0.5 to 0.9 over 20 to 200 prompts in 94 to 97.5 %, pairwise
+    accuracy over 10 to 200 prompts of 1 to 6 pairs in 94 to 97, means of numbers that are no shares in 93 to 96. A rate
+    without ties over 10 prompts has 11 values: 96 to 99, and less at single rates (88 at the worst). Means of lognormal
+    lengths (sigma 0.8) have 90 to 92 % up to 64 prompts.
     """
     num, den = np.asarray(num, float), np.asarray(den, float)
     num, den = num[den > 0], den[den > 0]

@@ -45,7 +45,8 @@ def length_controlled(results, gaps, *, n_draws: int = 1000, seed: int = 0) -> d
     AlpacaEval's model also has a term for the difficulty of each instruction, fitted over many models; with one pair of
     models there is nothing to fit it from. A judge that is swayed by length is corrected; where one model's answers are
     always the longer ones, length and quality cannot be told apart, and the wide interval says so. Where all results
-    are alike there is no effect to take out, and the figure is the raw rate.
+    are alike there is no effect to take out, and the figure is the raw rate. Simulated, 95 % intervals
+    cover in 94 to 98 % from 64 prompts on, over 20 prompts in 89 to 98.
     """
     y, gaps = np.asarray(results, float), np.asarray(gaps, float)
     scale = math.sqrt(np.mean(gaps**2)) if len(gaps) else 0.0
@@ -64,6 +65,8 @@ def bradley_terry(
     `duels`: (A, B, {prompt_id: result}). A tie is half a win for either. The `anchor` stands at 0, so a rating is the
     difference to it; n counts the comparisons a model took part in. Prompts are resampled over all duels at once: every
     model answered the same ones. Raises `DataError` for a model that no chain of comparisons ties to the anchor.
+    Intervals cover in 94 to 97 % over 20 to 200 prompts. Where one side won throughout, the rating itself is as large
+    as a weak prior allows: read the bound on its other side.
     """
     models = list(dict.fromkeys(m for a, b, _ in duels for m in (a, b)))
     _check_connected(duels, models, anchor)
@@ -120,7 +123,8 @@ def kappa(a: dict[Hashable, float], b: dict[Hashable, float], *, n_draws: int = 
     """Cohen's kappa of two judges on win, tie and loss, over what both decided.
 
     Keys are prompt_ids, or tuples that end in one: several comparisons on one prompt are resampled together. None where
-    both judges always say the same one thing; agreement by chance alone is then certain.
+    both judges always say the same one thing; agreement by chance alone is then certain. The interval covers in 94 to
+    97 % from 64 prompts on, in more over 20.
     """
     shared = [k for k in a if k in b]
     prompts = list(dict.fromkeys(k[-1] if isinstance(k, tuple) else k for k in shared))

@@ -120,9 +120,9 @@ def test_intervals():
 
 @pytest.mark.parametrize("n", [20, 64])
 def test_means_of_numbers_that_are_no_shares_cover(monkeypatch, n):
-    monkeypatch.setattr(metrics, "N_BOOTSTRAP", 500)
+    monkeypatch.setattr(metrics, "N_BOOTSTRAP", 1000)
     rng = np.random.default_rng(1)
-    figures = [metrics.mean(rng.gamma(4, 0.5, n)) for _ in range(1000)]
+    figures = [metrics.mean(rng.gamma(4, 0.5, n)) for _ in range(2000)]
     assert 0.93 <= np.mean([f["low"] <= 2 <= f["high"] for f in figures]) <= 0.97
 
 
