@@ -131,7 +131,7 @@ def last_line(log: Path) -> str:
 def figures(folder: Path, generator: str) -> dict[str, dict]:
     """Win rate and length-controlled win rate, 0 to 1, out of alpaca_eval's results in `folder`.
 
-    The win rate is the mean of the preferences in annotations.json, with an interval from resampling instructions;
+    The win rate is the mean of the preferences in annotations.json, with an interval over instructions;
     the length-controlled one comes from leaderboard.csv with its standard error.
     """
     annotations, board = folder / "annotations.json", folder / "leaderboard.csv"

@@ -25,7 +25,7 @@ def round_metrics(
         "pair_yield": mean([p["prompt_id"] in kept_ids for p in prompts]),
         "candidate_parse_rate": ratio([sum(t) for t in by_judgement], [len(t) for t in by_judgement]),
         "candidate_score_std": plain(std(flat), len(flat)),
-        "within_prompt_score_std": mean(within) if within else plain(None, 0),
+        "within_prompt_score_std": mean(within, share=False) if within else plain(None, 0),
         "candidate_tie_rate": ratio([t for t, _ in ties], [n for _, n in ties]),
         "cut_rate": mean([bool(j.get("cut")) for j in judgements]),
     }

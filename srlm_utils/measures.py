@@ -1,7 +1,7 @@
 """Measures of answers that need no judge: instructions a program can verify, references, repetition, refusals, drift.
 
 Answers are rows {"cand_id", "prompt_id", "text", "n_tokens", "ended"}. Several answers to a prompt are averaged first,
-so that each prompt counts once; intervals come from resampling prompts (`metrics.ratio`).
+so that each prompt counts once; intervals take prompts for the sample (`metrics.ratio`).
 """
 
 import re

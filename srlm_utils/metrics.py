@@ -1,10 +1,12 @@
 """Figures with intervals: reward agreement and win rates. numpy and scipy only; `measures` has those of texts.
 
-Every figure is a ratio of sums over prompts, and its 95 % interval comes from resampling prompts
-(10,000 bootstrap draws with a fixed seed), never rows: the replies to one prompt are not independent.
+Every figure is a ratio of sums over prompts, and its 95 % interval (`resample`) takes prompts for the sample, never
+rows: the replies to one prompt are not independent.
 """
 
 import numpy as np
+
+from srlm_utils import resample
 
 N_BOOTSTRAP = 10_000
 
@@ -96,30 +98,37 @@ METRICS = {
 FIELD = [name for name in METRICS if name.startswith(("alpaca_eval", "mt_bench", "lm_eval"))]
 
 
-def ratio(num, den, *, seed: int = 0) -> dict:
-    """sum(num) / sum(den) with a 95 % bootstrap interval over the entries (one entry a prompt).
+def ratio(num, den, *, share: bool = True, seed: int = 0) -> dict:
+    """sum(num) / sum(den) with a 95 % interval over the entries (one entry a prompt).
 
-    Returns {"value", "low", "high", "n"}; n is sum(den) rounded. value is None where the denominator
-    is 0, the interval is None for fewer than two entries.
+    Returns {"value", "low", "high", "n"}; n is sum(den) rounded. value is None where the denominator is 0, the interval
+    is None for fewer than two prompts with a denominator. A share, 0 <= num <= den in each prompt, has a score interval
+    and 12 of 12 a bound; all other numbers, and those that only look like one (`share=False`), 10,000 draws and BCa.
+
+    In simulations 95 % intervals covered win rates of 0.5 to 0.9 over 20 to 200 prompts in 94 to 97.5 %, pairwise
+    accuracy over 10 to 200 prompts of 1 to 6 pairs in 94 to 97, means of numbers that are no shares in 93 to 96. A rate
+    without ties over 10 prompts has 11 values: 96 to 99, and less at single rates (88 at the worst). Means of lognormal
+    lengths (sigma 0.8) have 90 to 92 % up to 64 prompts.
     """
     num, den = np.asarray(num, float), np.asarray(den, float)
+    num, den = num[den > 0], den[den > 0]
+    if not len(den):
+        return plain(None, 0)
     total = den.sum()
-    n = int(round(total))
-    if total == 0:
-        return {"value": None, "low": None, "high": None, "n": 0}
-    value = float(num.sum() / total)
+    value, n = float(num.sum() / total), int(round(total))
     if len(num) < 2:
-        return {"value": value, "low": None, "high": None, "n": n}
-    draws = np.random.default_rng(seed).multinomial(len(num), np.full(len(num), 1 / len(num)), N_BOOTSTRAP)
-    dens = draws @ den
-    ok = dens > 0
-    low, high = np.quantile((draws[ok] @ num) / dens[ok], (0.025, 0.975))
-    return {"value": value, "low": min(float(low), value), "high": max(float(high), value), "n": n}
+        return plain(value, n)
+    if share and (num >= 0).all() and (num <= den).all():
+        low, high = resample.share_interval(num, den)
+    else:
+        weights = resample.weights(len(num), N_BOOTSTRAP, seed)
+        low, high = resample.interval((weights @ num) / (weights @ den), len(num))
+    return {"value": value, "low": low, "high": high, "n": n}
 
 
-def mean(values, *, seed: int = 0) -> dict:
+def mean(values, *, share: bool = True, seed: int = 0) -> dict:
     """Mean over prompts with its interval."""
-    return ratio(values, np.ones(len(values)), seed=seed)
+    return ratio(values, np.ones(len(values)), share=share, seed=seed)
 
 
 def plain(value: float | None, n: int) -> dict:
@@ -209,8 +218,8 @@ def agreement(prompts: list[dict]) -> dict[str, dict]:
         "score_beyond_length": beyond_length(gaps_of),
         "five_best": ratio(col["fives_best"], col["fives"]),
         "exact_match": mean(col["exact"]),
-        "spearman": mean(col["spearman"]),
-        "kendall": mean(col["kendall"]),
+        "spearman": mean(col["spearman"], share=False),
+        "kendall": mean(col["kendall"], share=False),
     }
 
 
@@ -228,23 +237,22 @@ def beyond_length(prompts: list[list[tuple[float, float]]], *, n_draws: int = 10
     if len(prompts) < 2 or not spread.all():
         return plain(None, len(gaps))
     x, owner = gaps / spread, np.repeat(np.arange(len(prompts)), [len(pairs) for pairs in prompts])
-    draws = np.random.default_rng(seed).multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), n_draws)
-    weights = np.vstack([np.ones(len(x)), draws[:, owner]])  # the first row is the sample itself
-    a = np.zeros((len(weights), 2))
+    weights = resample.weights(len(prompts), n_draws, seed)[:, owner]
+    a, products = np.zeros((len(weights), 2)), np.einsum("ni,nj->nij", x, x).reshape(len(x), 4)
     for _ in range(50):  # Newton's steps, for all draws at once
         p = 1 / (1 + np.exp(-np.clip(a @ x.T, -30, 30)))
         gradient = (weights * (1 - p)) @ x - a / 100
-        hessian = np.einsum("dn,ni,nj->dij", weights * p * (1 - p), x, x) + np.eye(2) / 100
+        hessian = ((weights * p * (1 - p)) @ products).reshape(-1, 2, 2) + np.eye(2) / 100
         step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
         a += step
         if np.abs(step).max() < 1e-8:
             break
-    low, high = np.quantile(a[1:, 0], (0.025, 0.975))
-    return {"value": float(a[0, 0]), "low": float(low), "high": float(high), "n": len(gaps)}
+    low, high = resample.interval(a[:, 0], len(prompts))
+    return {"value": float(a[0, 0]), "low": low, "high": high, "n": len(gaps)}
 
 
 def agreement_gain(ours: list[dict], theirs: list[dict]) -> dict:
-    """How much better one judge orders the same pairs than another: a paired bootstrap over prompts.
+    """How much better one judge orders the same pairs than another: a paired bootstrap (BCa) over prompts.
 
     Both lists are rows of `agreement`, prompt by prompt. A pair earns 1 if it is ordered as ranked,
     0 if it is reversed, and half if the judge ties it or scored only one of the two.
@@ -254,7 +262,7 @@ def agreement_gain(ours: list[dict], theirs: list[dict]) -> dict:
         pairs = ordered_pairs(a["ranks"])
         n.append(len(pairs))
         gains.append(sum(_credit(a["scores"], *p) - _credit(b["scores"], *p) for p in pairs))
-    return ratio(gains, n)
+    return ratio(gains, n, share=False)
 
 
 def _credit(scores: list, better: int, worse: int) -> float:

@@ -195,7 +195,7 @@ def _by_question(grades: list[dict]) -> list[list[float | None]]:
 
 def _mean(grades: list[dict]) -> dict:
     valid = [[s for s in scores if s is not None] for scores in _by_question(grades)]
-    return metrics.ratio([sum(s) for s in valid], [len(s) for s in valid])
+    return metrics.ratio([sum(s) for s in valid], [len(s) for s in valid], share=False)
 
 
 def _share(grades: list[dict]) -> dict:

@@ -129,8 +129,8 @@ def exam(step, compare) -> dict[str, dict]:
 def examine(compare, ranked: list[dict], progress=lambda n: None) -> dict[str, dict]:
     """How a pairwise judge does on ranked replies: figures by name (`metrics.METRICS`).
 
-    Both orders are asked and a disagreement is a tie, as in a win rate. n of the accuracy is pairs; intervals resample
-    prompts.
+    Both orders are asked and a disagreement is a tie, as in a win rate. n of the accuracy is pairs; intervals are
+    over prompts.
     """
     prompts, better, worse = {}, {}, {}
     for key, prompt, good, bad in reply_pairs(ranked):

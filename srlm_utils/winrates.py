@@ -1,7 +1,7 @@
 """Statistics of head-to-head comparisons: sign test, length control, Bradley-Terry ratings, agreement of judges.
 
-A result is 1 where A wins, 0.5 for a tie and 0 where B wins (`metrics.outcomes`). Intervals are 95 %, from resampling
-prompts; all draws are computed at once.
+A result is 1 where A wins, 0.5 for a tie and 0 where B wins (`metrics.outcomes`). Intervals are 95 %, over prompts
+(`resample`); all draws are computed at once.
 """
 
 import math
@@ -9,6 +9,7 @@ from collections.abc import Hashable
 
 import numpy as np
 
+from srlm_utils import resample
 from srlm_utils.errors import DataError
 from srlm_utils.metrics import SIMILAR, mean, plain
 
@@ -43,17 +44,17 @@ def length_controlled(results, gaps, *, n_draws: int = 1000, seed: int = 0) -> d
     root of the mean squared gap; a tie is half a win. The figure is sigmoid(theta): the win rate at equal lengths.
     AlpacaEval's model also has a term for the difficulty of each instruction, fitted over many models; with one pair of
     models there is nothing to fit it from. A judge that is swayed by length is corrected; where one model's answers are
-    always the longer ones, length and quality cannot be told apart, and the wide interval says so.
+    always the longer ones, length and quality cannot be told apart, and the wide interval says so. Where all results
+    are alike there is no effect to take out, and the figure is the raw rate. Simulated, 95 % intervals
+    cover in 94 to 98 % from 64 prompts on, over 20 prompts in 89 to 98.
     """
     y, gaps = np.asarray(results, float), np.asarray(gaps, float)
     scale = math.sqrt(np.mean(gaps**2)) if len(gaps) else 0.0
-    if len(y) < 2 or scale == 0:
+    if scale == 0 or len({*y}) < 2:
         return mean(y)
     x = np.stack([np.ones(len(y)), np.tanh(gaps / scale)], 1)
-    draws = np.random.default_rng(seed).multinomial(len(y), np.full(len(y), 1 / len(y)), n_draws)
-    theta = _logistic(x, y, np.vstack([np.ones(len(y)), draws]))[:, 0]
-    rates = 1 / (1 + np.exp(-theta))
-    return _figure(rates, len(y))
+    theta = _logistic(x, y, resample.weights(len(y), n_draws, seed))[:, 0]
+    return _figure(1 / (1 + np.exp(-theta)), len(y), len(y))
 
 
 def bradley_terry(
@@ -64,6 +65,8 @@ def bradley_terry(
     `duels`: (A, B, {prompt_id: result}). A tie is half a win for either. The `anchor` stands at 0, so a rating is the
     difference to it; n counts the comparisons a model took part in. Prompts are resampled over all duels at once: every
     model answered the same ones. Raises `DataError` for a model that no chain of comparisons ties to the anchor.
+    Intervals cover in 94 to 97 % over 20 to 200 prompts. Where one side won throughout, the rating itself is as large
+    as a weak prior allows: read the bound on its other side.
     """
     models = list(dict.fromkeys(m for a, b, _ in duels for m in (a, b)))
     _check_connected(duels, models, anchor)
@@ -75,14 +78,19 @@ def bradley_terry(
     for d, (_, _, results) in enumerate(duels):
         for pid, result in results.items():
             wins[where[pid], d], fought[where[pid], d] = result, 1
-    draws = np.random.default_rng(seed).multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), n_draws)
-    weights = np.vstack([np.ones(len(prompts)), draws])
+    weights = resample.weights(len(prompts), n_draws, seed)
     x = np.array([[float(m == a) - float(m == b) for m in others] for a, b, _ in duels])
     total = weights @ fought
     rate = np.divide(weights @ wins, total, out=np.full(total.shape, 0.5), where=total > 0)
-    ratings = ELO * _logistic(x, rate, total)
+    # draws of a comparison that one side won throughout show no doubt: the last row has its exact bound instead
+    unseen = np.array([resample.unseen_share(f[f > 0]) if f.any() else 0.0 for f in fought.T])
+    bound = np.where((rate[0] == 0) | (rate[0] == 1), np.clip(rate[0], unseen, 1 - unseen), rate[0])
+    ratings = ELO * _logistic(x, np.vstack([rate, bound]), np.vstack([total, total[0]]))
     n = {m: sum(len(r) for a, b, r in duels if m in (a, b)) for m in models}
-    out = {m: _figure(ratings[:, i], n[m]) for i, m in enumerate(others)}
+    out = {}
+    for m, values in zip(others, ratings.T, strict=True):
+        figure = _figure(values[:-1], len(prompts), n[m])
+        out[m] = figure | {"low": min(figure["low"], float(values[-1])), "high": max(figure["high"], float(values[-1]))}
     return {m: out.get(m, {"value": 0.0, "low": 0.0, "high": 0.0, "n": n[m]}) for m in models}
 
 
@@ -96,18 +104,11 @@ def _check_connected(duels, models: list[str], anchor: str) -> None:
 
 
 def breakdown(results: dict, groups: dict) -> dict[str, dict]:
-    """Win rate, half ties, by group; both by prompt_id. Groups come in the order in which `groups` names them first.
-
-    A group whose results are all alike has no interval: resampling them shows no doubt, however few they are.
-    """
+    """Win rate, half ties, by group; both by prompt_id. Groups come in the order in which `groups` names them first."""
     by: dict[str, list[float]] = {g: [] for g in dict.fromkeys(groups.values())}
     for pid, result in results.items():
         by[groups[pid]].append(result)
-    return {
-        group: mean(values) if len({*values}) > 1 else plain(values[0], len(values))
-        for group, values in by.items()
-        if values
-    }
+    return {group: mean(values) for group, values in by.items() if values}
 
 
 def length_buckets(lengths: dict) -> dict:
@@ -122,7 +123,8 @@ def kappa(a: dict[Hashable, float], b: dict[Hashable, float], *, n_draws: int = 
     """Cohen's kappa of two judges on win, tie and loss, over what both decided.
 
     Keys are prompt_ids, or tuples that end in one: several comparisons on one prompt are resampled together. None where
-    both judges always say the same one thing; agreement by chance alone is then certain.
+    both judges always say the same one thing; agreement by chance alone is then certain. The interval covers in 94 to
+    97 % from 64 prompts on, in more over 20.
     """
     shared = [k for k in a if k in b]
     prompts = list(dict.fromkeys(k[-1] if isinstance(k, tuple) else k for k in shared))
@@ -132,20 +134,24 @@ def kappa(a: dict[Hashable, float], b: dict[Hashable, float], *, n_draws: int = 
     counts = np.zeros((len(prompts), 3, 3))
     for k in shared:
         counts[where[k[-1] if isinstance(k, tuple) else k], int(2 * a[k]), int(2 * b[k])] += 1
-    draws = np.random.default_rng(seed).multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), n_draws)
-    tables = np.einsum("dp,pij->dij", np.vstack([np.ones(len(prompts)), draws]), counts)
+    weights = resample.weights(len(prompts), n_draws, seed)
+    tables = (weights @ counts.reshape(len(prompts), 9)).reshape(-1, 3, 3)
     tables /= tables.sum((1, 2), keepdims=True)
     agree, chance = np.trace(tables, axis1=1, axis2=2), np.einsum("di,di->d", tables.sum(1), tables.sum(2))
     with np.errstate(invalid="ignore", divide="ignore"):
         values = np.where(chance < 1 - 1e-12, (agree - chance) / (1 - chance), np.nan)
-    return plain(None, len(shared)) if np.isnan(values[0]) else _figure(values, len(shared))
+    if np.isnan(values[0]):
+        return plain(None, len(shared))
+    figure = _figure(values, len(prompts), len(shared))
+    if agree[0] > 1 - 1e-12:  # no draw shows doubt
+        figure["low"] = float(1 - resample.unseen_share(counts.sum((1, 2))) / (1 - chance[0]))
+    return figure
 
 
-def _figure(values: np.ndarray, n: int) -> dict:
-    """A figure from the sample's own value, which comes first, and those of the draws."""
-    low, high = np.nanquantile(values[1:], (0.025, 0.975))
-    value = float(values[0])
-    return {"value": value, "low": min(float(low), value), "high": max(float(high), value), "n": n}
+def _figure(values: np.ndarray, n_prompts: int, n: int) -> dict:
+    """A figure from its values on the rows of `resample.weights`."""
+    low, high = resample.interval(values, n_prompts)
+    return {"value": float(values[0]), "low": low, "high": high, "n": n}
 
 
 def _logistic(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -154,11 +160,12 @@ def _logistic(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
     `x` (rows, coefficients), `y` (rows,) or (models, rows) in 0 to 1.
     """
     beta = np.zeros((len(weights), x.shape[1]))
-    eye = np.eye(x.shape[1])
+    k = x.shape[1]
+    products, eye = np.einsum("ni,nj->nij", x, x).reshape(len(x), k * k), np.eye(k)
     for _ in range(60):
         p = 1 / (1 + np.exp(-np.clip(beta @ x.T, -30, 30)))
         gradient = (weights * (y - p)) @ x - _RIDGE * beta
-        hessian = np.einsum("dn,ni,nj->dij", weights * p * (1 - p), x, x) + _RIDGE * eye
+        hessian = ((weights * p * (1 - p)) @ products).reshape(-1, k, k) + _RIDGE * eye
         step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
         size = np.abs(step).max(-1, keepdims=True)
         beta += step * np.minimum(1, 4 / np.maximum(size, 1e-12))  # near separation a full step overshoots

@@ -185,7 +185,7 @@ def test_instruction_figures_average_answers_before_prompts():
         "instruction_loose_accuracy": pytest.approx(2 / 3),
     }
     assert (found["prompt_strict_accuracy"]["n"], found["instruction_strict_accuracy"]["n"]) == (2, 3)
-    assert found["prompt_loose_accuracy"]["low"] == 0.5 and found["prompt_loose_accuracy"]["high"] == 1
+    assert found["prompt_loose_accuracy"]["low"] < 0.1 and found["prompt_loose_accuracy"]["high"] > 0.99  # two prompts
 
 
 def test_a_prompt_counts_once_however_many_answers_it_has():

@@ -118,14 +118,48 @@ def test_intervals():
     assert metrics.ratio([0, 0], [0, 0])["value"] is None
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says(monkeypatch):
-    monkeypatch.setattr(metrics, "N_BOOTSTRAP", 500)
+@pytest.mark.parametrize("n", [20, 64])
+def test_means_of_numbers_that_are_no_shares_cover(monkeypatch, n):
+    monkeypatch.setattr(metrics, "N_BOOTSTRAP", 1000)
     rng = np.random.default_rng(1)
-    hits = 0
-    for i in range(200):
-        m = metrics.mean(rng.random(60) < 0.7, seed=i)
-        hits += m["low"] <= 0.7 <= m["high"]
-    assert 0.88 <= hits / 200 <= 0.99
+    figures = [metrics.mean(rng.gamma(4, 0.5, n)) for _ in range(2000)]
+    assert 0.93 <= np.mean([f["low"] <= 2 <= f["high"] for f in figures]) <= 0.97
+
+
+@pytest.mark.parametrize("n", [10, 20, 64, 200])
+@pytest.mark.parametrize("centre,spread", [(0.3, 1), (2, 1.5)])  # accuracy 0.56 and 0.81
+def test_pairwise_accuracy_over_prompts_of_one_to_six_pairs_covers(n, centre, spread):
+    def right(rng, n):  # prompts differ in how hard they are
+        return 1 / (1 + np.exp(-centre - spread * rng.normal(size=n)))
+
+    truth = right(np.random.default_rng(0), 1_000_000).mean()
+    rng, hits = np.random.default_rng(1), []
+    for _ in range(2000):
+        pairs = rng.integers(1, 7, n)
+        m = metrics.ratio(rng.binomial(pairs, right(rng, n)), pairs)
+        hits.append(m["low"] <= truth <= m["high"])
+    assert 0.93 <= np.mean(hits) <= 0.97
+
+
+@pytest.mark.parametrize("n", [2, 12, 200])
+def test_what_is_always_so_has_an_exact_bound(n):
+    least = 0.05 ** (1 / n)  # a share whose n trials all succeed in 5 % of cases
+    always, never, ties = (metrics.mean([v] * n) for v in (True, 0.0, 0.5))
+    assert (always["value"], always["low"], always["high"]) == (1, pytest.approx(least), 1)
+    assert (never["value"], never["low"], never["high"]) == (0, 0, pytest.approx(1 - least))
+    assert (ties["low"], ties["high"]) == pytest.approx((0.5 * least, 1 - 0.5 * least))
+
+
+def test_a_bound_counts_prompts_and_a_prompt_of_many_rows_makes_them_fewer():
+    assert metrics.ratio([3] * 8, [3] * 8)["low"] == pytest.approx(0.05 ** (1 / 8))
+    assert metrics.ratio([9, 1, 1, 1], [9, 1, 1, 1])["low"] == pytest.approx(0.05 ** (84 / 144))
+
+
+def test_numbers_that_are_no_shares_have_no_bound():
+    flat = metrics.mean([0.0] * 12, share=False)
+    assert flat["low"] == flat["high"] == 0
+    assert metrics.agreement([prompt([0, 1], [3, 3])] * 12)["spearman"]["high"] == 0
+    assert metrics.agreement([prompt([0, 1], [3, 3])] * 12)["exact_match"]["high"] > 0.2
 
 
 def verdict(pid, order, p_first):
@@ -223,9 +257,11 @@ def test_means_of_little():
 
 
 def test_replies_are_resampled_with_their_prompt():
-    # two prompts of 100 pairs, one all right and one all wrong: a draw is 0, 0.5 or 1, not near 0.5
+    # two prompts of 100 pairs, one all right and one all wrong: two trials, not 200
     m = metrics.ratio([100, 0], [100, 100])
-    assert (m["value"], m["low"], m["high"], m["n"]) == (0.5, 0, 1, 200)
+    assert (m["value"], m["n"]) == (0.5, 200) and m["low"] < 0.01 and m["high"] > 0.99
+    m = metrics.ratio([100, 0], [100, 100], share=False)  # a draw is 0, 0.5 or 1
+    assert (m["low"], m["high"]) == (0, 1)
 
 
 def test_one_order_without_a_preference_makes_a_tie():
@@ -331,4 +367,4 @@ def test_calibration_by_hand():
     scores = {"p/0": 4.6, "p/1": 3.5, "p/2": 0.2, "q/0": 4.0, "q/1": None, "flat/0": 4.0, "flat/1": 4.0}
     rows = evaluate.calibration(ranked, [{"id": k, "score": v} for k, v in scores.items()])
     assert [(r["score"], r["value"], r["n"]) for r in rows] == [(0, 1.0, 1), (4, 0.25, 2), (5, 0.0, 1)]
-    assert rows[0]["low"] is None and rows[1]["low"] == 0 and rows[1]["high"] == 0.5
+    assert rows[0]["low"] is None and rows[1]["low"] < 0.25 < rows[1]["high"] < 1
