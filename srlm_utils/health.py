@@ -40,8 +40,9 @@ def round_metrics(
     if kept and "chosen" in kept[0]:
         figures["chosen_chars"] = mean([len(r["chosen"]) for r in kept])
         figures["rejected_chars"] = mean([len(r["rejected"]) for r in kept])
-    mode = judgements[0]["judge_mode"] if judgements else ""
-    return metric_rows(figures, model=model, set="aift", judge=model, judge_mode=mode)
+    first = judgements[0] if judgements else {"judge_mode": ""}
+    judge = first.get("judge", model)
+    return metric_rows(figures, model=model, set="aift", judge=judge, judge_mode=first["judge_mode"])
 
 
 def _ties(scores: list[float]) -> tuple[int, int]:

@@ -18,25 +18,71 @@ def scored_candidates(candidates: list[dict], judgements: list[dict]) -> dict[st
     return by_prompt
 
 
-def build_pairs(
-    prompts: list[dict], candidates: list[dict], judgements: list[dict], *, seed: int = 0, min_margin: float = 0.0
-) -> tuple[list[dict], dict[str, int]]:
-    """One pair a prompt: highest against lowest mean score (Yuan et al. 2024, section 2.4).
+def _best_and_worst(valid: list[dict], order) -> tuple[dict, dict]:
+    best = min(valid, key=lambda c: (-c["score"], order(c)))
+    return best, min(valid, key=lambda c: (c["score"], order(c)))
 
-    Returns (pairs, drops). Equal scores discard the prompt. Where several candidates share the highest
-    or the lowest score, a seeded hash of their ids picks one. Candidates without a valid score take no
-    part: unparsed is not "worst". Reasons: few_scored (fewer than two valid scores), tie (all equal),
-    small_margin (below `min_margin`), same_text, empty_chosen.
+
+def _at_random(valid: list[dict], order) -> tuple[dict, dict]:
+    shuffled = sorted(valid, key=order)
+    chosen = next(c for c in shuffled if c["text"])
+    return chosen, next(c for c in shuffled if c["text"] != chosen["text"])
+
+
+def _longest_and_shortest(valid: list[dict], order) -> tuple[dict, dict]:
+    longest = min(valid, key=lambda c: (-len(c["text"]), order(c)))
+    return longest, min(valid, key=lambda c: (len(c["text"]), order(c)))
+
+
+def _length_controlled(valid: list[dict], order, rho: float) -> tuple[dict, dict]:
+    scores = [c["score"] for c in valid]
+    top, bottom, slack = max(scores), min(scores), rho * (max(scores) - min(scores))
+    good = [c for c in valid if c["score"] >= top - slack and c["text"]]
+    bad = [c for c in valid if c["score"] <= bottom + slack]
+    chosen = min(good, key=lambda c: (len(c["text"]), -c["score"], order(c)))
+    return chosen, min(bad, key=lambda c: (-len(c["text"]), c["score"], order(c)))
+
+
+def build_pairs(
+    prompts: list[dict],
+    candidates: list[dict],
+    judgements: list[dict],
+    *,
+    seed: int = 0,
+    min_margin: float = 0.0,
+    rule: str = "score",
+    length_rho: float = 0.0,
+) -> tuple[list[dict], dict[str, int]]:
+    """One pair a prompt; (pairs, drops by reason).
+
+    `rule` says which two candidates:
+
+    - score: highest against lowest mean score (Yuan et al. 2024, section 2.4). Among several that share it a
+      seeded hash of their ids picks one.
+    - length_control: of the candidates within `length_rho` of the way from the highest score to the lowest the
+      shortest, against the longest within as much of the lowest (Wu et al. 2024); below 0.5 the two cannot meet.
+    - controls that no score decides: random (two candidates by a seeded hash), longer (the longest over the
+      shortest, in characters), shorter (the reverse).
+
+    Whatever the rule, a prompt qualifies where its best and its worst candidate would make a pair, so that rules learn
+    from the same prompts. Candidates without a valid score take no part: unparsed is not "worst". Reasons to drop a
+    prompt: few_scored (fewer than two valid scores), tie (all equal), small_margin (best and worst are nearer than
+    `min_margin`), same_text, empty_chosen; and same_length, where longer and shorter have nothing to choose between.
     """
     by_prompt = scored_candidates(candidates, judgements)
     pairs, drops = [], dict.fromkeys(("few_scored", "tie", "small_margin", "same_text", "empty_chosen"), 0)
+    if rule in ("longer", "shorter"):
+        drops["same_length"] = 0
+
+    def order(c: dict) -> str:
+        return _tie_key(seed, c["cand_id"])
+
     for p in prompts:
         valid = [c for c in by_prompt[p["prompt_id"]] if c["score"] is not None]
         if len(valid) < 2:
             drops["few_scored"] += 1
             continue
-        chosen = min(valid, key=lambda c: (-c["score"], _tie_key(seed, c["cand_id"])))
-        rejected = min(valid, key=lambda c: (c["score"], _tie_key(seed, c["cand_id"])))
+        chosen, rejected = _best_and_worst(valid, order)
         margin = chosen["score"] - rejected["score"]
         reason = (
             "tie"
@@ -49,6 +95,17 @@ def build_pairs(
             if not chosen["text"]
             else None
         )
+        if not reason and rule == "random":
+            chosen, rejected = _at_random(valid, order)
+        elif not reason and rule == "length_control":
+            chosen, rejected = _length_controlled(valid, order, length_rho)
+            reason = "same_text" if chosen["text"] == rejected["text"] else None
+        elif not reason and rule in ("longer", "shorter"):
+            # nobody is to learn that an empty answer is the better one
+            chosen, rejected = _longest_and_shortest([c for c in valid if c["text"] or rule == "longer"], order)
+            reason = "same_length" if len(chosen["text"]) == len(rejected["text"]) else None
+            if rule == "shorter":
+                chosen, rejected = rejected, chosen
         if reason:
             drops[reason] += 1
             continue

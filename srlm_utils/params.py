@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from srlm_utils.errors import ParamError
 
 JudgeMode = Literal["sampled", "expected", "sampled_expected"]
+PairRule = Literal["score", "length_control", "random", "longer", "shorter"]
 
 
 class _Params(BaseModel):
@@ -122,6 +123,7 @@ class SelfInstruct(_ModelStep):
 
 
 class Judge(_ModelStep):
+    judge_model: str = ""  # "" is the model in training
     max_rows: int = Field(0, ge=0)  # candidates
     rubric: str = "short"
     judge_mode: JudgeMode = "expected"
@@ -134,6 +136,8 @@ class Judge(_ModelStep):
 
 class BuildPairs(Step):
     learn_from: Literal["pairs", "positives"] = "pairs"
+    pair_rule: PairRule = "score"  # the paper's, length control, or a control that no score decides (`pairs`)
+    length_rho: float = Field(0.32, ge=0, lt=0.5)  # of length_control
     min_margin: float = Field(0.0, ge=0, le=5)
     positive_min_score: float = Field(4.5, ge=0, le=5)
     on_unhealthy: Literal["warn", "stop"] = "warn"

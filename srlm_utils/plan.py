@@ -87,10 +87,15 @@ def make_step(stage: str, model: str, params: dict) -> Step:
             (f"{m}/aift/attempts.jsonl", f"{m}/aift/prompts.jsonl", f"{m}/aift/candidates.jsonl"),
         )
     if key == "judge":
+        judge = params.get("judge_model") or m
         return Step(
             stage,
             m,
-            (weights(m), f"{m}/aift/prompts.jsonl", f"{m}/aift/candidates.jsonl"),
+            (
+                *([weights(judge)] if is_model_name(judge) else []),
+                f"{m}/aift/prompts.jsonl",
+                f"{m}/aift/candidates.jsonl",
+            ),
             (f"{m}/aift/judgements.jsonl",),
         )
     if key == "build_pairs":
@@ -157,6 +162,7 @@ def list_steps(experiment: Experiment) -> list[Step]:
             )
     order += [("08_evaluate", m) for m in ("M0", "SFT", "M1")]
     for i in range(1, run.iterations):
+        _check_judge(experiment.flat("05_judge", f"M{i}", "")["judge_model"], f"M{i}")
         order += [(stage, f"M{i}") for stage in ("04_self_instruct", "05_judge", "06_build_pairs")]
         order += [("07_dpo" if run.learn_from == "pairs" else "02_sft", f"M{i + 1}"), ("08_evaluate", f"M{i + 1}")]
     for model in experiment.benchmarked():
@@ -171,9 +177,20 @@ def list_steps(experiment: Experiment) -> list[Step]:
     return [make_step(stage, m, experiment.flat(stage, m, "")) for stage, m in order]
 
 
+def _check_judge(judge: str, model: str) -> None:
+    """Refuse a judge of `model`'s candidates that cannot give scores by then."""
+    if judge == OUTSIDE:
+        raise ParamError("judge.judge_model: the outside judge compares two answers and gives no scores.")
+    if is_model_name(judge) and judge not in (*models_before(model), model):
+        raise ParamError(
+            f"judge.judge_model: {judge} does not exist yet when the candidates of {model} are scored; expected one of "
+            f"{', '.join((*models_before(model), model))} or a model from outside the run."
+        )
+
+
 def external_inputs(stage: str, params: dict) -> dict[str, Path]:
-    """Files outside the run folder that a step depends on: seed files, the judge's rubric, benchmarks and their tasks.
-    A data set of the hub is none: its name stands among the parameters."""
+    """Files outside the run folder that a step depends on: seed files, the judge's rubric and its folder, benchmarks
+    and their tasks. A data set of the hub is none: its name stands among the parameters."""
     files = {}
     for name, value in params.items():
         if name.endswith(("_file", "_files")):
@@ -184,6 +201,8 @@ def external_inputs(stage: str, params: dict) -> dict[str, Path]:
             files[f"win_judges:{judge}"] = resolve(judge)
         if judge == OUTSIDE:
             files["win_judges:outside"] = SEED_DATA / "judge_train.jsonl"
+    if (judge := params.get("judge_model", "")) and not is_model_name(judge) and resolve(judge).is_dir():
+        files[f"judge_model:{judge}"] = resolve(judge)
     if "rubric" in params:
         files[f"rubric:{params['rubric']}"] = rubric_path(params["rubric"])
     if params.get("lm_eval_include_path"):

@@ -1,0 +1,127 @@
+"""The method's variants and controls: what each overlay changes, on rows made by hand."""
+
+import pytest
+
+from srlm_utils import health, pairs
+from srlm_utils.errors import ParamError
+from srlm_utils.params import Experiment
+from srlm_utils.plan import fingerprint, list_steps, make_step
+from tests.test_pairs import case
+
+TEXTS = ["aa", "a", "aaaa", "aaa"]  # 1 is the shortest, 2 the longest
+
+
+def steps(tree):
+    return {s.name: s for s in list_steps(Experiment(tree))}
+
+
+@pytest.mark.parametrize(
+    "rule,chosen,rejected", [("score", "p-0", "p-3"), ("longer", "p-2", "p-1"), ("shorter", "p-1", "p-2")]
+)
+def test_who_wins_by_rule(rule, chosen, rejected):
+    (pair,), drops = pairs.build_pairs(*case([5.0, 3.0, 2.0, 1.0], TEXTS), rule=rule)
+    assert (pair["chosen_id"], pair["rejected_id"]) == (chosen, rejected) and not sum(drops.values())
+    assert pair["chosen"] == TEXTS[int(chosen[-1])]
+    assert pair["chosen_score"] == {"p-0": 5.0, "p-1": 3.0, "p-2": 2.0}[chosen]
+
+
+def test_random_pairs_go_by_the_seed_and_not_by_score_or_place():
+    prompts, cands, judged = case([5.0, 3.0, 2.0, 1.0], TEXTS)
+    found = [pairs.build_pairs(prompts, cands, judged, seed=s, rule="random")[0][0] for s in range(300)]
+    again = pairs.build_pairs(prompts, cands[::-1], judged[::-1], seed=7, rule="random")[0][0]
+    assert again == found[7]
+    counts = {(p["chosen_id"], p["rejected_id"]): 0 for p in found}
+    for p in found:
+        counts[p["chosen_id"], p["rejected_id"]] += 1
+    assert len(counts) == 12 and min(counts.values()) > 8 and max(counts.values()) < 50  # 25 expected of each
+
+
+@pytest.mark.parametrize("rule", ["random", "longer", "shorter", "length_control"])
+def test_every_rule_learns_from_the_prompts_that_the_papers_rule_keeps(rule):
+    parts = [
+        case([4, 1, 2], TEXTS, pid="kept"),
+        case([3, 3, 3], TEXTS, pid="tied"),
+        case([3, None], TEXTS, pid="few"),
+        case([3, 2.9], TEXTS, pid="near"),
+        case([4, 1], ["same", "same"], pid="same"),
+        case([4, 1, 2], ["", "b", "cc"], pid="empty"),
+    ]
+    prompts, cands, judged = ([r for p in parts for r in p[k]] for k in range(3))
+    made, drops = pairs.build_pairs(prompts, cands, judged, min_margin=0.5, rule=rule)
+    of_paper, drops_of_paper = pairs.build_pairs(prompts, cands, judged, min_margin=0.5)
+    assert [p["prompt_id"] for p in made] == [p["prompt_id"] for p in of_paper] == ["kept"]
+    assert {k: drops[k] for k in drops_of_paper} == drops_of_paper
+
+
+def test_controls_take_no_unscored_candidate_and_choose_no_empty_one():
+    prompts, cands, judged = case([None, 3.0, 1.0, 2.0], ["a" * 9, "aaa", "", "aa"])
+    for seed in range(20):
+        for rule in ("random", "longer", "shorter"):
+            (pair,), _ = pairs.build_pairs(prompts, cands, judged, seed=seed, rule=rule)
+            assert pair["chosen"] in ("aa", "aaa") and pair["rejected_id"] != "p-0"
+    shorter = pairs.build_pairs(prompts, cands, judged, rule="shorter")[0][0]
+    assert (shorter["chosen"], shorter["rejected"]) == ("aa", "aaa")
+    assert pairs.build_pairs(prompts, cands, judged, rule="longer")[0][0]["rejected"] == ""
+
+
+@pytest.mark.parametrize("rule", ["longer", "shorter"])
+def test_length_decides_nothing_among_equals(rule):
+    made, drops = pairs.build_pairs(*case([4.0, 1.0], ["ab", "cd"]), rule=rule)
+    assert made == [] and drops["same_length"] == 1 == sum(drops.values())
+
+
+def test_length_control_by_hand():
+    texts = ["aaaa", "aa", "aaa", "a", "aaaaa"]
+    rows = case([5.0, 4.0, 3.0, 1.5, 1.0], texts)
+    # rho 0.3 of 4 points: good from 3.8 (4 and 2 characters), bad up to 2.2 (1 and 5)
+    (pair,), _ = pairs.build_pairs(*rows, rule="length_control", length_rho=0.3)
+    assert (pair["chosen_id"], pair["rejected_id"]) == ("p-1", "p-4")
+    # rho 0.2: good from 4.2 alone; rho 0.1: bad up to 1.4 alone
+    assert pairs.build_pairs(*rows, rule="length_control", length_rho=0.2)[0][0]["chosen_id"] == "p-0"
+    swapped = case([5.0, 4.0, 3.0, 1.5, 1.0], ["aaaa", "aa", "aaa", "aaaaa", "a"])
+    got = [pairs.build_pairs(*swapped, rule="length_control", length_rho=r)[0][0]["rejected_id"] for r in (0.3, 0.1)]
+    assert got == ["p-3", "p-4"]
+    # rho 0 is the paper's rule, with length among equals
+    tied = case([5.0, 5.0, 1.0, 1.0], ["aa", "a", "b", "bb"])
+    (pair,), _ = pairs.build_pairs(*tied, rule="length_control", length_rho=0.0)
+    assert (pair["chosen"], pair["rejected"]) == ("a", "bb")
+
+
+def test_length_control_never_prefers_the_worse_score_or_an_empty_answer():
+    rows = case([5.0, 4.9, 3.0, 2.9], ["aaa", "", "aa", "a"])
+    (pair,), _ = pairs.build_pairs(*rows, rule="length_control", length_rho=0.49)
+    assert (pair["chosen"], pair["rejected"]) == ("aaa", "aa")
+    with pytest.raises(ParamError, match="length_rho = 0.5"):
+        Experiment({"build_pairs": {"length_rho": 0.5}})
+
+
+def test_a_frozen_judge_is_what_the_judging_step_reads():
+    default, frozen = steps({}), steps({"judge": {"judge_model": "M1"}})
+    assert "M2/model" in default["05_judge@M2"].reads
+    assert "M1/model" in frozen["05_judge@M2"].reads and "M2/model" not in frozen["05_judge@M2"].reads
+    assert frozen["05_judge@M1"] == default["05_judge@M1"]
+    assert steps({"judge": {"judge_model": "a/b"}})["05_judge@M2"].reads[0] == "M2/aift/prompts.jsonl"
+    for judge, says in (("M2", "M2 does not exist yet when the candidates of M1"), ("outside", "gives no scores")):
+        with pytest.raises(ParamError, match=says):
+            steps({"judge": {"judge_model": judge}})
+    only_later = {"by_model": {"M2": {"judge": {"judge_model": "M2"}}}}
+    assert steps(only_later)["05_judge@M2"] == default["05_judge@M2"]
+
+
+def test_a_judges_folder_counts_by_its_contents(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    params = Experiment({"judge": {"judge_model": str(tmp_path)}}).flat("05_judge", "M1", "")
+    step = make_step("05_judge", "M1", params)
+    run = tmp_path / "run"
+    for path in step.reads:
+        (run / path).parent.mkdir(parents=True, exist_ok=True)
+        (run / path).write_text("{}\n")
+    before = fingerprint(step, params, run)["inputs"]
+    (tmp_path / "config.json").write_text("{ }")
+    assert fingerprint(step, params, run)["inputs"] != before
+
+
+def test_health_names_who_judged():
+    prompts, cands, judged = case([1.0, 3.0])
+    judged = [j | {"judge": "M1"} for j in judged]
+    assert {r["judge"] for r in health.round_metrics("M2", prompts, cands, judged, [])} == {"M1"}
