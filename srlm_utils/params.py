@@ -89,6 +89,7 @@ class Sft(_Train):
 
 class Dpo(_Train):
     beta: float = Field(0.1, gt=0)
+    nll_weight: float = Field(0.0, ge=0)  # of the chosen answers' likelihood beside DPO's loss
 
 
 class BuildEft(_ModelStep):

@@ -329,6 +329,9 @@ def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> DPOTr
     now (with the new adapter switched off, or before any weight has moved), and kept beside the rows.
     So the reference is the round's starting model in every case, and no second model is in memory;
     trl's own default would reload whatever ``config._name_or_path`` says.
+
+    `params.nll_weight` adds that much of the chosen answers' mean negative log-likelihood (Pang et al. 2024). trl
+    takes the mean over the tokens of a micro-batch, the paper over those of each answer.
     """
     lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
     n_tokens = sum(len(ids) for r in rows for ids in r.values())
@@ -337,7 +340,8 @@ def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> DPOTr
     args = DPOConfig(
         **_common_args(params, work, per_device=micro, accumulation=accumulation, n_items=len(order)),
         beta=params.beta,
-        loss_type=["sigmoid"],
+        loss_type=["sigmoid"] + ["sft"] * bool(params.nll_weight),
+        loss_weights=[1.0] + [params.nll_weight] * bool(params.nll_weight),
         precompute_ref_log_probs=True,
         disable_dropout=not params.dropout,
     )
