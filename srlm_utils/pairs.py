@@ -126,6 +126,12 @@ def build_pairs(
     return pairs, drops
 
 
+def replayed(pairs: list[dict], share: float, seed: int = 0) -> list[dict]:
+    """The `share` of an earlier round's pairs that is learned from again: a seeded hash of their prompts' ids picks."""
+    picked = sorted(pairs, key=lambda p: _tie_key(seed, p["prompt_id"]))[: round(share * len(pairs))]
+    return [p for p in pairs if p in picked]
+
+
 def build_positives(
     prompts: list[dict], candidates: list[dict], judgements: list[dict], *, seed: int = 0, min_score: float = 4.5
 ) -> tuple[list[dict], dict[str, int]]:

@@ -84,12 +84,14 @@ class _Train(_ModelStep):
 
 
 class Sft(_Train):
+    use_eft: bool = True  # whether M1 learns to judge; False is the paper's ablation (A.3)
     rank_weight: float = Field(0.0, ge=0)  # of the ranking loss on EFT's scores; 0 is cross-entropy alone (the paper)
 
 
 class Dpo(_Train):
     beta: float = Field(0.1, gt=0)
     nll_weight: float = Field(0.0, ge=0)  # of the chosen answers' likelihood beside DPO's loss
+    replay: float = Field(0.0, ge=0, le=1)  # share of each earlier round's pairs that is learned from again
 
 
 class BuildEft(_ModelStep):

@@ -71,7 +71,7 @@ def make_step(stage: str, model: str, params: dict) -> Step:
         return Step(stage, m, (), ("M0/model.json", *(f"seed/{f}.jsonl" for f in SEED_FILES)))
     if key == "sft":
         if m in ("SFT", "M1"):
-            data = ["seed/ift.jsonl"] + (["SFT/eft/train.jsonl"] if m == "M1" else [])
+            data = ["seed/ift.jsonl"] + (["SFT/eft/train.jsonl"] if m == "M1" and params.get("use_eft", True) else [])
         else:
             data = ["seed/ift.jsonl", f"{init_model(m)}/aift/positives.jsonl"]
         return Step(stage, m, (weights(init_model(m)), *data), (f"{m}/model", f"{m}/training_log.csv"))
@@ -107,7 +107,9 @@ def make_step(stage: str, model: str, params: dict) -> Step:
         )
     if key == "dpo":
         start = init_model(m)
-        return Step(stage, m, (weights(start), f"{start}/aift/pairs.jsonl"), (f"{m}/model", f"{m}/training_log.csv"))
+        rounds = range(int(start[1:]) if params.get("replay") else 1)  # the newest first
+        pairs = (f"M{int(start[1:]) - i}/aift/pairs.jsonl" for i in rounds)
+        return Step(stage, m, (weights(start), *pairs), (f"{m}/model", f"{m}/training_log.csv"))
     if key == "evaluate":
         judges = {parse_win_judge(j)[0] for j in params.get("win_judges", [])}
         reads = dict.fromkeys(
@@ -153,6 +155,8 @@ def list_steps(experiment: Experiment) -> list[Step]:
     """
     run = experiment.run
     order = [("01_seed_data", "run"), ("02_sft", "SFT"), ("03_build_eft", "SFT"), ("02_sft", "M1")]
+    if not experiment.flat("02_sft", "M1", "")["use_eft"]:
+        order.remove(("03_build_eft", "SFT"))
     judges = experiment.flat("08_evaluate", "M1", "")["win_judges"]
     for judge, _ in map(parse_win_judge, judges):
         if is_model_name(judge) and judge not in ("M0", "SFT", "M1"):

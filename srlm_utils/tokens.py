@@ -45,7 +45,7 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
     judge_frame = CHAT + PROMPT + RUBRIC.get(p.get("rubric", ""), 200)  # all but the answer that is judged
     if key == "sft":
         n["trained"] = _rows(experiment, "ift") * (CHAT + PROMPT + ANSWER)
-        if step.model == "M1":
+        if "SFT/eft/train.jsonl" in step.reads:
             eft = experiment.flat("03_build_eft", "SFT", "")
             shared = CHAT + PROMPT + RUBRIC.get(eft["rubric"], 200) - TAIL  # read once for a prompt's judgements
             n_formats, size = len({*eft["formats"]}), min(p["micro_batch_size"], p["train_batch_size"])
@@ -65,8 +65,11 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
         if p["judge_mode"] != "expected":
             n["generated"] = items * p["n_samples"] * min(p["max_new_tokens"], JUSTIFICATION + 15)
     elif key == "dpo":
-        source = experiment.flat("04_self_instruct", f"M{int(step.model[1:]) - 1}", "")
-        tokens = 2 * source["n_prompts"] * (CHAT + PROMPT + _written(source))
+        tokens, new = 0, int(step.model[1:]) - 1
+        for i in range(1 if p["replay"] else new, new + 1):
+            source = experiment.flat("04_self_instruct", f"M{i}", "")
+            share = 1 if i == new else p["replay"]
+            tokens += 2 * share * source["n_prompts"] * (CHAT + PROMPT + _written(source))
         n["trained"], n["judged"] = tokens * p["epochs"], tokens  # the reference reads every pair once
     elif key == "evaluate":
         replies, tests = _rows(experiment, "ranked_eval") * REPLIES, _rows(experiment, "test")

@@ -6,6 +6,7 @@ from srlm_utils import health, pairs
 from srlm_utils.errors import ParamError
 from srlm_utils.params import Experiment
 from srlm_utils.plan import fingerprint, list_steps, make_step
+from srlm_utils.tokens import step_tokens
 from tests.test_pairs import case
 
 TEXTS = ["aa", "a", "aaaa", "aaa"]  # 1 is the shortest, 2 the longest
@@ -119,6 +120,33 @@ def test_a_judges_folder_counts_by_its_contents(tmp_path):
     before = fingerprint(step, params, run)["inputs"]
     (tmp_path / "config.json").write_text("{ }")
     assert fingerprint(step, params, run)["inputs"] != before
+
+
+def test_without_eft_m1_learns_from_ift_alone():
+    default, without = steps({}), steps({"sft": {"use_eft": False}})
+    assert set(default) - set(without) == {"03_build_eft@SFT"} and not set(without) - set(default)
+    assert without["02_sft@M1"].reads == ("M0/model.json", "seed/ift.jsonl")
+    assert default["02_sft@M1"].reads == ("M0/model.json", "seed/ift.jsonl", "SFT/eft/train.jsonl")
+    trained = [step_tokens(s["02_sft@M1"], Experiment({})) for s in (default, without)]
+    assert trained[0]["trained"] > trained[1]["trained"] > 0
+
+
+def test_replay_reads_the_pairs_of_all_rounds_before():
+    tree = {"common": {"iterations": 4}, "dpo": {"replay": 0.5}}
+    found = steps(tree)
+    assert found["07_dpo@M2"] == steps({"common": {"iterations": 4}})["07_dpo@M2"]
+    assert found["07_dpo@M4"].reads == ("M3/model", *(f"M{i}/aift/pairs.jsonl" for i in (3, 2, 1)))
+    costs = [step_tokens(found[f"07_dpo@M{i}"], Experiment(tree))["trained"] for i in (2, 3, 4)]
+    assert costs == [costs[0], 1.5 * costs[0], 2 * costs[0]]
+
+
+def test_a_share_of_old_pairs_is_picked_by_the_seed():
+    old = [{"prompt_id": f"p{i}"} for i in range(9)]
+    assert pairs.replayed(old, 1.0) == old and pairs.replayed(old, 0.0) == []
+    picked = {tuple(p["prompt_id"] for p in pairs.replayed(old, 0.5, seed)) for seed in range(9)}
+    assert {len(ids) for ids in picked} == {4} and len(picked) > 5
+    again = pairs.replayed(old[::-1], 0.5, 3)
+    assert again[::-1] == pairs.replayed(old, 0.5, 3)
 
 
 def test_health_names_who_judged():
