@@ -4,14 +4,21 @@ import math
 from collections import Counter
 
 from srlm_utils.metrics import mean, metric_rows, plain, ratio, std
-from srlm_utils.pairs import scored_candidates
+from srlm_utils.pairs import by_the_model, scored_candidates
 
 
 def round_metrics(
     model: str, prompts: list[dict], candidates: list[dict], judgements: list[dict], kept: list[dict]
 ) -> list[dict]:
-    """Metric rows of one round, set "aift": pair yield, parse rate, spread and ties of the scores, lengths."""
+    """Metric rows of one round, set "aift": pair yield, parse rate, spread and ties of the scores, lengths.
+
+    Scores are those of the model's own candidates.
+    """
     from scipy import stats  # slow to import
+
+    candidates = by_the_model(candidates)
+    own = {c["cand_id"] for c in candidates}
+    judgements = [j for j in judgements if j["id"] in own]
 
     kept_ids = {r["prompt_id"] for r in kept}
     by_prompt = scored_candidates(candidates, judgements)

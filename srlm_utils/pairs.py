@@ -18,27 +18,40 @@ def scored_candidates(candidates: list[dict], judgements: list[dict]) -> dict[st
     return by_prompt
 
 
-def _best_and_worst(valid: list[dict], order) -> tuple[dict, dict]:
-    best = min(valid, key=lambda c: (-c["score"], order(c)))
-    return best, min(valid, key=lambda c: (c["score"], order(c)))
+def by_the_model(candidates: list[dict]) -> list[dict]:
+    """Those of `candidates` that the model in training wrote itself: all but an anchor's."""
+    return [c for c in candidates if not c.get("author")]
 
 
-def _at_random(valid: list[dict], order) -> tuple[dict, dict]:
-    shuffled = sorted(valid, key=order)
-    chosen = next(c for c in shuffled if c["text"])
-    return chosen, next(c for c in shuffled if c["text"] != chosen["text"])
+# each takes the candidates that may be chosen, and those that may be rejected: the same ones and an anchor's
 
 
-def _longest_and_shortest(valid: list[dict], order) -> tuple[dict, dict]:
-    longest = min(valid, key=lambda c: (-len(c["text"]), order(c)))
-    return longest, min(valid, key=lambda c: (len(c["text"]), order(c)))
+def _best_and_worst(own: list[dict], everyone: list[dict], order) -> tuple[dict, dict]:
+    best = min(own, key=lambda c: (-c["score"], order(c)))
+    return best, min(everyone, key=lambda c: (c["score"], bool(c.get("author")), order(c)))
 
 
-def _length_controlled(valid: list[dict], order, rho: float) -> tuple[dict, dict]:
-    scores = [c["score"] for c in valid]
-    top, bottom, slack = max(scores), min(scores), rho * (max(scores) - min(scores))
-    good = [c for c in valid if c["score"] >= top - slack and c["text"]]
-    bad = [c for c in valid if c["score"] <= bottom + slack]
+def _at_random(own: list[dict], everyone: list[dict], order) -> tuple[dict, dict]:
+    chosen = next(c for c in sorted(own, key=order) if c["text"])
+    return chosen, next(c for c in sorted(everyone, key=order) if c["text"] != chosen["text"])
+
+
+def _longest_and_shortest(own: list[dict], everyone: list[dict], order) -> tuple[dict, dict]:
+    longest = min(own, key=lambda c: (-len(c["text"]), order(c)))
+    return longest, min(everyone, key=lambda c: (len(c["text"]), order(c)))
+
+
+def _shortest_and_longest(own: list[dict], everyone: list[dict], order) -> tuple[dict, dict]:
+    # nobody is to learn that an empty answer is the better one
+    shortest = min((c for c in own if c["text"]), key=lambda c: (len(c["text"]), order(c)))
+    return shortest, min(everyone, key=lambda c: (-len(c["text"]), order(c)))
+
+
+def _length_controlled(own: list[dict], everyone: list[dict], order, rho: float) -> tuple[dict, dict]:
+    top, bottom = max(c["score"] for c in own), min(c["score"] for c in everyone)
+    slack = rho * (top - bottom)
+    good = [c for c in own if c["score"] >= top - slack and c["text"]]
+    bad = [c for c in everyone if c["score"] <= bottom + slack]
     chosen = min(good, key=lambda c: (len(c["text"]), -c["score"], order(c)))
     return chosen, min(bad, key=lambda c: (-len(c["text"]), c["score"], order(c)))
 
@@ -65,9 +78,11 @@ def build_pairs(
       shortest, in characters), shorter (the reverse).
 
     Whatever the rule, a prompt qualifies where its best and its worst candidate would make a pair, so that rules learn
-    from the same prompts. Candidates without a valid score take no part: unparsed is not "worst". Reasons to drop a
-    prompt: few_scored (fewer than two valid scores), tie (all equal), small_margin (best and worst are nearer than
-    `min_margin`), same_text, empty_chosen; and same_length, where longer and shorter have nothing to choose between.
+    from the same prompts. An anchor's candidates may be rejected, never chosen: so with "score" the worst of them is
+    rejected where it scores below the model's own worst (Wang et al. 2025). Candidates without a valid score take no
+    part: unparsed is not "worst". Reasons to drop a prompt: few_scored (fewer than two valid scores), tie (all equal),
+    small_margin (best and worst are nearer than `min_margin`), same_text, empty_chosen; and same_length, where longer
+    and shorter have nothing to choose between.
     """
     by_prompt = scored_candidates(candidates, judgements)
     pairs, drops = [], dict.fromkeys(("few_scored", "tie", "small_margin", "same_text", "empty_chosen"), 0)
@@ -79,10 +94,11 @@ def build_pairs(
 
     for p in prompts:
         valid = [c for c in by_prompt[p["prompt_id"]] if c["score"] is not None]
-        if len(valid) < 2:
+        own = by_the_model(valid)
+        if len(valid) < 2 or not own:
             drops["few_scored"] += 1
             continue
-        chosen, rejected = _best_and_worst(valid, order)
+        chosen, rejected = _best_and_worst(own, valid, order)
         margin = chosen["score"] - rejected["score"]
         reason = (
             "tie"
@@ -96,16 +112,13 @@ def build_pairs(
             else None
         )
         if not reason and rule == "random":
-            chosen, rejected = _at_random(valid, order)
+            chosen, rejected = _at_random(own, valid, order)
         elif not reason and rule == "length_control":
-            chosen, rejected = _length_controlled(valid, order, length_rho)
+            chosen, rejected = _length_controlled(own, valid, order, length_rho)
             reason = "same_text" if chosen["text"] == rejected["text"] else None
         elif not reason and rule in ("longer", "shorter"):
-            # nobody is to learn that an empty answer is the better one
-            chosen, rejected = _longest_and_shortest([c for c in valid if c["text"] or rule == "longer"], order)
+            chosen, rejected = (_longest_and_shortest if rule == "longer" else _shortest_and_longest)(own, valid, order)
             reason = "same_length" if len(chosen["text"]) == len(rejected["text"]) else None
-            if rule == "shorter":
-                chosen, rejected = rejected, chosen
         if reason:
             drops[reason] += 1
             continue
@@ -140,7 +153,7 @@ def build_positives(
     The paper takes perfect 5s; an expected score counts as 5 from 4.5, where it rounds to it. Answers
     that did not end are left out, since they would be learned with an end they never had.
     """
-    by_prompt = scored_candidates(candidates, judgements)
+    by_prompt = scored_candidates(by_the_model(candidates), judgements)
     positives, drops = [], dict.fromkeys(("few_scored", "low_score"), 0)
     for p in prompts:
         valid = [c for c in by_prompt[p["prompt_id"]] if c["score"] is not None and c["ended"] and c["text"]]

@@ -120,6 +120,7 @@ class SelfInstruct(_ModelStep):
     rouge_l_max: float = Field(0.7, gt=0, le=1)
     attempts_per_prompt: int = Field(6, ge=1)
     n_candidates: int = Field(4, ge=1)
+    anchor_model: str = ""  # an earlier model that answers too, for rejected answers alone; "" is none
     temperature: float = Field(0.7, ge=0)
     top_p: float = Field(0.9, gt=0, le=1)
     max_new_tokens: int = Field(160, ge=1)

@@ -78,8 +78,8 @@ def make_step(stage: str, model: str, params: dict) -> Step:
     if key == "build_eft":
         return Step(stage, m, (weights(m), "seed/ranked_train.jsonl"), (f"{m}/eft/train.jsonl", f"{m}/eft/yield.json"))
     if key == "self_instruct":
-        writer = params.get("prompt_model") or m
-        reads = {weights(m), *([weights(writer)] if is_model_name(writer) else [])}
+        others = (params.get("prompt_model", ""), params.get("anchor_model", ""))
+        reads = {weights(name) for name in (m, *others) if is_model_name(name)}
         return Step(
             stage,
             m,
@@ -166,6 +166,12 @@ def list_steps(experiment: Experiment) -> list[Step]:
             )
     order += [("08_evaluate", m) for m in ("M0", "SFT", "M1")]
     for i in range(1, run.iterations):
+        anchor = experiment.flat("04_self_instruct", f"M{i}", "")["anchor_model"]
+        if anchor and anchor not in models_before(f"M{i}"):
+            raise ParamError(
+                f"self_instruct.anchor_model: found {anchor!r}, expected a model that was there before M{i}: "
+                f"{', '.join(models_before(f'M{i}'))}."
+            )
         _check_judge(experiment.flat("05_judge", f"M{i}", "")["judge_model"], f"M{i}")
         order += [(stage, f"M{i}") for stage in ("04_self_instruct", "05_judge", "06_build_pairs")]
         order += [("07_dpo" if run.learn_from == "pairs" else "02_sft", f"M{i + 1}"), ("08_evaluate", f"M{i + 1}")]

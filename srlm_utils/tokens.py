@@ -56,11 +56,11 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
         n["trained"] *= p["epochs"]
     elif key == "self_instruct":
         # about every second attempt is kept, and each reads eight demonstrations
-        n["generated"] = p["n_prompts"] * (2 * 20 + p["n_candidates"] * _written(p))
+        n["generated"] = p["n_prompts"] * (2 * 20 + _candidates(p) * _written(p))
         n["judged"] = p["n_prompts"] * 2 * 8 * 25
     elif key == "judge":
         source = experiment.flat("04_self_instruct", step.model, "")
-        items = source["n_prompts"] * source["n_candidates"]
+        items = source["n_prompts"] * _candidates(source)
         n["judged"] = items * (judge_frame + _written(source))
         if p["judge_mode"] != "expected":
             n["generated"] = items * p["n_samples"] * min(p["max_new_tokens"], JUSTIFICATION + 15)
@@ -88,6 +88,11 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
         texts = [BENCHMARK_TEXTS[name] for name in BENCHMARK_TEXTS if p[name]]
         n["generated"] = sum(min(p["max_rows"] or n_texts, n_texts) for n_texts in texts) * _written(p)
     return {k: int(v) for k, v in n.items()}
+
+
+def _candidates(params: dict) -> int:
+    """Candidates of a prompt: the model's own, and as many of an anchor."""
+    return params["n_candidates"] * (1 + bool(params["anchor_model"]))
 
 
 def _written(params: dict) -> int:

@@ -1,8 +1,13 @@
 """The method's variants and controls: what each overlay changes, on rows made by hand."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 
 from srlm_utils import health, pairs
+from srlm_utils.answers import write_answers
+from srlm_utils.artefacts import RowLog
 from srlm_utils.errors import ParamError
 from srlm_utils.params import Experiment
 from srlm_utils.plan import fingerprint, list_steps, make_step
@@ -147,6 +152,73 @@ def test_a_share_of_old_pairs_is_picked_by_the_seed():
     assert {len(ids) for ids in picked} == {4} and len(picked) > 5
     again = pairs.replayed(old[::-1], 0.5, 3)
     assert again[::-1] == pairs.replayed(old, 0.5, 3)
+
+
+def anchored(own, anchor, texts=None):
+    """One prompt whose candidates are the model's own and M0's; ids p-0 .. and p-M0-0 .."""
+    prompts, cands, judged = case([*own, *anchor], texts)
+    for i, (c, j) in enumerate(zip(cands, judged, strict=True)):
+        if i >= len(own):
+            c["cand_id"] = j["id"] = f"p-M0-{i - len(own)}"
+            c["author"] = "M0"
+    return prompts, cands, judged
+
+
+@pytest.mark.parametrize(
+    "own,anchor,chosen,rejected",
+    [
+        ([4.0, 2.0], [3.0, 1.0], "p-0", "p-M0-1"),
+        ([4.0, 1.0], [3.0, 2.0], "p-0", "p-1"),
+        ([4.0, 2.0], [5.0, 2.0], "p-0", "p-1"),  # only below, and never chosen
+        ([4.0], [3.0, None], "p-0", "p-M0-0"),
+    ],
+)
+def test_the_anchors_worst_is_rejected_where_it_is_below_the_models_own(own, anchor, chosen, rejected):
+    (pair,), _ = pairs.build_pairs(*anchored(own, anchor))
+    assert (pair["chosen_id"], pair["rejected_id"]) == (chosen, rejected)
+
+
+def test_an_anchors_answers_are_no_choice_whatever_the_rule():
+    rows = anchored([3.0, 2.0], [5.0, 1.0], ["aa", "aaa", "a", "aaaa"])
+    for rule in ("score", "length_control", "random", "longer", "shorter"):
+        for seed in range(9):
+            (pair,), _ = pairs.build_pairs(*rows, seed=seed, rule=rule, length_rho=0.1)
+            assert pair["chosen_id"] in ("p-0", "p-1"), rule
+    assert pairs.build_pairs(*anchored([None], [5.0, 1.0]))[1]["few_scored"] == 1
+    assert pairs.build_pairs(*anchored([1.0], [5.0]))[1]["tie"] == 1  # the best of its own is the worst of all
+    assert pairs.build_positives(*anchored([3.0], [5.0]))[1]["low_score"] == 1
+
+
+def test_an_anchor_is_read_answers_and_leaves_the_vital_signs_alone():
+    default, found = steps({}), steps({"self_instruct": {"anchor_model": "M0"}})
+    assert {*found["04_self_instruct@M2"].reads} - {*default["04_self_instruct@M2"].reads} == {"M0/model.json"}
+    for anchor in ("M1", "M2", "a/b"):
+        with pytest.raises(ParamError, match="a model that was there before M1: M0, SFT"):
+            steps({"self_instruct": {"anchor_model": anchor}})
+    own, both = case([4.0, 2.0]), anchored([4.0, 2.0], [1.0, 1.0])
+    rows = [
+        {r["metric"]: r["value"] for r in health.round_metrics("M1", *x, pairs.build_pairs(*x)[0])} for x in (own, both)
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_an_anchors_answers_carry_its_name(engine, tmp_path):
+    sampling = {"max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "seed": 0}
+    bar = SimpleNamespace(update=lambda n: None)
+    step = SimpleNamespace(
+        params=SimpleNamespace(**sampling),
+        log=lambda name: RowLog(tmp_path / name),
+        progress=lambda *_: contextlib.nullcontext(bar),
+    )
+    prompts = [{"prompt_id": f"M1-p000{i}", "prompt": "Q"} for i in range(3)]
+    found = write_answers(step, engine, prompts, n=2, log="a.jsonl", author="M0")
+    assert [r["cand_id"] for r in found] == [f"M1-p000{i}-M0-{j}" for i in range(3) for j in range(2)]
+    assert [(r["prompt_id"], r["author"]) for r in found[::2]] == [(p["prompt_id"], "M0") for p in prompts]
+    own = write_answers(step, engine, prompts, n=2, log="b.jsonl")
+    assert [r["cand_id"] for r in own[:2]] == ["M1-p0000-0", "M1-p0000-1"] and "author" not in own[0]
+    assert [r["text"] for r in own] != [r["text"] for r in found]  # random numbers of their own
+    idle = SimpleNamespace(tokenizer=engine.tokenizer, generate=lambda requests, **_: iter(requests))
+    assert write_answers(step, idle, prompts, n=2, log="a.jsonl", author="M0") == found  # nothing is asked twice
 
 
 def test_health_names_who_judged():
