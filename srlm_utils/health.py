@@ -4,7 +4,7 @@ import math
 from collections import Counter
 
 from srlm_utils.metrics import mean, metric_rows, plain, ratio, std
-from srlm_utils.pairs import by_the_model, scored_candidates
+from srlm_utils.pairs import by_the_model, consistency, scored_candidates
 
 
 def round_metrics(
@@ -44,6 +44,9 @@ def round_metrics(
     constant = len(set(flat)) < 2 or len(set(lengths)) < 2
     rho = None if constant else float(stats.spearmanr(flat, lengths).statistic)
     figures["score_length_correlation"] = plain(rho, len(flat))
+    if any(j.get("implicit") is not None for j in judgements):
+        found = [consistency(cs) for cs in by_prompt.values()]
+        figures["reward_consistency"] = mean([c for c in found if c is not None])
     if kept and "chosen" in kept[0]:
         figures["chosen_chars"] = mean([len(r["chosen"]) for r in kept])
         figures["rejected_chars"] = mean([len(r["rejected"]) for r in kept])

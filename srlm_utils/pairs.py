@@ -2,6 +2,9 @@
 
 import hashlib
 from collections import defaultdict
+from itertools import combinations
+
+from srlm_utils.errors import DataError
 
 
 def _tie_key(seed: int, cand_id: str) -> str:
@@ -10,12 +13,24 @@ def _tie_key(seed: int, cand_id: str) -> str:
 
 
 def scored_candidates(candidates: list[dict], judgements: list[dict]) -> dict[str, list[dict]]:
-    """Candidates by prompt_id, each with its judge's `score` (None where no judgement could be parsed)."""
-    score = {j["id"]: j["score"] for j in judgements}
+    """Candidates by prompt_id, each with its judge's `score` (None where no judgement could be parsed) and its
+    `implicit` reward (None where there is none)."""
+    found = {j["id"]: j for j in judgements}
     by_prompt = defaultdict(list)
     for c in candidates:
-        by_prompt[c["prompt_id"]].append(c | {"score": score.get(c["cand_id"])})
+        judgement = found.get(c["cand_id"], {})
+        by_prompt[c["prompt_id"]].append(c | {name: judgement.get(name) for name in ("score", "implicit")})
     return by_prompt
+
+
+def consistency(candidates: list[dict]) -> float | None:
+    """How far two rewards order one prompt's candidates alike: (Kendall's tau + 1) / 2 of `score` and `implicit`.
+
+    1 for the same order, 0 for the reverse; a pair that either reward ties counts a half. None for fewer than two.
+    """
+    both = [(c["score"], c["implicit"]) for c in candidates if None not in (c["score"], c["implicit"])]
+    signs = [(a - b) * (x - y) for (a, x), (b, y) in combinations(both, 2)]
+    return sum(1.0 if s > 0 else 0.5 if s == 0 else 0.0 for s in signs) / len(signs) if signs else None
 
 
 def by_the_model(candidates: list[dict]) -> list[dict]:
@@ -65,6 +80,7 @@ def build_pairs(
     min_margin: float = 0.0,
     rule: str = "score",
     length_rho: float = 0.0,
+    implicit_rule: str = "",
 ) -> tuple[list[dict], dict[str, int]]:
     """One pair a prompt; (pairs, drops by reason).
 
@@ -83,11 +99,22 @@ def build_pairs(
     part: unparsed is not "worst". Reasons to drop a prompt: few_scored (fewer than two valid scores), tie (all equal),
     small_margin (best and worst are nearer than `min_margin`), same_text, empty_chosen; and same_length, where longer
     and shorter have nothing to choose between.
+
+    `implicit_rule` "agree" keeps a pair only if the implicit reward prefers the same answer (Zhou et al. 2025); others
+    are dropped as rewards_disagree. "weigh" gives every pair the round's mean `consistency`, by which `train` weighs
+    what it teaches (Wang et al. 2024).
     """
     by_prompt = scored_candidates(candidates, judgements)
     pairs, drops = [], dict.fromkeys(("few_scored", "tie", "small_margin", "same_text", "empty_chosen"), 0)
+    if implicit_rule and all(j.get("implicit") is None for j in judgements):
+        raise DataError(
+            "the judgements hold no implicit rewards, which implicit_rule needs: set judge.implicit_reference to an "
+            "earlier model such as M0 and run 05_judge again."
+        )
     if rule in ("longer", "shorter"):
         drops["same_length"] = 0
+    if implicit_rule == "agree":
+        drops["rewards_disagree"] = 0
 
     def order(c: dict) -> str:
         return _tie_key(seed, c["cand_id"])
@@ -119,6 +146,9 @@ def build_pairs(
         elif not reason and rule in ("longer", "shorter"):
             chosen, rejected = (_longest_and_shortest if rule == "longer" else _shortest_and_longest)(own, valid, order)
             reason = "same_length" if len(chosen["text"]) == len(rejected["text"]) else None
+        if not reason and implicit_rule == "agree":
+            implicit = [c["implicit"] for c in (chosen, rejected)]
+            reason = "rewards_disagree" if None in implicit or implicit[0] <= implicit[1] else None
         if reason:
             drops[reason] += 1
             continue
@@ -136,6 +166,10 @@ def build_pairs(
                 "rejected_ended": rejected["ended"],
             }
         )
+    if implicit_rule == "weigh":
+        found = [consistency(by_the_model(of_prompt)) for of_prompt in by_prompt.values()]
+        found = [c for c in found if c is not None]
+        pairs = [p | {"consistency": sum(found) / len(found)} for p in pairs]
     return pairs, drops
 
 

@@ -128,6 +128,7 @@ class SelfInstruct(_ModelStep):
 
 class Judge(_ModelStep):
     judge_model: str = ""  # "" is the model in training
+    implicit_reference: str = ""  # an earlier model: candidates also get their implicit reward; "" is none
     max_rows: int = Field(0, ge=0)  # candidates
     rubric: str = "short"
     judge_mode: JudgeMode = "expected"
@@ -141,6 +142,7 @@ class Judge(_ModelStep):
 class BuildPairs(Step):
     learn_from: Literal["pairs", "positives"] = "pairs"
     pair_rule: PairRule = "score"  # the paper's, length control, or a control that no score decides (`pairs`)
+    implicit_rule: Literal["", "agree", "weigh"] = ""  # what the implicit reward decides: which pairs, how much
     length_rho: float = Field(0.32, ge=0, lt=0.5)  # of length_control
     min_margin: float = Field(0.0, ge=0, le=5)
     positive_min_score: float = Field(4.5, ge=0, le=5)

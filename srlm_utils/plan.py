@@ -87,14 +87,14 @@ def make_step(stage: str, model: str, params: dict) -> Step:
             (f"{m}/aift/attempts.jsonl", f"{m}/aift/prompts.jsonl", f"{m}/aift/candidates.jsonl"),
         )
     if key == "judge":
-        judge = params.get("judge_model") or m
+        reference = params.get("implicit_reference")
+        models = dict.fromkeys((params.get("judge_model") or m, *((m, reference) if reference else ())))
         return Step(
             stage,
             m,
             (
-                *([weights(judge)] if is_model_name(judge) else []),
-                f"{m}/aift/prompts.jsonl",
-                f"{m}/aift/candidates.jsonl",
+                *(weights(name) for name in models if is_model_name(name)),
+                *(f"{m}/aift/{f}.jsonl" for f in ("prompts", "candidates")),
             ),
             (f"{m}/aift/judgements.jsonl",),
         )
@@ -166,13 +166,7 @@ def list_steps(experiment: Experiment) -> list[Step]:
             )
     order += [("08_evaluate", m) for m in ("M0", "SFT", "M1")]
     for i in range(1, run.iterations):
-        anchor = experiment.flat("04_self_instruct", f"M{i}", "")["anchor_model"]
-        if anchor and anchor not in models_before(f"M{i}"):
-            raise ParamError(
-                f"self_instruct.anchor_model: found {anchor!r}, expected a model that was there before M{i}: "
-                f"{', '.join(models_before(f'M{i}'))}."
-            )
-        _check_judge(experiment.flat("05_judge", f"M{i}", "")["judge_model"], f"M{i}")
+        _check_round(experiment, f"M{i}")
         order += [(stage, f"M{i}") for stage in ("04_self_instruct", "05_judge", "06_build_pairs")]
         order += [("07_dpo" if run.learn_from == "pairs" else "02_sft", f"M{i + 1}"), ("08_evaluate", f"M{i + 1}")]
     for model in experiment.benchmarked():
@@ -187,14 +181,25 @@ def list_steps(experiment: Experiment) -> list[Step]:
     return [make_step(stage, m, experiment.flat(stage, m, "")) for stage, m in order]
 
 
-def _check_judge(judge: str, model: str) -> None:
-    """Refuse a judge of `model`'s candidates that cannot give scores by then."""
+def _check_round(experiment: Experiment, model: str) -> None:
+    """Refuse models that do not exist when they are asked about `model`'s prompts, and rewards that nobody gives."""
+    before = models_before(model)
+    judging = experiment.flat("05_judge", model, "")
+    judge, reference = judging["judge_model"], judging["implicit_reference"]
+    anchor = experiment.flat("04_self_instruct", model, "")["anchor_model"]
+    for name, value in (("self_instruct.anchor_model", anchor), ("judge.implicit_reference", reference)):
+        if value and value not in before:
+            raise ParamError(
+                f"{name}: found {value!r}, expected a model that was there before {model}: {', '.join(before)}."
+            )
+    if experiment.flat("06_build_pairs", model, "")["implicit_rule"] and not reference:
+        raise ParamError("build_pairs.implicit_rule needs judge.implicit_reference, an earlier model such as M0.")
     if judge == OUTSIDE:
         raise ParamError("judge.judge_model: the outside judge compares two answers and gives no scores.")
-    if is_model_name(judge) and judge not in (*models_before(model), model):
+    if is_model_name(judge) and judge not in (*before, model):
         raise ParamError(
             f"judge.judge_model: {judge} does not exist yet when the candidates of {model} are scored; expected one of "
-            f"{', '.join((*models_before(model), model))} or a model from outside the run."
+            f"{', '.join((*before, model))} or a model from outside the run."
         )
 
 

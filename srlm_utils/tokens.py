@@ -62,6 +62,8 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
         source = experiment.flat("04_self_instruct", step.model, "")
         items = source["n_prompts"] * _candidates(source)
         n["judged"] = items * (judge_frame + _written(source))
+        if p["implicit_reference"]:
+            n["judged"] += items * 2 * (CHAT + PROMPT + _written(source))
         if p["judge_mode"] != "expected":
             n["generated"] = items * p["n_samples"] * min(p["max_new_tokens"], JUSTIFICATION + 15)
     elif key == "dpo":

@@ -1,18 +1,22 @@
 """The method's variants and controls: what each overlay changes, on rows made by hand."""
 
 import contextlib
+import copy
 from types import SimpleNamespace
 
 import pytest
+import torch
+from scipy import stats
 
-from srlm_utils import health, pairs
+from srlm_utils import chat, health, implicit, pairs, train
 from srlm_utils.answers import write_answers
 from srlm_utils.artefacts import RowLog
-from srlm_utils.errors import ParamError
+from srlm_utils.errors import DataError, ParamError
 from srlm_utils.params import Experiment
 from srlm_utils.plan import fingerprint, list_steps, make_step
 from srlm_utils.tokens import step_tokens
 from tests.test_pairs import case
+from tests.test_train import log_probs
 
 TEXTS = ["aa", "a", "aaaa", "aaa"]  # 1 is the shortest, 2 the longest
 
@@ -219,6 +223,105 @@ def test_an_anchors_answers_carry_its_name(engine, tmp_path):
     assert [r["text"] for r in own] != [r["text"] for r in found]  # random numbers of their own
     idle = SimpleNamespace(tokenizer=engine.tokenizer, generate=lambda requests, **_: iter(requests))
     assert write_answers(step, idle, prompts, n=2, log="a.jsonl", author="M0") == found  # nothing is asked twice
+
+
+def rewarded(scores, implicit, texts=None):
+    prompts, cands, judged = case(scores, texts)
+    return prompts, cands, [j | {"implicit": r} for j, r in zip(judged, implicit, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "scores,implicit,found",
+    [
+        ([3, 2, 1], [0.3, 0.2, 0.1], 1.0),
+        ([3, 2, 1], [0.1, 0.2, 0.3], 0.0),
+        ([3, 2, 1], [0.3, 0.1, 0.2], 2 / 3),
+        ([3, 3, 1], [0.3, 0.2, 0.1], 5 / 6),  # a tie is half
+        ([3, None, 1], [0.3, 0.9, 0.1], 1.0),
+        ([3, 2], [0.3, None], None),
+    ],
+)
+def test_consistency_of_two_rewards_by_hand(scores, implicit, found):
+    prompts, cands, judged = rewarded(scores, implicit)
+    (of_prompt,) = pairs.scored_candidates(cands, judged).values()
+    assert pairs.consistency(of_prompt) == (found if found is None else pytest.approx(found))
+    if found is not None and 3 not in scores[1:] and None not in scores:
+        assert found == pytest.approx((stats.kendalltau(scores, implicit).statistic + 1) / 2)
+    rows = {r["metric"]: r["value"] for r in health.round_metrics("M1", prompts, cands, judged, [])}
+    assert rows["reward_consistency"] == (found if found is None else pytest.approx(found))
+
+
+@pytest.mark.parametrize(
+    "implicit,kept", [([2.0, 9.0, -1.0], 1), ([-2.0, 9.0, -1.0], 0), ([1.0, 9.0, 1.0], 0), ([None, 9.0, -1.0], 0)]
+)
+def test_pairs_on_which_the_rewards_disagree_are_dropped(implicit, kept):
+    made, drops = pairs.build_pairs(*rewarded([4.0, 2.0, 1.0], implicit), implicit_rule="agree")
+    assert len(made) == kept == 1 - drops["rewards_disagree"] and "consistency" not in (made or [{}])[0]
+    assert pairs.build_pairs(*rewarded([4.0, 2.0, 1.0], implicit))[1].get("rewards_disagree") is None
+
+
+def test_rewards_that_are_not_there_are_no_disagreement():
+    for rule in ("agree", "weigh"):
+        with pytest.raises(DataError, match="judge.implicit_reference"):
+            pairs.build_pairs(*case([4.0, 2.0]), implicit_rule=rule)
+
+
+def test_pairs_of_a_round_carry_its_mean_consistency():
+    parts = [rewarded([3, 1], [2.0, 1.0]), rewarded([3, 2, 1], [0.3, 0.1, 0.2])]
+    for prompts, cands, judged in parts[1:]:
+        prompts[0]["prompt_id"] = "q"
+        for c, j in zip(cands, judged, strict=True):
+            c["cand_id"] = j["id"] = f"q-{c['cand_id']}"
+            c["prompt_id"] = "q"
+    prompts, cands, judged = ([r for p in parts for r in p[k]] for k in range(3))
+    made, _ = pairs.build_pairs(prompts, cands, judged, implicit_rule="weigh")
+    assert [p["consistency"] for p in made] == pytest.approx([(1 + 2 / 3) / 2] * 2)
+
+
+@pytest.mark.parametrize("c", [1.0, 0.8, 0.5, 0.0])
+@pytest.mark.parametrize("nll", [0.0, 0.5])
+def test_trls_losses_add_up_to_the_weighed_one(c, nll):
+    args = train.weighed_losses(c, nll)
+    if (c, nll) == (1.0, 0.0):
+        assert args["loss_type"] == ["sigmoid"] and args["loss_weights"] == [1.0]
+    z, e = torch.linspace(-3, 3, 13), args["label_smoothing"]
+    right, wrong = -torch.nn.functional.logsigmoid(z), -torch.nn.functional.logsigmoid(-z)
+    made_of = {"sigmoid": right, "robust": ((1 - e) * right - e * wrong) / (1 - 2 * e), "sft": torch.full_like(z, 7.0)}
+    found = sum(w * made_of[name] for name, w in zip(args["loss_type"], args["loss_weights"], strict=True))
+    torch.testing.assert_close(found, c * right + (1 - c) * wrong + nll * 7.0, atol=1e-5, rtol=1e-5)
+
+
+def test_the_implicit_reward_is_the_summed_log_ratio(engine, tmp_path):
+    other = copy.copy(engine)
+    other.model = copy.deepcopy(engine.model)
+    with torch.no_grad():
+        other.model.get_input_embeddings().weight.add_(0.05)
+    engines, bar = {"M1": other, "M0": engine}, SimpleNamespace(update=lambda n: None)
+    step = SimpleNamespace(
+        engine=engines.get,
+        log=lambda name: RowLog(tmp_path / name),
+        progress=lambda *_: contextlib.nullcontext(bar),
+    )
+    texts = [("a", "An apple is a fruit.", True), ("b", "Cut off", False), ("c", "", False), ("d", "", True)]
+    cands = [{"cand_id": i, "prompt_id": "p", "text": t, "ended": e} for i, t, e in texts]
+    found = implicit.rewards(step, "M1", "M0", {"p": "Name a fruit."}, cands)
+    assert set(found) == {"a", "b", "d"}  # nothing was written of c
+    tok = engine.tokenizer
+    prompt = chat.prompt_ids(tok, chat.user("Name a fruit."))
+    for i, text, ended in texts[:2]:
+        ids = chat.answer_ids(tok, text, ended=ended)
+        by_hand = log_probs(other.model, prompt, ids) - log_probs(engine.model, prompt, ids)
+        assert found[i] == pytest.approx(by_hand, abs=1e-3) and abs(by_hand) > 1e-2
+    assert implicit.rewards(step, "M1", "M0", {"p": "Name a fruit."}, cands) == found
+
+
+def test_the_implicit_reward_needs_an_earlier_model():
+    tree = {"judge": {"implicit_reference": "M0", "judge_model": "a/b"}, "build_pairs": {"implicit_rule": "agree"}}
+    assert steps(tree)["05_judge@M2"].reads[:2] == ("M2/model", "M0/model.json")
+    with pytest.raises(ParamError, match="implicit_rule needs judge.implicit_reference"):
+        steps({"build_pairs": {"implicit_rule": "weigh"}})
+    with pytest.raises(ParamError, match="implicit_reference: found 'M1', expected a model that was there before M1"):
+        steps({"judge": {"implicit_reference": "M1"}})
 
 
 def test_health_names_who_judged():
