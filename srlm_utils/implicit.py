@@ -29,6 +29,6 @@ def log_likelihoods(step, model: str, prompts: dict[str, str], candidates: list[
 
 
 def rewards(step, policy: str, reference: str, prompts: dict[str, str], candidates: list[dict]) -> dict[str, float]:
-    """``log(policy / reference)`` of each candidate in nats, without beta; one model in memory at a time."""
+    """``log(policy / reference)`` of each candidate in nats, without beta; one of the two in memory at a time."""
     now, before = (log_likelihoods(step, m, prompts, candidates) for m in (policy, reference))
     return {key: value - before[key] for key, value in now.items()}

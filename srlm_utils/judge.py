@@ -27,7 +27,7 @@ MODES = get_args(JudgeMode)
 READ_AT_ONCE = 64  # judgements whose digits are read together
 CUT = " [...]"  # ends a response of which the judge sees the beginning alone
 _SCORE_LINE = re.compile(r"^[\s*_#]*score[\s*_]*[:=][\s*_]*(-?\d+(?:\.\d+)?)\s*(?:/\s*5)?[\s*_.]*$", re.IGNORECASE)
-_BLOCK_TAG = re.compile(r"<(/?\s*(?:prompt|question|response|answer_A|answer_B)\s*)>", re.IGNORECASE)
+_BLOCK_TAG = re.compile(r"<(/?\s*(?:prompt|question|response|answer_A|answer_B|task)\s*)>", re.IGNORECASE)
 
 
 def load_template(path: Path):
@@ -186,9 +186,9 @@ def sampled_scores(
     """Judge `items` by `n_samples` written judgements each; yields batches of rows.
 
     Row: {"id", "judge_mode", "cut", "score" (mean of the valid ones, or None), "variance" (of the valid ones, n - 1;
-    None for fewer than two), "samples": [{"text", "score", "status"}]}; status as in `parse_score`. `read_digits` is
-    the mode sampled_expected: a valid judgement's score is the mean of the digits' probabilities where it wrote its
-    score, and "written" what it wrote.
+    None for fewer than two), "samples": [{"text", "score", "status", "ended"}]}; status as in `parse_score`.
+    `read_digits` is the mode sampled_expected: a valid judgement's score is the mean of the digits' probabilities where
+    it wrote its score, and "written" what it wrote.
     """
     requests, cut = prompts(engine.tokenizer, rubric, items, "justify_first", max_response_tokens)
     asked, choices = dict(requests), score_tokens(engine.tokenizer)[1] if read_digits else []
@@ -199,7 +199,7 @@ def sampled_scores(
             samples = []
             for s in batch[i : i + n_samples]:
                 score, status = parse_score(s.text)
-                samples.append({"text": s.text, "score": score, "status": status})
+                samples.append({"text": s.text, "score": score, "status": status, "ended": s.ended})
             key = batch[i].key.rpartition("-")[0]
             mode = "sampled_expected" if read_digits else "sampled"
             waiting.append({"id": key, "judge_mode": mode, "cut": key in cut, "samples": samples})

@@ -175,8 +175,17 @@ def build_pairs(
 
 def replayed(pairs: list[dict], share: float, seed: int = 0) -> list[dict]:
     """The `share` of an earlier round's pairs that is learned from again: a seeded hash of their prompts' ids picks."""
-    picked = sorted(pairs, key=lambda p: _tie_key(seed, p["prompt_id"]))[: round(share * len(pairs))]
-    return [p for p in pairs if p in picked]
+    return _some(pairs, round(share * len(pairs)), seed)
+
+
+def capped(pairs: list[dict], share: float, n_others: int, seed: int = 0) -> list[dict]:
+    """As many of `pairs` as make up `share`, below 1, of all when they join `n_others`; picked as by `replayed`."""
+    return _some(pairs, int(share / (1 - share) * n_others + 1e-9), seed)
+
+
+def _some(pairs: list[dict], n: int, seed: int) -> list[dict]:
+    picked = {p["prompt_id"] for p in sorted(pairs, key=lambda p: _tie_key(seed, p["prompt_id"]))[:n]}
+    return [p for p in pairs if p["prompt_id"] in picked]
 
 
 def build_positives(

@@ -91,6 +91,7 @@ class Sft(_Train):
 class Dpo(_Train):
     beta: float = Field(0.1, gt=0)
     nll_weight: float = Field(0.0, ge=0)  # of the chosen answers' likelihood beside DPO's loss
+    judge_share: float = Field(0.0, ge=0, le=0.5)  # of pairs of judgements among all pairs, at most
     replay: float = Field(0.0, ge=0, le=1)  # share of each earlier round's pairs that is learned from again
 
 
@@ -128,6 +129,7 @@ class SelfInstruct(_ModelStep):
 
 class Judge(_ModelStep):
     judge_model: str = ""  # "" is the model in training
+    meta_judge: bool = False  # whether the model compares its own judgements, for pairs to learn judging from
     implicit_reference: str = ""  # an earlier model: candidates also get their implicit reward; "" is none
     max_rows: int = Field(0, ge=0)  # candidates
     rubric: str = "short"

@@ -96,7 +96,7 @@ def make_step(stage: str, model: str, params: dict) -> Step:
                 *(weights(name) for name in models if is_model_name(name)),
                 *(f"{m}/aift/{f}.jsonl" for f in ("prompts", "candidates")),
             ),
-            (f"{m}/aift/judgements.jsonl",),
+            (f"{m}/aift/judgements.jsonl", *([f"{m}/aift/judge_pairs.jsonl"] if params.get("meta_judge") else ())),
         )
     if key == "build_pairs":
         return Step(
@@ -109,7 +109,8 @@ def make_step(stage: str, model: str, params: dict) -> Step:
         start = init_model(m)
         rounds = range(int(start[1:]) if params.get("replay") else 1)  # the newest first
         pairs = (f"M{int(start[1:]) - i}/aift/pairs.jsonl" for i in rounds)
-        return Step(stage, m, (weights(start), *pairs), (f"{m}/model", f"{m}/training_log.csv"))
+        judging = [f"{start}/aift/judge_pairs.jsonl"] if params.get("judge_share") else []
+        return Step(stage, m, (weights(start), *pairs, *judging), (f"{m}/model", f"{m}/training_log.csv"))
     if key == "evaluate":
         judges = {parse_win_judge(j)[0] for j in params.get("win_judges", [])}
         reads = dict.fromkeys(
@@ -194,6 +195,13 @@ def _check_round(experiment: Experiment, model: str) -> None:
             )
     if experiment.flat("06_build_pairs", model, "")["implicit_rule"] and not reference:
         raise ParamError("build_pairs.implicit_rule needs judge.implicit_reference, an earlier model such as M0.")
+    if judging["meta_judge"] and (judging["judge_mode"] == "expected" or judge not in ("", model)):
+        raise ParamError(
+            "judge.meta_judge compares judgements that the model wrote itself: it needs no judge_model and "
+            "a judge_mode that writes them, sampled or sampled_expected."
+        )
+    if experiment.flat("07_dpo", next_model(model), "")["judge_share"] and not judging["meta_judge"]:
+        raise ParamError("dpo.judge_share needs judge.meta_judge: without it there are no pairs of judgements.")
     if judge == OUTSIDE:
         raise ParamError("judge.judge_model: the outside judge compares two answers and gives no scores.")
     if is_model_name(judge) and judge not in (*before, model):

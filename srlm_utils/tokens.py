@@ -64,14 +64,19 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
         n["judged"] = items * (judge_frame + _written(source))
         if p["implicit_reference"]:
             n["judged"] += items * 2 * (CHAT + PROMPT + _written(source))
+        written = min(p["max_new_tokens"], JUSTIFICATION + 15)
+        if p["meta_judge"]:  # every two judgements of one candidate a prompt, both orders
+            asked = source["n_prompts"] * p["n_samples"] * (p["n_samples"] - 1)
+            n["judged"] += asked * (judge_frame + _written(source) + 2 * written)
         if p["judge_mode"] != "expected":
-            n["generated"] = items * p["n_samples"] * min(p["max_new_tokens"], JUSTIFICATION + 15)
+            n["generated"] = items * p["n_samples"] * written
     elif key == "dpo":
         tokens, new = 0, int(step.model[1:]) - 1
         for i in range(1 if p["replay"] else new, new + 1):
             source = experiment.flat("04_self_instruct", f"M{i}", "")
             share = 1 if i == new else p["replay"]
             tokens += 2 * share * source["n_prompts"] * (CHAT + PROMPT + _written(source))
+        tokens /= 1 - p["judge_share"]
         n["trained"], n["judged"] = tokens * p["epochs"], tokens  # the reference reads every pair once
     elif key == "evaluate":
         replies, tests = _rows(experiment, "ranked_eval") * REPLIES, _rows(experiment, "test")
