@@ -234,7 +234,7 @@ def as_written(rows: list[dict]) -> list[dict]:
     """The rows of mode sampled out of those of sampled_expected: the same texts, the scores that they wrote."""
     out = []
     for row in rows:
-        samples = [{"text": s["text"], "score": s.get("written"), "status": s["status"]} for s in row["samples"]]
+        samples = [{k: s[k] for k in s if k != "written"} | {"score": s.get("written")} for s in row["samples"]]
         out.append(row | {"judge_mode": "sampled", "samples": samples} | _summary(samples))
     return out
 
