@@ -92,6 +92,7 @@ def test_every_preset_fits_every_notebook(path):
 @pytest.mark.parametrize("path", VARIANTS, ids=lambda p: p.stem)
 def test_every_variant_lies_over_the_presets(path, preset):
     text, base = path.read_text(), ROOT / f"params/{preset}.yaml"
+    assert f"`{path.stem}`" in (ROOT / "README.md").read_text()
     assert f"# command   srlm run params/quickstart.yaml params/variants/{path.name} --run-name {path.stem}\n" in text
     experiment, plain = Experiment.load([base, path]), Experiment.load([base])
     for step in list_steps(experiment):
