@@ -3,18 +3,20 @@
 from srlm_utils import chat
 
 
-def write_answers(step, engine, prompts: list[dict], *, n: int, log: str) -> list[dict]:
+def write_answers(step, engine, prompts: list[dict], *, n: int, log: str, author: str = "") -> list[dict]:
     """Sample `n` answers to each prompt row, continuing the row log named `log`; all rows, by cand_id.
 
     The step's parameters give max_new_tokens, temperature, top_p and seed. Row: {"cand_id"
-    (``<prompt_id>-<index>``), "prompt_id", "text", "n_tokens", "ended"}.
+    (``<prompt_id>-<index>``), "prompt_id", "text", "n_tokens", "ended"}. Where the `author` is not the model in
+    training, rows name it: "author", and the cand_id is ``<prompt_id>-<author>-<index>``.
     """
     from srlm_utils.engine import Meter
 
     p, rows, meter = step.params, step.log(log), Meter()
     done = {r["prompt_id"] for r in rows.rows}
+    tail, named = (f"-{author}", {"author": author}) if author else ("", {})
     todo = [
-        (r["prompt_id"], chat.prompt_ids(engine.tokenizer, chat.user(r["prompt"])))
+        (f"{r['prompt_id']}{tail}", chat.prompt_ids(engine.tokenizer, chat.user(r["prompt"])))
         for r in prompts
         if r["prompt_id"] not in done
     ]
@@ -29,9 +31,9 @@ def write_answers(step, engine, prompts: list[dict], *, n: int, log: str) -> lis
     )
     with step.progress(len(todo) * n, "answers") as bar:
         for batch in batches:
-            new = [{"cand_id": s.key, "prompt_id": s.key.rpartition("-")[0]} for s in batch]
+            new = [{"cand_id": s.key, "prompt_id": s.key.rpartition("-")[0].removesuffix(tail)} for s in batch]
             for row, s in zip(new, batch, strict=True):
-                row |= {"text": s.text, "n_tokens": s.n_tokens, "ended": s.ended}
+                row |= {"text": s.text, "n_tokens": s.n_tokens, "ended": s.ended} | named
             rows.extend(new)
             bar.update(len(batch))
     print(meter)

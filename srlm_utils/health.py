@@ -4,14 +4,21 @@ import math
 from collections import Counter
 
 from srlm_utils.metrics import mean, metric_rows, plain, ratio, std
-from srlm_utils.pairs import scored_candidates
+from srlm_utils.pairs import by_the_model, consistency, scored_candidates
 
 
 def round_metrics(
     model: str, prompts: list[dict], candidates: list[dict], judgements: list[dict], kept: list[dict]
 ) -> list[dict]:
-    """Metric rows of one round, set "aift": pair yield, parse rate, spread and ties of the scores, lengths."""
+    """Metric rows of one round, set "aift": pair yield, parse rate, spread and ties of the scores, lengths.
+
+    Scores are those of the model's own candidates.
+    """
     from scipy import stats  # slow to import
+
+    candidates = by_the_model(candidates)
+    own = {c["cand_id"] for c in candidates}
+    judgements = [j for j in judgements if j["id"] in own]
 
     kept_ids = {r["prompt_id"] for r in kept}
     by_prompt = scored_candidates(candidates, judgements)
@@ -37,11 +44,15 @@ def round_metrics(
     constant = len(set(flat)) < 2 or len(set(lengths)) < 2
     rho = None if constant else float(stats.spearmanr(flat, lengths).statistic)
     figures["score_length_correlation"] = plain(rho, len(flat))
+    if any(j.get("implicit") is not None for j in judgements):
+        found = [consistency(cs) for cs in by_prompt.values()]
+        figures["reward_consistency"] = mean([c for c in found if c is not None])
     if kept and "chosen" in kept[0]:
         figures["chosen_chars"] = mean([len(r["chosen"]) for r in kept])
         figures["rejected_chars"] = mean([len(r["rejected"]) for r in kept])
-    mode = judgements[0]["judge_mode"] if judgements else ""
-    return metric_rows(figures, model=model, set="aift", judge=model, judge_mode=mode)
+    first = judgements[0] if judgements else {"judge_mode": ""}
+    judge = first.get("judge", model)
+    return metric_rows(figures, model=model, set="aift", judge=judge, judge_mode=first["judge_mode"])
 
 
 def _ties(scores: list[float]) -> tuple[int, int]:

@@ -28,7 +28,7 @@ READ_AT_ONCE = 64  # judgements whose digits are read together
 CUT = " [...]"  # ends a response of which the judge sees the beginning alone
 _SCORE_LINE = re.compile(r"^[\s*_#]*score[\s*_]*[:=][\s*_]*(-?\d+(?:\.\d+)?)\s*(?:/\s*5)?[\s*_.]*$", re.IGNORECASE)
 _BLOCK_TAG = re.compile(
-    r"<(/?\s*(?:prompt|question|response|answer_A|answer_B|reference_answer|(?:user|assistant)_turn)\s*)>",
+    r"<(/?\s*(?:prompt|question|response|answer_A|answer_B|reference_answer|task|(?:user|assistant)_turn)\s*)>",
     re.IGNORECASE,
 )
 
@@ -189,9 +189,9 @@ def sampled_scores(
     """Judge `items` by `n_samples` written judgements each; yields batches of rows.
 
     Row: {"id", "judge_mode", "cut", "score" (mean of the valid ones, or None), "variance" (of the valid ones, n - 1;
-    None for fewer than two), "samples": [{"text", "score", "status"}]}; status as in `parse_score`. `read_digits` is
-    the mode sampled_expected: a valid judgement's score is the mean of the digits' probabilities where it wrote its
-    score, and "written" what it wrote.
+    None for fewer than two), "samples": [{"text", "score", "status", "ended"}]}; status as in `parse_score`.
+    `read_digits` is the mode sampled_expected: a valid judgement's score is the mean of the digits' probabilities where
+    it wrote its score, and "written" what it wrote.
     """
     requests, cut = prompts(engine.tokenizer, rubric, items, "justify_first", max_response_tokens)
     asked, choices = dict(requests), score_tokens(engine.tokenizer)[1] if read_digits else []
@@ -202,7 +202,7 @@ def sampled_scores(
             samples = []
             for s in batch[i : i + n_samples]:
                 score, status = parse_score(s.text)
-                samples.append({"text": s.text, "score": score, "status": status})
+                samples.append({"text": s.text, "score": score, "status": status, "ended": s.ended})
             key = batch[i].key.rpartition("-")[0]
             mode = "sampled_expected" if read_digits else "sampled"
             waiting.append({"id": key, "judge_mode": mode, "cut": key in cut, "samples": samples})
@@ -237,7 +237,7 @@ def as_written(rows: list[dict]) -> list[dict]:
     """The rows of mode sampled out of those of sampled_expected: the same texts, the scores that they wrote."""
     out = []
     for row in rows:
-        samples = [{"text": s["text"], "score": s.get("written"), "status": s["status"]} for s in row["samples"]]
+        samples = [{k: s[k] for k in s if k != "written"} | {"score": s.get("written")} for s in row["samples"]]
         out.append(row | {"judge_mode": "sampled", "samples": samples} | _summary(samples))
     return out
 

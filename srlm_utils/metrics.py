@@ -76,6 +76,10 @@ METRICS = {
     "score_entropy": ("bits", "entropy of the candidates' rounded scores; 2.58 is six scores in equal parts"),
     "score_length_correlation": ("correlation", "Spearman's rho of the candidates' scores and lengths"),
     "cut_rate": ("share", "candidates of which the judge saw the beginning alone"),
+    "reward_consistency": (
+        "share",
+        "pairs of one prompt's candidates that score and implicit reward order alike, ties half; mean over prompts",
+    ),
     "chosen_chars": ("characters", "mean length of chosen answers"),
     "rejected_chars": ("characters", "mean length of rejected answers"),
     "alpaca_eval_win_rate": ("share", "AlpacaEval 2: the annotator's mean preference for the model over the reference"),

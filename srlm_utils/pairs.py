@@ -2,6 +2,9 @@
 
 import hashlib
 from collections import defaultdict
+from itertools import combinations
+
+from srlm_utils.errors import DataError
 
 
 def _tie_key(seed: int, cand_id: str) -> str:
@@ -10,33 +13,119 @@ def _tie_key(seed: int, cand_id: str) -> str:
 
 
 def scored_candidates(candidates: list[dict], judgements: list[dict]) -> dict[str, list[dict]]:
-    """Candidates by prompt_id, each with its judge's `score` (None where no judgement could be parsed)."""
-    score = {j["id"]: j["score"] for j in judgements}
+    """Candidates by prompt_id, each with its judge's `score` (None where no judgement could be parsed) and its
+    `implicit` reward (None where there is none)."""
+    found = {j["id"]: j for j in judgements}
     by_prompt = defaultdict(list)
     for c in candidates:
-        by_prompt[c["prompt_id"]].append(c | {"score": score.get(c["cand_id"])})
+        judgement = found.get(c["cand_id"], {})
+        by_prompt[c["prompt_id"]].append(c | {name: judgement.get(name) for name in ("score", "implicit")})
     return by_prompt
 
 
-def build_pairs(
-    prompts: list[dict], candidates: list[dict], judgements: list[dict], *, seed: int = 0, min_margin: float = 0.0
-) -> tuple[list[dict], dict[str, int]]:
-    """One pair a prompt: highest against lowest mean score (Yuan et al. 2024, section 2.4).
+def consistency(candidates: list[dict]) -> float | None:
+    """How far two rewards order one prompt's candidates alike: (Kendall's tau + 1) / 2 of `score` and `implicit`.
 
-    Returns (pairs, drops). Equal scores discard the prompt. Where several candidates share the highest
-    or the lowest score, a seeded hash of their ids picks one. Candidates without a valid score take no
-    part: unparsed is not "worst". Reasons: few_scored (fewer than two valid scores), tie (all equal),
-    small_margin (below `min_margin`), same_text, empty_chosen.
+    1 for the same order, 0 for the reverse; a pair that either reward ties counts a half. None for fewer than two.
+    """
+    both = [(c["score"], c["implicit"]) for c in candidates if None not in (c["score"], c["implicit"])]
+    signs = [(a - b) * (x - y) for (a, x), (b, y) in combinations(both, 2)]
+    return sum(1.0 if s > 0 else 0.5 if s == 0 else 0.0 for s in signs) / len(signs) if signs else None
+
+
+def by_the_model(candidates: list[dict]) -> list[dict]:
+    """Those of `candidates` that the model in training wrote itself: all but an anchor's."""
+    return [c for c in candidates if not c.get("author")]
+
+
+# each takes the candidates that may be chosen, and those that may be rejected: the same ones and an anchor's
+
+
+def _best_and_worst(own: list[dict], everyone: list[dict], order) -> tuple[dict, dict]:
+    best = min(own, key=lambda c: (-c["score"], order(c)))
+    return best, min(everyone, key=lambda c: (c["score"], bool(c.get("author")), order(c)))
+
+
+def _at_random(own: list[dict], everyone: list[dict], order) -> tuple[dict, dict]:
+    chosen = next(c for c in sorted(own, key=order) if c["text"])
+    return chosen, next(c for c in sorted(everyone, key=order) if c["text"] != chosen["text"])
+
+
+def _longest_and_shortest(own: list[dict], everyone: list[dict], order) -> tuple[dict, dict]:
+    longest = min(own, key=lambda c: (-len(c["text"]), order(c)))
+    return longest, min(everyone, key=lambda c: (len(c["text"]), order(c)))
+
+
+def _shortest_and_longest(own: list[dict], everyone: list[dict], order) -> tuple[dict, dict]:
+    # nobody is to learn that an empty answer is the better one
+    shortest = min((c for c in own if c["text"]), key=lambda c: (len(c["text"]), order(c)))
+    return shortest, min(everyone, key=lambda c: (-len(c["text"]), order(c)))
+
+
+def _length_controlled(own: list[dict], everyone: list[dict], order, rho: float) -> tuple[dict, dict]:
+    top, bottom = max(c["score"] for c in own), min(c["score"] for c in everyone)
+    slack = rho * (top - bottom)
+    good = [c for c in own if c["score"] >= top - slack and c["text"]]
+    bad = [c for c in everyone if c["score"] <= bottom + slack]
+    chosen = min(good, key=lambda c: (len(c["text"]), -c["score"], order(c)))
+    return chosen, min(bad, key=lambda c: (-len(c["text"]), c["score"], order(c)))
+
+
+def build_pairs(
+    prompts: list[dict],
+    candidates: list[dict],
+    judgements: list[dict],
+    *,
+    seed: int = 0,
+    min_margin: float = 0.0,
+    rule: str = "score",
+    length_rho: float = 0.0,
+    implicit_rule: str = "",
+) -> tuple[list[dict], dict[str, int]]:
+    """One pair a prompt; (pairs, drops by reason).
+
+    `rule` says which two candidates:
+
+    - score: highest against lowest mean score (Yuan et al. 2024, section 2.4). Among several that share it a
+      seeded hash of their ids picks one.
+    - length_control: of the candidates within `length_rho` of the way from the highest score to the lowest the
+      shortest, against the longest within as much of the lowest (Wu et al. 2024); below 0.5 the two cannot meet.
+    - controls that no score decides: random (two candidates by a seeded hash), longer (the longest over the
+      shortest, in characters), shorter (the reverse).
+
+    Whatever the rule, a prompt qualifies where its best and its worst candidate would make a pair, so that rules learn
+    from the same prompts. An anchor's candidates may be rejected, never chosen: so with "score" the worst of them is
+    rejected where it scores below the model's own worst (Wang et al. 2025). Candidates without a valid score take no
+    part: unparsed is not "worst". Reasons to drop a prompt: few_scored (fewer than two valid scores), tie (all equal),
+    small_margin (best and worst are nearer than `min_margin`), same_text, empty_chosen; and same_length, where longer
+    and shorter have nothing to choose between.
+
+    `implicit_rule` "agree" keeps a pair only if the implicit reward prefers the same answer (Zhou et al. 2025); others
+    are dropped as rewards_disagree. "weigh" gives every pair the round's mean `consistency`, by which `train` weighs
+    what it teaches (Wang et al. 2024).
     """
     by_prompt = scored_candidates(candidates, judgements)
     pairs, drops = [], dict.fromkeys(("few_scored", "tie", "small_margin", "same_text", "empty_chosen"), 0)
+    if implicit_rule and all(j.get("implicit") is None for j in judgements):
+        raise DataError(
+            "the judgements hold no implicit rewards, which implicit_rule needs: set judge.implicit_reference to an "
+            "earlier model such as M0 and run 05_judge again."
+        )
+    if rule in ("longer", "shorter"):
+        drops["same_length"] = 0
+    if implicit_rule == "agree":
+        drops["rewards_disagree"] = 0
+
+    def order(c: dict) -> str:
+        return _tie_key(seed, c["cand_id"])
+
     for p in prompts:
         valid = [c for c in by_prompt[p["prompt_id"]] if c["score"] is not None]
-        if len(valid) < 2:
+        own = by_the_model(valid)
+        if len(valid) < 2 or not own:
             drops["few_scored"] += 1
             continue
-        chosen = min(valid, key=lambda c: (-c["score"], _tie_key(seed, c["cand_id"])))
-        rejected = min(valid, key=lambda c: (c["score"], _tie_key(seed, c["cand_id"])))
+        chosen, rejected = _best_and_worst(own, valid, order)
         margin = chosen["score"] - rejected["score"]
         reason = (
             "tie"
@@ -49,6 +138,17 @@ def build_pairs(
             if not chosen["text"]
             else None
         )
+        if not reason and rule == "random":
+            chosen, rejected = _at_random(own, valid, order)
+        elif not reason and rule == "length_control":
+            chosen, rejected = _length_controlled(own, valid, order, length_rho)
+            reason = "same_text" if chosen["text"] == rejected["text"] else None
+        elif not reason and rule in ("longer", "shorter"):
+            chosen, rejected = (_longest_and_shortest if rule == "longer" else _shortest_and_longest)(own, valid, order)
+            reason = "same_length" if len(chosen["text"]) == len(rejected["text"]) else None
+        if not reason and implicit_rule == "agree":
+            implicit = [c["implicit"] for c in (chosen, rejected)]
+            reason = "rewards_disagree" if None in implicit or implicit[0] <= implicit[1] else None
         if reason:
             drops[reason] += 1
             continue
@@ -66,7 +166,26 @@ def build_pairs(
                 "rejected_ended": rejected["ended"],
             }
         )
+    if implicit_rule == "weigh":
+        found = [consistency(by_the_model(of_prompt)) for of_prompt in by_prompt.values()]
+        found = [c for c in found if c is not None]
+        pairs = [p | {"consistency": sum(found) / len(found)} for p in pairs]
     return pairs, drops
+
+
+def replayed(pairs: list[dict], share: float, seed: int = 0) -> list[dict]:
+    """The `share` of an earlier round's pairs that is learned from again: a seeded hash of their prompts' ids picks."""
+    return _some(pairs, round(share * len(pairs)), seed)
+
+
+def capped(pairs: list[dict], share: float, n_others: int, seed: int = 0) -> list[dict]:
+    """As many of `pairs` as make up `share`, below 1, of all when they join `n_others`; picked as by `replayed`."""
+    return _some(pairs, int(share / (1 - share) * n_others + 1e-9), seed)
+
+
+def _some(pairs: list[dict], n: int, seed: int) -> list[dict]:
+    picked = {p["prompt_id"] for p in sorted(pairs, key=lambda p: _tie_key(seed, p["prompt_id"]))[:n]}
+    return [p for p in pairs if p["prompt_id"] in picked]
 
 
 def build_positives(
@@ -77,7 +196,7 @@ def build_positives(
     The paper takes perfect 5s; an expected score counts as 5 from 4.5, where it rounds to it. Answers
     that did not end are left out, since they would be learned with an end they never had.
     """
-    by_prompt = scored_candidates(candidates, judgements)
+    by_prompt = scored_candidates(by_the_model(candidates), judgements)
     positives, drops = [], dict.fromkeys(("few_scored", "low_score"), 0)
     for p in prompts:
         valid = [c for c in by_prompt[p["prompt_id"]] if c["score"] is not None and c["ended"] and c["text"]]

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from srlm_utils.errors import ParamError
 
 JudgeMode = Literal["sampled", "expected", "sampled_expected"]
+PairRule = Literal["score", "length_control", "random", "longer", "shorter"]
 
 
 class _Params(BaseModel):
@@ -98,11 +99,15 @@ class _Train(_Judged):
 
 
 class Sft(_Train):
+    use_eft: bool = True  # whether M1 learns to judge; False is the paper's ablation (A.3)
     rank_weight: float = Field(0.0, ge=0)  # of the ranking loss on EFT's scores; 0 is cross-entropy alone (the paper)
 
 
 class Dpo(_Train):
     beta: float = Field(0.1, gt=0)
+    nll_weight: float = Field(0.0, ge=0)  # of the chosen answers' likelihood beside DPO's loss
+    judge_share: float = Field(0.0, ge=0, le=0.5)  # of pairs of judgements among all pairs, at most
+    replay: float = Field(0.0, ge=0, le=1)  # share of each earlier round's pairs that is learned from again
 
 
 class BuildEft(_ModelStep):
@@ -131,12 +136,16 @@ class SelfInstruct(_ModelStep):
     rouge_l_max: float = Field(0.7, gt=0, le=1)
     attempts_per_prompt: int = Field(6, ge=1)
     n_candidates: int = Field(4, ge=1)
+    anchor_model: str = ""  # an earlier model that answers too, for rejected answers alone; "" is none
     temperature: float = Field(0.7, ge=0)
     top_p: float = Field(0.9, gt=0, le=1)
     max_new_tokens: int = Field(160, ge=1)
 
 
 class Judge(_ModelStep):
+    judge_model: str = ""  # "" is the model in training
+    meta_judge: bool = False  # whether the model compares its own judgements, for pairs to learn judging from
+    implicit_reference: str = ""  # an earlier model: candidates also get their implicit reward; "" is none
     max_rows: int = Field(0, ge=0)  # candidates
     rubric: str = "short"
     judge_mode: JudgeMode = "expected"
@@ -149,6 +158,9 @@ class Judge(_ModelStep):
 
 class BuildPairs(Step):
     learn_from: Literal["pairs", "positives"] = "pairs"
+    pair_rule: PairRule = "score"  # the paper's, length control, or a control that no score decides (`pairs`)
+    implicit_rule: Literal["", "agree", "weigh"] = ""  # what the implicit reward decides: which pairs, how much
+    length_rho: float = Field(0.32, ge=0, lt=0.5)  # of length_control
     min_margin: float = Field(0.0, ge=0, le=5)
     positive_min_score: float = Field(4.5, ge=0, le=5)
     on_unhealthy: Literal["warn", "stop"] = "warn"

@@ -80,9 +80,10 @@ def select_judge(stage: str, model: str, params: dict) -> tuple[str, str]:
     return judge, mode
 
 
-def sft_files(model: str) -> tuple[str, ...]:
-    """What a supervised model learns from."""
-    made = {"SFT": (), "M1": ("SFT/eft/train.jsonl",)}.get(model, (f"{init_model(model)}/aift/positives.jsonl",))
+def sft_files(model: str, use_eft: bool) -> tuple[str, ...]:
+    """What a supervised model learns from; `use_eft` False leaves M1 without EFT."""
+    eft = ("SFT/eft/train.jsonl",) if use_eft else ()
+    made = {"SFT": (), "M1": eft}.get(model, (f"{init_model(model)}/aift/positives.jsonl",))
     return "seed/ift.jsonl", *made
 
 
@@ -101,12 +102,12 @@ def make_step(stage: str, model: str, params: dict) -> Step:
     if key == "seed_data":
         return Step(stage, m, (), ("M0/model.json", *(f"seed/{f}.jsonl" for f in SEED_FILES)))
     if key == "sft":
-        return _training_step(stage, m, params, sft_files(m))
+        return _training_step(stage, m, params, sft_files(m, params.get("use_eft", True)))
     if key == "build_eft":
         return Step(stage, m, (weights(m), "seed/ranked_train.jsonl"), (f"{m}/eft/train.jsonl", f"{m}/eft/yield.json"))
     if key == "self_instruct":
-        writer = params.get("prompt_model") or m
-        reads = {weights(m), *([weights(writer)] if is_model_name(writer) else [])}
+        others = (params.get("prompt_model", ""), params.get("anchor_model", ""))
+        reads = {weights(name) for name in (m, *others) if is_model_name(name)}
         return Step(
             stage,
             m,
@@ -114,11 +115,16 @@ def make_step(stage: str, model: str, params: dict) -> Step:
             (f"{m}/aift/attempts.jsonl", f"{m}/aift/prompts.jsonl", f"{m}/aift/candidates.jsonl"),
         )
     if key == "judge":
+        reference = params.get("implicit_reference")
+        models = dict.fromkeys((params.get("judge_model") or m, *((m, reference) if reference else ())))
         return Step(
             stage,
             m,
-            (weights(m), f"{m}/aift/prompts.jsonl", f"{m}/aift/candidates.jsonl"),
-            (f"{m}/aift/judgements.jsonl",),
+            (
+                *(weights(name) for name in models if is_model_name(name)),
+                *(f"{m}/aift/{f}.jsonl" for f in ("prompts", "candidates")),
+            ),
+            (f"{m}/aift/judgements.jsonl", *([f"{m}/aift/judge_pairs.jsonl"] if params.get("meta_judge") else ())),
         )
     if key == "build_pairs":
         return Step(
@@ -128,7 +134,11 @@ def make_step(stage: str, model: str, params: dict) -> Step:
             (f"{m}/aift/{params.get('learn_from', 'pairs')}.jsonl", f"{m}/aift/health.json"),
         )
     if key == "dpo":
-        return _training_step(stage, m, params, (f"{init_model(m)}/aift/pairs.jsonl",))
+        start = init_model(m)
+        rounds = range(int(start[1:]) if params.get("replay") else 1)  # the newest first
+        pairs = [f"M{int(start[1:]) - i}/aift/pairs.jsonl" for i in rounds]
+        judging = [f"{start}/aift/judge_pairs.jsonl"] if params.get("judge_share") else []
+        return _training_step(stage, m, params, (*pairs, *judging))
     if key == "evaluate":
         judges = {parse_win_judge(j)[0] for j in params.get("win_judges", [])}
         reads = dict.fromkeys(
@@ -174,6 +184,8 @@ def list_steps(experiment: Experiment) -> list[Step]:
     """
     run = experiment.run
     order = [("01_seed_data", "run"), ("02_sft", "SFT"), ("03_build_eft", "SFT"), ("02_sft", "M1")]
+    if not experiment.flat("02_sft", "M1", "")["use_eft"]:
+        order.remove(("03_build_eft", "SFT"))
     judges = experiment.flat("08_evaluate", "M1", "")["win_judges"]
     for judge, _ in map(parse_win_judge, judges):
         if is_model_name(judge) and judge not in ("M0", "SFT", "M1"):
@@ -183,6 +195,7 @@ def list_steps(experiment: Experiment) -> list[Step]:
             )
     order += [("08_evaluate", m) for m in ("M0", "SFT", "M1")]
     for i in range(1, run.iterations):
+        _check_round(experiment, f"M{i}")
         order += [(stage, f"M{i}") for stage in ("04_self_instruct", "05_judge", "06_build_pairs")]
         order += [("07_dpo" if run.learn_from == "pairs" else "02_sft", f"M{i + 1}"), ("08_evaluate", f"M{i + 1}")]
     for model in experiment.benchmarked():
@@ -197,9 +210,38 @@ def list_steps(experiment: Experiment) -> list[Step]:
     return [make_step(stage, m, experiment.flat(stage, m, "")) for stage, m in order]
 
 
+def _check_round(experiment: Experiment, model: str) -> None:
+    """Refuse models that do not exist when they are asked about `model`'s prompts, and rewards that nobody gives."""
+    before = models_before(model)
+    judging = experiment.flat("05_judge", model, "")
+    judge, reference = judging["judge_model"], judging["implicit_reference"]
+    anchor = experiment.flat("04_self_instruct", model, "")["anchor_model"]
+    for name, value in (("self_instruct.anchor_model", anchor), ("judge.implicit_reference", reference)):
+        if value and value not in before:
+            raise ParamError(
+                f"{name}: found {value!r}, expected a model that was there before {model}: {', '.join(before)}."
+            )
+    if experiment.flat("06_build_pairs", model, "")["implicit_rule"] and not reference:
+        raise ParamError("build_pairs.implicit_rule needs judge.implicit_reference, an earlier model such as M0.")
+    if judging["meta_judge"] and (judging["judge_mode"] == "expected" or judge not in ("", model)):
+        raise ParamError(
+            "judge.meta_judge compares judgements that the model wrote itself: it needs no judge_model and "
+            "a judge_mode that writes them, sampled or sampled_expected."
+        )
+    if experiment.flat("07_dpo", next_model(model), "")["judge_share"] and not judging["meta_judge"]:
+        raise ParamError("dpo.judge_share needs judge.meta_judge: without it there are no pairs of judgements.")
+    if judge == OUTSIDE:
+        raise ParamError("judge.judge_model: the outside judge compares two answers and gives no scores.")
+    if is_model_name(judge) and judge not in (*before, model):
+        raise ParamError(
+            f"judge.judge_model: {judge} does not exist yet when the candidates of {model} are scored; expected one of "
+            f"{', '.join((*before, model))} or a model from outside the run."
+        )
+
+
 def external_inputs(stage: str, params: dict) -> dict[str, Path]:
-    """Files outside the run folder that a step depends on: seed files, the judge's rubric, benchmarks and their tasks.
-    A data set of the hub is none: its name stands among the parameters."""
+    """Files outside the run folder that a step depends on: seed files, the judge's rubric and its folder, benchmarks
+    and their tasks. A data set of the hub is none: its name stands among the parameters."""
     files = {}
     for name, value in params.items():
         if name.endswith(("_file", "_files")):
@@ -216,6 +258,8 @@ def external_inputs(stage: str, params: dict) -> dict[str, Path]:
             files[f"select_rubric:{params['select_rubric']}"] = rubric_path(params["select_rubric"])
         if judge == OUTSIDE:
             files["select_judge:outside"] = SEED_DATA / "judge_train.jsonl"
+    if (judge := params.get("judge_model", "")) and not is_model_name(judge) and resolve(judge).is_dir():
+        files[f"judge_model:{judge}"] = resolve(judge)
     if "rubric" in params:
         files[f"rubric:{params['rubric']}"] = rubric_path(params["rubric"])
     if params.get("lm_eval_include_path"):

@@ -9,6 +9,7 @@ from jinja2 import Environment
 from srlm_utils import metrics, winrates
 from srlm_utils.artefacts import read_json, write_text
 from srlm_utils.errors import MissingInputError
+from srlm_utils.pairs import by_the_model
 from srlm_utils.paths import PACKAGE
 from srlm_utils.plan import model_names, models_before
 from srlm_utils.verdicts import judge_label
@@ -94,11 +95,12 @@ def training_table(step) -> pd.DataFrame:
 
 
 def score_table(step) -> pd.DataFrame:
-    """Scores of all candidates: columns model, id, prompt_id, score."""
+    """Scores of the models' own candidates: columns model, id, score."""
     frames = []
     for m in model_names(step.params.iterations)[2:-1]:
         scores = pd.DataFrame(step.rows(f"{m}/aift/judgements.jsonl"))[["id", "score"]]
-        frames.append(scores.assign(model=m))
+        own = [c["cand_id"] for c in by_the_model(step.rows(f"{m}/aift/candidates.jsonl"))]
+        frames.append(scores[scores.id.isin(own)].assign(model=m))
     return pd.concat(frames, ignore_index=True)
 
 

@@ -45,8 +45,9 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
     key, n = stage_key(step.stage), {"generated": 0.0, "judged": 0.0, "trained": 0.0}
     judge_frame = CHAT + PROMPT + RUBRIC.get(p.get("rubric", ""), 200)  # all but the answer that is judged
     if key == "sft":
-        n["trained"] = _rows(experiment, "ift") * (CHAT + PROMPT + ANSWER)
-        if step.model == "M1":
+        n_rows = _rows(experiment, "ift")
+        n["trained"] = n_rows * (CHAT + PROMPT + ANSWER)
+        if "SFT/eft/train.jsonl" in step.reads:
             eft = experiment.flat("03_build_eft", "SFT", "")
             shared = CHAT + PROMPT + RUBRIC.get(eft["rubric"], 200) - TAIL  # read once for a prompt's judgements
             n_formats, size = len({*eft["formats"]}), min(p["micro_batch_size"], p["train_batch_size"])
@@ -54,24 +55,32 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
             own = REPLY * (1 if size >= n_formats else n_formats) + TAIL * n_formats
             own += JUSTIFICATION * ("justify_first" in eft["formats"])
             n["trained"] += _rows(experiment, "ranked_train") * (parts * shared + REPLIES * own)
-        n_rows = _rows(experiment, "ift")
-        if step.model == "M1":
             n_rows += _rows(experiment, "ranked_train") * REPLIES * n_formats
         n["trained"] *= p["epochs"]
         _add_selection(n, p, n_rows, _rows(experiment, "valid"))
     elif key == "self_instruct":
         # about every second attempt is kept, and each reads eight demonstrations
-        n["generated"] = p["n_prompts"] * (2 * 20 + p["n_candidates"] * _written(p))
+        n["generated"] = p["n_prompts"] * (2 * 20 + _candidates(p) * _written(p))
         n["judged"] = p["n_prompts"] * 2 * 8 * 25
     elif key == "judge":
         source = experiment.flat("04_self_instruct", step.model, "")
-        items = source["n_prompts"] * source["n_candidates"]
+        items = source["n_prompts"] * _candidates(source)
         n["judged"] = items * (judge_frame + _written(source))
+        if p["implicit_reference"]:
+            n["judged"] += items * 2 * (CHAT + PROMPT + _written(source))
+        written = min(p["max_new_tokens"], JUSTIFICATION + 15)
+        if p["meta_judge"]:  # every two judgements of one candidate a prompt, both orders
+            asked = source["n_prompts"] * p["n_samples"] * (p["n_samples"] - 1)
+            n["judged"] += asked * (judge_frame + _written(source) + 2 * written)
         if p["judge_mode"] != "expected":
-            n["generated"] = items * p["n_samples"] * min(p["max_new_tokens"], JUSTIFICATION + 15)
+            n["generated"] = items * p["n_samples"] * written
     elif key == "dpo":
-        source = experiment.flat("04_self_instruct", f"M{int(step.model[1:]) - 1}", "")
-        tokens = 2 * source["n_prompts"] * (CHAT + PROMPT + _written(source))
+        tokens, new = 0, int(step.model[1:]) - 1
+        for i in range(1 if p["replay"] else new, new + 1):
+            source = experiment.flat("04_self_instruct", f"M{i}", "")
+            share = 1 if i == new else p["replay"]
+            tokens += 2 * share * source["n_prompts"] * (CHAT + PROMPT + _written(source))
+        tokens /= 1 - p["judge_share"]
         n["trained"], n["judged"] = tokens * p["epochs"], tokens  # the reference reads every pair once
         _add_selection(n, p, source["n_prompts"], _rows(experiment, "valid"))
     elif key == "evaluate":
@@ -91,6 +100,11 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
         texts = [BENCHMARK_TEXTS[name] for name in BENCHMARK_TEXTS if p[name]]
         n["generated"] = sum(min(p["max_rows"] or n_texts, n_texts) for n_texts in texts) * _written(p)
     return {k: int(v) for k, v in n.items()}
+
+
+def _candidates(params: dict) -> int:
+    """Candidates of a prompt: the model's own, and as many of an anchor."""
+    return params["n_candidates"] * (1 + bool(params["anchor_model"]))
 
 
 def _add_selection(n: dict, p: dict, n_rows: float, n_valid: int) -> None:

@@ -322,13 +322,28 @@ class TokenisedDPOTrainer(DPOTrainer):
         return super()._precompute_ref_logps(*args, **kwargs)
 
 
-def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> DPOTrainer:
+def weighed_losses(consistency: float, nll_weight: float) -> dict:
+    """trl's losses and weights for ``consistency * L(chosen > rejected) + (1 - consistency) * L(rejected > chosen)``
+    plus `nll_weight` of the chosen answers' likelihood.
+
+    trl has no such loss, but its "robust" one is ``(0.75 L(c > r) - 0.25 L(r > c)) / 0.5`` at a smoothing of 0.25.
+    """
+    losses = {"sigmoid": 3 - 2 * consistency, "robust": 2 * consistency - 2, "sft": nll_weight}
+    losses = {name: weight for name, weight in losses.items() if weight}
+    return {"loss_type": list(losses), "loss_weights": list(losses.values()), "label_smoothing": 0.25}
+
+
+def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path, consistency: float = 1.0) -> DPOTrainer:
     """trl's DPOTrainer with `model` itself as the reference policy.
 
     The reference log-probabilities are computed once, before the first step, from the model as it is
     now (with the new adapter switched off, or before any weight has moved), and kept beside the rows.
     So the reference is the round's starting model in every case, and no second model is in memory;
     trl's own default would reload whatever ``config._name_or_path`` says.
+
+    `params.nll_weight` adds that much of the chosen answers' mean negative log-likelihood (Pang et al. 2024). trl
+    takes the mean over the tokens of a micro-batch, the paper over those of each answer. `consistency` says how far
+    the pairs' order is trusted (`weighed_losses`); 1 is DPO.
     """
     lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
     n_tokens = sum(len(ids) for r in rows for ids in r.values())
@@ -337,7 +352,7 @@ def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> DPOTr
     args = DPOConfig(
         **_common_args(params, work, per_device=micro, accumulation=accumulation, n_items=len(order)),
         beta=params.beta,
-        loss_type=["sigmoid"],
+        **weighed_losses(consistency, params.nll_weight),
         precompute_ref_log_probs=True,
         disable_dropout=not params.dropout,
     )

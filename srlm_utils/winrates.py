@@ -94,6 +94,17 @@ def bradley_terry(
     return {m: out.get(m, {"value": 0.0, "low": 0.0, "high": 0.0, "n": n[m]}) for m in models}
 
 
+def elo(wins: np.ndarray) -> np.ndarray:
+    """Bradley-Terry strengths in nats, mean 0, of (players, players) weighted wins of the row over the column."""
+    n = len(wins)
+    met = [(i, j) for i in range(n) for j in range(i) if wins[i, j] + wins[j, i] > 0]
+    if not met:
+        return np.zeros(n)
+    x = np.array([np.eye(n)[i] - np.eye(n)[j] for i, j in met])
+    total = np.array([wins[i, j] + wins[j, i] for i, j in met])
+    return _logistic(x, np.array([wins[i, j] for i, j in met]) / total, total[None])[0]
+
+
 def _check_connected(duels, models: list[str], anchor: str) -> None:
     known, grew = {anchor} & {*models}, True
     while grew:

@@ -344,9 +344,10 @@ def test_what_a_step_reads_and_writes():
     assert [*plan.external_inputs("07_dpo", outside)] == ["select_rubric:short"]
     assert [*plan.external_inputs("07_dpo", outside | {"select_judge": "outside:pairwise"})] == ["select_judge:outside"]
     assert not plan.external_inputs("07_dpo", outside | {"select_steps": 0})
-    assert plan.sft_files("SFT") == ("seed/ift.jsonl",)  # no validation prompt is trained on
-    assert plan.sft_files("M1") == ("seed/ift.jsonl", "SFT/eft/train.jsonl")
-    assert plan.sft_files("M2") == ("seed/ift.jsonl", "M1/aift/positives.jsonl")
+    assert plan.sft_files("SFT", True) == ("seed/ift.jsonl",)  # no validation prompt is trained on
+    assert plan.sft_files("M1", True) == ("seed/ift.jsonl", "SFT/eft/train.jsonl")
+    assert plan.sft_files("M1", False) == ("seed/ift.jsonl",)
+    assert plan.sft_files("M2", True) == ("seed/ift.jsonl", "M1/aift/positives.jsonl")
 
 
 def test_the_figure_marks_the_kept_step():

@@ -88,10 +88,21 @@ def test_every_preset_fits_every_notebook(path):
         assert set(experiment.flat(step.stage, step.model, "results/x")) == known
 
 
+@pytest.mark.parametrize("preset", ["quickstart", "smoke"])
 @pytest.mark.parametrize("path", VARIANTS, ids=lambda p: p.stem)
-def test_every_variant_lies_over_the_quickstart(path):
-    experiment = Experiment.load([ROOT / "params/quickstart.yaml", path])
-    assert list_steps(experiment)
+def test_every_variant_lies_over_the_presets(path, preset):
+    text, base = path.read_text(), ROOT / f"params/{preset}.yaml"
+    assert f"`{path.stem}`" in (ROOT / "README.md").read_text()
+    assert f"# command   srlm run params/quickstart.yaml params/variants/{path.name} --run-name {path.stem}\n" in text
+    experiment, plain = Experiment.load([base, path]), Experiment.load([base])
+    for step in list_steps(experiment):
+        known = set(pm.inspect_notebook(str(ROOT / "notebooks" / f"{step.stage}.ipynb")))
+        assert set(experiment.flat(step.stage, step.model, "results/x")) == known
+    assert token_table(experiment)
+    changed = [
+        s for s in list_steps(experiment) if experiment.flat(s.stage, s.model, "") != plain.flat(s.stage, s.model, "")
+    ]
+    assert changed or list_steps(experiment) != list_steps(plain)
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)

@@ -18,9 +18,9 @@ PAIRS = [
 ]
 
 
-def one_step(tiny, folder, monkeypatch, share, lora_r):
+def one_step(tiny, folder, monkeypatch, share, lora_r, **more):
     monkeypatch.setattr(attention, "plain", lambda *_: share)
-    p = params(lora_r=lora_r, train_batch_size=3, micro_batch_size=3)
+    p = params(lora_r=lora_r, train_batch_size=3, micro_batch_size=3, **more)
     torch.manual_seed(0)
     net, tok = train.load(tiny, p)
     rows, _ = train.dpo_rows(tok, PAIRS, 512)
@@ -49,6 +49,18 @@ def test_loss_gradients_and_metrics_are_those_of_trl(tiny, tmp_path, monkeypatch
         torch.testing.assert_close(torch.tensor(list(mine)), torch.tensor(list(other)), atol=1e-4, rtol=1e-5)
     for name in theirs[3]:
         assert ours[3][name] == pytest.approx(theirs[3][name], rel=1e-3, abs=1e-4), name
+
+
+def test_the_likelihood_of_chosen_answers_is_added_by_its_weight(tiny, tmp_path, monkeypatch):
+    with_nll = {share: one_step(tiny, tmp_path / f"{share}", monkeypatch, share, 4, nll_weight=0.5) for share in (0, 1)}
+    assert with_nll[1][0] == pytest.approx(with_nll[0][0], abs=1e-5)
+    for name, grad in with_nll[0][1].items():
+        torch.testing.assert_close(with_nll[1][1][name], grad, atol=1e-5, rtol=1e-3)
+    alone = one_step(tiny, tmp_path / "alone", monkeypatch, True, 4)
+    metrics, tok = with_nll[1][3], train.load(tiny, params())[1]
+    rows, _ = train.dpo_rows(tok, PAIRS, 512)
+    nll = -len(rows) * metrics["logps/chosen"] / sum(len(r["chosen_ids"]) for r in rows)
+    assert with_nll[1][0] - alone[0] == pytest.approx(0.5 * nll, rel=1e-4)
 
 
 def test_the_vocabulary_sees_answers_alone_and_prompts_are_read_once(tiny, tmp_path, monkeypatch):

@@ -198,6 +198,36 @@ def test_positives_only_runs_to_its_end():
         shutil.rmtree(run, ignore_errors=True)
 
 
+@pytest.mark.slow
+def test_variants_laid_over_each_other_run_to_their_end():
+    run = ROOT / "results" / "test-variants"
+    shutil.rmtree(run, ignore_errors=True)
+    names = ["length_control", "frozen_judge", "without_eft", "dpo_nll", "replay"]
+    names += ["anchored_rejects", "consistency_weighted"]
+    files = [f"params/variants/{name}.yaml" for name in names]
+    result = srlm("run", "params/smoke.yaml", *files, "--run-name", run.name)
+    try:
+        assert result.returncode == 0, result.stdout + result.stderr
+        steps = {p.stem: read_json(p) for p in (run / "steps").glob("*.json")}
+        assert "03_build_eft@SFT" not in steps and "SFT/eft/train.jsonl" not in steps["02_sft@M1"]["inputs"]
+        candidates = read_jsonl(run / "M2/aift/candidates.jsonl")
+        assert {c.get("author") for c in candidates} == {None, "M0"}
+        judged = read_jsonl(run / "M2/aift/judgements.jsonl")
+        assert len(judged) == len(candidates) and {j["judge"] for j in judged} == {"M1"}
+        assert any(abs(j["implicit"]) > 0.1 for j in judged if j["implicit"] is not None)
+        dpo, pairs = steps["07_dpo@M3"], {m: read_jsonl(run / m / "aift/pairs.jsonl") for m in ("M1", "M2")}
+        assert {"M2/model", "M2/aift/pairs.jsonl", "M1/aift/pairs.jsonl"} == set(dpo["inputs"])
+        n_old = round(len(pairs["M1"]) / 2)
+        assert dpo["figures"]["n_pairs"] == len(pairs["M2"]) + n_old > n_old > 0
+        total = len(pairs["M2"]) * pairs["M2"][0]["consistency"] + n_old * pairs["M1"][0]["consistency"]
+        assert dpo["figures"]["consistency"] == pytest.approx(total / dpo["figures"]["n_pairs"], abs=1e-3)
+        # the likelihood of the tiny model's answers stands on top of log 2
+        assert dpo["figures"]["first_loss"] > 2 and steps["07_dpo@M2"]["figures"]["n_pairs"] == len(pairs["M1"])
+        assert (run / "report/report.html").is_file()
+    finally:
+        shutil.rmtree(run, ignore_errors=True)
+
+
 def test_plan_says_what_a_change_touches(smoke):
     out = srlm("plan", "params/smoke.yaml", "--run-name", smoke.name, "--set", "dpo.beta=0.3").stdout
     state = {line.split()[1]: line for line in out.splitlines() if "@" in line}
