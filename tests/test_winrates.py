@@ -197,7 +197,7 @@ def test_a_pure_length_effect_is_removed():
 def test_length_controlled_intervals_cover(n):
     theta = 0.5
     figures = [
-        winrates.length_controlled(*simulate_length(s, theta, 1.0, 0.4, n), n_draws=400) for s in range(N_SIMULATIONS)
+        winrates.length_controlled(*simulate_length(s, theta, 1.0, 0.4, n), n_draws=300) for s in range(N_SIMULATIONS)
     ]
     assert np.mean([f["value"] for f in figures]) == pytest.approx(sigmoid(theta), abs=0.01)
     assert 0.93 <= coverage(figures, sigmoid(theta)) <= 0.97
