@@ -1,4 +1,7 @@
-"""``srlm run | plan | status | agree``: the command line. Exit codes: 0 done, 1 a step failed, 2 bad input."""
+"""``srlm run | plan | status | verify | agree``: the command line.
+
+Exit codes: 0 done, 1 a step failed or `verify` found a fault, 2 bad input.
+"""
 
 import argparse
 import shlex
@@ -40,6 +43,8 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--tokens", action="store_true", help="tokens that each stage makes, judges and trains")
     status = commands.add_parser("status", help="what a run folder holds")
     status.add_argument("run", type=Path, metavar="RUN", help="e.g. results/quickstart")
+    verify = commands.add_parser("verify", help="check a run folder: hashes, ids, references, leaks")
+    verify.add_argument("run", type=Path, metavar="RUN", help="e.g. results/quickstart")
     agree = commands.add_parser("agree", help="how well a model judges replies that people ranked")
     agree.add_argument("--model", required=True, help="a folder such as results/quickstart/M1/model, or a hub id")
     agree.add_argument(
@@ -70,7 +75,7 @@ def _run_dir(args) -> Path:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        return {"run": _run, "plan": _plan, "status": _status, "agree": _agree}[args.command](args)
+        return COMMANDS[args.command](args)
     except StepFailed as e:
         print(f"srlm: {e}", file=sys.stderr)
         return 1
@@ -126,11 +131,26 @@ def _status(args) -> int:
     return 0
 
 
+def _verify(args) -> int:
+    from srlm_utils.verify import verify
+
+    found = verify(resolve(args.run))
+    for note in found.notes:
+        print(f"note: {note}")
+    for finding in found.findings:
+        print(finding)
+    print(f"{args.run}: {found.n_files} files, {found.n_rows} rows checked, {len(found.findings)} findings")
+    return 1 if found.findings else 0
+
+
 def _agree(args) -> int:
     from srlm_utils.agree import report
 
     print(report(args))
     return 0
+
+
+COMMANDS = {"run": _run, "plan": _plan, "status": _status, "verify": _verify, "agree": _agree}
 
 
 if __name__ == "__main__":
