@@ -24,6 +24,10 @@ class ModelError(SrlmError, OSError):
     """A model folder, hub id or embedded model cannot be used."""
 
 
+class StorageError(SrlmError, OSError):
+    """A file cannot be written: the disk is full, or the folder read-only."""
+
+
 class LockedError(SrlmError, RuntimeError):
     """Another process is writing this step."""
 

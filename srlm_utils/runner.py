@@ -17,7 +17,7 @@ from srlm_utils.params import Experiment
 from srlm_utils.paths import NOTEBOOKS, PROJ_ROOT, shown
 from srlm_utils.plan import Step, list_steps, maker_of, plan, status
 from srlm_utils.seeds import load_seeds
-from srlm_utils.step import BATCH
+from srlm_utils.step import BATCH, drop_lock, lock_owner, sign_lock
 from srlm_utils.tokens import step_cost
 
 
@@ -43,12 +43,13 @@ def execute(
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise LockedError(f"{shown(run)} is being run by another process. Wait for it or stop it.") from None
+        who = lock_owner(run / ".run.lock")
+        raise LockedError(f"{shown(run)} is being run by {who}. Wait for it or stop it.") from None
+    sign_lock(run / ".run.lock")
     try:
         return _execute(experiment, run, command, steps, start, only, force)
     finally:
-        lock.release()
-        (run / ".run.lock").unlink(missing_ok=True)
+        drop_lock(lock)
 
 
 def _execute(experiment, run, command, steps, start, only, force) -> int:

@@ -8,11 +8,12 @@ kept, however large the export is.
 import gzip
 import hashlib
 import itertools
-import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from srlm_utils.artefacts import parse_row
 from srlm_utils.errors import DataError, MissingInputError
 from srlm_utils.plan import is_hub_id, seed_path
 from srlm_utils.rows import IftRow, RankedRow, check_rows, load_rows
@@ -40,11 +41,8 @@ def records(name: str) -> Iterator[tuple[str, dict]]:
             for i, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise DataError(f"{path}:{i}: found {type(record).__name__}, expected a JSON object.")
-                yield f"{path}:{i}", record
-    except (UnicodeDecodeError, json.JSONDecodeError, EOFError, gzip.BadGzipFile) as e:
+                yield f"{path}:{i}", parse_row(line, f"{path}:{i}")
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise DataError(f"{path}:{i + 1 if isinstance(e, UnicodeDecodeError) else i}: cannot be read ({e}).") from e
 
 

@@ -7,7 +7,6 @@ what is trained on is what was sampled, to the token. Only the assistant's token
 import contextlib
 import json
 import math
-import os
 import random
 import shutil
 import warnings
@@ -22,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from srlm_utils import attention, chat, frozen, judge, packing
-from srlm_utils.artefacts import write_text
+from srlm_utils.artefacts import replace_folder, write_text
 from srlm_utils.engine import keep_memory, pick_device, pick_dtype
 from srlm_utils.errors import DataError, ModelError, ParamError, StepFailed
 from srlm_utils.pair_forward import share_prompts
@@ -433,8 +432,7 @@ def save(trainer, tokenizer, folder: Path, params, card: str) -> None:
     merged(trainer, pick_dtype(params.dtype, params.device), params.seed).save_pretrained(tmp)
     tokenizer.save_pretrained(tmp)
     write_text(tmp / "README.md", card)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(tmp, folder)
+    replace_folder(tmp, folder)
 
 
 def model_card(step, start: str, data: dict[str, int], figures: dict) -> str:

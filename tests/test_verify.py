@@ -60,11 +60,11 @@ DAMAGE = {
         "M1/aift/attempts.jsonl", first(reason="similar"), "M1-p0000: found attempt_id M1-a00000; expected one of"),
     "judgement gone": (JUDGED, lambda rows: rows[1:], "M1-p0000-0: found no judgement; expected one of each candidate"),
     "judged nothing": (JUDGED, first(id="M1-p9999-0"), "M1-p9999-0: found id M1-p9999-0; expected one of"),
-    "pair of another prompt": (PAIRS, first(chosen_id="M1-p0001-0"), "found chosen_id M1-p0001-0; expected a candidate"),
+    "pair of another prompt": (PAIRS, first(chosen_id="M1-p0001-0"), "chosen_id M1-p0001-0; expected a candidate"),
     "pair's text": (PAIRS, first(rejected="never said"), "found another text than that of"),
     "pair's score": (PAIRS, first(chosen_score=5.0), "found chosen_score 5.0; expected"),
     "pair upside down": (PAIRS, first(chosen_score=0.1), "expected a chosen answer that scores above the rejected one"),
-    "answer to no test": ("M1/eval/answers.jsonl", first(prompt_id="x"), "found prompt_id x; expected one of seed/test"),
+    "answer to no test": ("M1/eval/answers.jsonl", first(prompt_id="x"), "prompt_id x; expected one of seed/test"),
     "judged no reply": ("M1/eval/judgements.jsonl", first(id="op-004/none"), "found id op-004/none; expected one of"),
     "verdict on no answer": (
         "M1/eval/verdicts/M1_vs_M0.jsonl", first(prompt_id="x"), "found prompt_id x; expected one of M1/eval/answers"),
