@@ -34,3 +34,9 @@ class LockedError(SrlmError, RuntimeError):
 
 class StepFailed(SrlmError, RuntimeError):
     """A notebook ended with an error that was not about its input; exit code 1."""
+
+
+def short(value) -> str:
+    """A value as a message shows it, 80 characters at most."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
