@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a step failed or `verify` found a fault, 2 bad input.
 
 import argparse
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import get_args
@@ -93,7 +94,12 @@ def _run(args) -> int:
         words += ["--set", s]
     if args.run_name:
         words += ["--run-name", args.run_name]
-    execute(experiment, _run_dir(args), shlex.join(words), start=args.start, only=args.only, force=args.force)
+    command = shlex.join(words)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end a run in the same way
+    try:
+        execute(experiment, _run_dir(args), command, start=args.start, only=args.only, force=args.force)
+    except KeyboardInterrupt:  # between two steps
+        raise StepFailed(f"interrupted; what was made is kept\n  continue with: {command}") from None
     return 0
 
 

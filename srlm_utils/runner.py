@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from srlm_utils import errors, field_benchmarks
 from srlm_utils.artefacts import read_json, write_text
 from srlm_utils.errors import LockedError, MissingInputError, ParamError, SrlmError, StepFailed
-from srlm_utils.params import Experiment
+from srlm_utils.params import Experiment, stage_key
 from srlm_utils.paths import NOTEBOOKS, PROJ_ROOT, shown
 from srlm_utils.plan import Step, list_steps, maker_of, plan, status
 from srlm_utils.seeds import load_seeds
@@ -101,6 +101,7 @@ def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
     import logging
 
     import papermill as pm
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     from srlm_utils import warm
@@ -135,7 +136,7 @@ def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
             progress_bar=False,
             cwd=str(PROJ_ROOT),
             request_save_on_cell_execute=False,
-            extra_arguments=["--log-level=ERROR"],
+            extra_arguments=["--log-level=CRITICAL"],  # a kernel that is told to end says so with a traceback
             **({"kernel_manager_class": warm.Manager} if warm.possible() else {}),
         )
     except PapermillExecutionError as e:
@@ -146,11 +147,13 @@ def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
         raise StepFailed(f"{step.name} failed in {where}: {e.ename}: {e.evalue}\n  {resume}") from None
     except KeyboardInterrupt:
         raise StepFailed(f"{step.name} was interrupted; what it made is kept\n  {resume}") from None
-    except Exception as e:  # a kernel that died: papermill's own error says little, and marks cells completed
+    except DeadKernelError:  # papermill marks the cell that ran, and all after it, as completed
         raise StepFailed(
-            f"{step.name} failed in {shown(out)}: {type(e).__name__}: {e}. If the kernel died, the machine "
-            f"may be out of memory: lower batch_size or micro_batch_size.\n  {resume}"
+            f"{step.name}: its kernel died in {shown(out)}, where later cells did not run, whatever they say. It was "
+            f"killed from outside, or the machine is out of memory: {_lower(step, params)}.\n  {resume}"
         ) from None
+    except Exception as e:
+        raise StepFailed(f"{step.name} failed in {shown(out)}: {type(e).__name__}: {e}\n  {resume}") from None
     finally:
         for k, v in saved.items():
             if v is None:
@@ -163,6 +166,14 @@ def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
             f"{step.name}: {shown(out)} ended without writing its manifest; its last cell must call "
             f"step.finish().\n  {resume}"
         )
+
+
+def _lower(step: Step, params: dict) -> str:
+    """Which parameter of a step makes it need less memory."""
+    name = "micro_batch_size" if "micro_batch_size" in params else "batch_size" if "batch_size" in params else ""
+    if not name:
+        return "close what else is running"
+    return f"lower {stage_key(step.stage)}.{name} (now {params[name] or 'what fits'})"
 
 
 def _forget_this_machine(notebook: Path) -> None:
