@@ -18,10 +18,9 @@ from srlm_utils.errors import DataError, StorageError
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to a temporary name, flush it to disk and move it into place."""
-    data = text.encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.tmp")
-    with _named_faults(path):
+    data, tmp = text.encode(), path.with_name(f".{path.name}.tmp")
+    with named_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             _write(fd, data)
@@ -37,7 +36,7 @@ def write_text(path: Path, text: str) -> None:
 
 def replace_folder(tmp: Path, folder: Path) -> None:
     """Move a finished folder into place, its files flushed to disk first; what stood there is removed."""
-    with _named_faults(folder):
+    with named_faults(folder):
         for path in tmp.rglob("*"):
             if path.is_file():
                 with open(path, "rb") as f:
@@ -62,7 +61,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _named_faults(path: Path):
+def named_faults(path: Path):
     """Raise `StorageError`, which says what to do, for a disk that is full or a folder that is read-only."""
     try:
         yield
@@ -163,8 +162,8 @@ class RowLog:
     """
 
     def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _named_faults(path):
+        with named_faults(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 data = path.read_bytes()
                 if (whole := _complete(data)) < len(data):
@@ -180,7 +179,7 @@ class RowLog:
         lines = [_line(row, " \n") for row in rows[:-1]] + [_line(row) for row in rows[-1:]]
         fd = self._file.fileno()
         before = os.fstat(fd).st_size
-        with _named_faults(self.path):
+        with named_faults(self.path):
             try:
                 _write(fd, "".join(lines).encode())
                 os.fsync(fd)

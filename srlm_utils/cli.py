@@ -120,20 +120,26 @@ def _plan(args) -> int:
 
 
 def _status(args) -> int:
-    from srlm_utils.runner import status_rows
+    from srlm_utils.runner import stale_steps, status_rows
 
     run = resolve(args.run)
     if not (run / "steps").is_dir():
         raise MissingInputError(
             f"{args.run}: no run here (no steps/ folder). Expected a folder such as results/quickstart."
         )
-    rows = status_rows(run)
+    rows, damaged = status_rows(run)
     for r in rows:
         figures = ", ".join(f"{k} {v}" for k, v in r["figures"].items())
         print(f"{r['step']:<22} {r['seconds']:>7.0f} s  {r['peak_memory_gb']:>5.1f} GB  {figures}")
     print(f"{len(rows)} steps done, {sum(r['seconds'] for r in rows) / 60:.1f} min of work")
     for work in sorted((run / "steps").glob("*.work")):
-        print(f"{work.stem:<22} was begun and not finished")
+        if not work.with_suffix(".json").exists():
+            print(f"{work.stem:<22} was begun and not finished")
+    for name in damaged:
+        print(f"{name:<22} its manifest is damaged: srlm run makes it again")
+    for name, why in stale_steps(run):
+        if name not in damaged:
+            print(f"{name:<22} is stale: {why}")
     return 0
 
 

@@ -5,13 +5,13 @@ import ctypes
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from srlm_utils import attention, chat
 from srlm_utils.errors import ModelError
 from srlm_utils.prefill import BATCH_TOKENS, read
+from srlm_utils.resources import check_weights, free_memory
 from srlm_utils.sampling import sample, uniforms
 from srlm_utils.slots import Slots, blocks
 
@@ -36,17 +36,6 @@ def keep_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: nothing gets a mapping of its own
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back
-
-
-def free_memory() -> int:
-    """Bytes that are free for this process: of the machine, and of the container it runs in."""
-    import psutil
-
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # no limit, or no control group
-        group = Path("/sys/fs/cgroup")
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return max(free, 0)
 
 
 def pick_device(device: str = "auto") -> str:
@@ -103,6 +92,7 @@ class Engine:
         if self.device == "cpu":
             keep_memory()
         self.batch_size = batch_size
+        check_weights(folder)
         try:
             self.model = (
                 AutoModelForCausalLM.from_pretrained(

@@ -28,6 +28,10 @@ class StorageError(SrlmError, OSError):
     """A file cannot be written: the disk is full, or the folder read-only."""
 
 
+class ResourceError(SrlmError, MemoryError):
+    """A step cannot fit into the memory or onto the disk; the message names the parameter to lower."""
+
+
 class LockedError(SrlmError, RuntimeError):
     """Another process is writing this step."""
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from srlm_utils import errors, field_benchmarks
-from srlm_utils.artefacts import read_json, write_text
-from srlm_utils.errors import LockedError, MissingInputError, ParamError, SrlmError, StepFailed
+from srlm_utils.artefacts import named_faults, read_json, write_text
+from srlm_utils.errors import DataError, LockedError, MissingInputError, ParamError, SrlmError, StepFailed
 from srlm_utils.params import Experiment, stage_key
 from srlm_utils.paths import NOTEBOOKS, PROJ_ROOT, shown
 from srlm_utils.plan import Step, list_steps, maker_of, plan, status
@@ -38,10 +38,11 @@ def execute(
     for option in (start, only):
         if option and option not in names:
             raise ParamError(f"no step {option!r} in this experiment. Its steps: {', '.join(names)}.")
-    run.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run / ".run.lock")
     try:
-        lock.acquire(timeout=0)
+        with named_faults(run):
+            run.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
     except Timeout:
         who = lock_owner(run / ".run.lock")
         raise LockedError(f"{shown(run)} is being run by {who}. Wait for it or stop it.") from None
@@ -249,18 +250,22 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def status_rows(run: Path) -> list[dict]:
-    """What the manifests of a run folder say: one row a finished step."""
-    rows = []
-    for path in sorted((run / "steps").glob("*.json")):
-        m = read_json(path)
-        rows.append(
-            {
-                "step": m["step"],
-                "started": m["started"],
-                "seconds": m["seconds"],
-                "peak_memory_gb": m["peak_memory_gb"],
-                **{"figures": m["figures"]},
-            }
-        )
-    return sorted(rows, key=lambda r: r["started"])
+def status_rows(run: Path) -> tuple[list[dict], list[str]]:
+    """What the manifests of a run folder say: one row a finished step; and the steps whose manifest is damaged."""
+    rows, damaged = [], []
+    for path in (run / "steps").glob("*.json"):
+        try:
+            manifest = read_json(path)
+            rows.append({k: manifest[k] for k in ("step", "started", "seconds", "peak_memory_gb", "figures")})
+        except (DataError, KeyError, TypeError):
+            damaged.append(path.stem)
+    return sorted(rows, key=lambda r: r["started"]), sorted(damaged)
+
+
+def stale_steps(run: Path) -> list[tuple[str, str]]:
+    """(step, why) of what ``srlm run`` would make again, by the parameters that the run was started with."""
+    if not (run / "params.yaml").is_file() or not any(run.glob("*/model")):
+        return []  # a run that is rendered without its weights cannot go on
+    planned = plan(Experiment.load([run / "params.yaml"]), run)
+    made = {p.stem for p in (run / "steps").glob("*.json")}
+    return [(step.name, why) for step, _, done, why in planned if not done and step.name in made]

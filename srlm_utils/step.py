@@ -9,6 +9,7 @@ A step works in ``steps/<step>.work/``: row logs and checkpoints that an interru
 are continued if parameters and inputs are the same, and thrown away if they are not.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -23,8 +24,8 @@ from types import SimpleNamespace
 
 from filelock import FileLock, Timeout
 
-from srlm_utils import seed_model
-from srlm_utils.artefacts import RowLog, describe, read_json, read_jsonl, write_json, write_text
+from srlm_utils import resources, seed_model
+from srlm_utils.artefacts import RowLog, describe, named_faults, read_json, read_jsonl, write_json, write_text
 from srlm_utils.errors import DataError, LockedError, MissingInputError, ParamError
 from srlm_utils.params import STAGES, Experiment, check, stage_key
 from srlm_utils.paths import EXAMPLE, PROJ_ROOT, resolve, shown
@@ -138,7 +139,9 @@ class StepRun:
 
     def begin(self) -> None:
         self._check_inputs()
-        self._lock()
+        resources.check(self.name, self.declared.stage, vars(self.params), self.run, self._largest_model())
+        with named_faults(self.run):
+            self._lock()
         if self.manifest_path.is_file():
             shutil.rmtree(self.work, ignore_errors=True)  # it was killed after its last row: nothing to continue
         if not self.scratch:
@@ -165,6 +168,13 @@ class StepRun:
         for name, path in external_inputs(self.declared.stage, vars(self.params)).items():
             if not path.exists():
                 raise MissingInputError(f"{name.split(':')[0]}: {path}: no such file.")
+
+    def _largest_model(self) -> Path | None:
+        """The folder of the largest model of the run that the step reads."""
+        names = [p.split("/")[0] for p in self.declared.reads if p in (weights("M0"), weights(p.split("/")[0]))]
+        folders = [Path(seed_model.read_pointer(self.input(weights("M0")))["path"])] if "M0" in names else []
+        folders += [self.run / weights(m) for m in names if m != "M0" and (self.run / weights(m)).is_dir()]
+        return max(folders, key=resources.n_parameters, default=None)
 
     def _lock(self) -> None:
         path = self.run / "steps" / f"{self.name}.lock"
@@ -238,8 +248,9 @@ class Progress:
         elif time.monotonic() - self._last > 0.5:
             self._last = time.monotonic()
             tmp = self.path.with_suffix(".tmp")
-            tmp.write_text(json.dumps({"done": self.n, "total": self.total}))
-            os.replace(tmp, self.path)
+            with contextlib.suppress(OSError):  # a full disk stops rows, not the counting of them
+                tmp.write_text(json.dumps({"done": self.n, "total": self.total}))
+                os.replace(tmp, self.path)
 
     def __enter__(self):
         return self

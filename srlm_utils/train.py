@@ -25,6 +25,7 @@ from srlm_utils.artefacts import replace_folder, write_text
 from srlm_utils.engine import keep_memory, pick_device, pick_dtype
 from srlm_utils.errors import DataError, ModelError, ParamError, StepFailed
 from srlm_utils.pair_forward import share_prompts
+from srlm_utils.resources import check_weights
 
 # trl 1.16 sets this itself, whatever is passed
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated", category=FutureWarning)
@@ -38,6 +39,7 @@ def load(folder: str, params, *, chat_template: str = "", trust_remote_code: boo
     if device == "cpu":
         keep_memory()
     dtype = getattr(torch, pick_dtype(params.dtype, device)) if params.lora_r else torch.float32
+    check_weights(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code

@@ -4,18 +4,21 @@ The stages are the notebooks' own cells. A child process runs them and ends with
 nothing is closed, flushed or cleaned up. What a killed write had got to the disk stays.
 """
 
+import errno
 import os
 import random
 import shutil
+import subprocess
 import sys
 import traceback
+from contextlib import redirect_stderr
 from functools import cache
 from types import SimpleNamespace
 
 import nbformat
 import pytest
 
-from srlm_utils import chat, self_instruct, step
+from srlm_utils import chat, resources, self_instruct, step
 from srlm_utils.artefacts import read_json, read_jsonl, write_json, write_jsonl
 from srlm_utils.engine import Sample
 from srlm_utils.params import STAGES, stage_key
@@ -97,6 +100,7 @@ def child(work, arm=None) -> int:
             os._exit(0)
         except BaseException:
             traceback.print_exc()
+            sys.stderr.flush()
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
@@ -207,6 +211,80 @@ def test_a_stage_killed_at_each_operation_ends_as_if_it_had_not_been(stages):
 
 def test_rows_of_a_killed_stage_are_neither_lost_nor_made_twice(stages):
     torture(stages, "04_self_instruct@M1", 12, again=True)
+
+
+def full_after(n):
+    """Every write fails once `n` bytes were written, as on a disk that is full."""
+    state = SimpleNamespace(left=n)
+
+    def arm(name, call):
+        def counted(*args, **kw):
+            if name == "write":
+                done = call(args[0], args[1][: max(state.left, 0)]) if state.left > 0 else 0
+                state.left -= done
+                if not done:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return done
+            return call(*args, **kw)
+
+        return counted
+
+    return arm
+
+
+def refused(run, name, arm=None):
+    """The kit's own error of a stage that cannot write."""
+    with open(run.with_name("said"), "w+") as said:
+        with redirect_stderr(said):
+            assert child(lambda: run_stage(run, name), arm) == 1
+        said.seek(0)
+        return said.read().splitlines()[-1]
+
+
+def test_a_disk_that_fills_up_loses_nothing(stages):
+    run, name = stages, "04_self_instruct@M1"
+    prepared(run, name)
+    shutil.copytree(run, run.with_name("before"))
+    finish(run, name)
+    expected = outputs(run)
+    for n in (0, 1500, 3000, 6000):
+        shutil.rmtree(run)
+        shutil.copytree(run.with_name("before"), run)
+        assert "the disk is full. What was made is kept" in refused(run, name, full_after(n))
+        finish(run, name)
+        assert outputs(run) == expected
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 200 kB; `small_disk(options)` mounts it again with others."""
+    place, mount = tmp_path / "disk", ["mount", "-t", "tmpfs", "tmpfs"]
+    place.mkdir()
+    if os.geteuid() or subprocess.run([*mount, "-o", "size=200k", place], capture_output=True).returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield lambda options: subprocess.run([*mount[:-1], "-o", f"remount,{options}", place], check=True)
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_real_disk_fills_up_and_a_folder_is_read_only(stages, small_disk, monkeypatch):
+    monkeypatch.setattr(resources, "MARGIN", 0)
+    run, name = stages, "04_self_instruct@M1"
+    prepared(run, name)
+    finish(run.rename(run.with_name("whole")), name)
+    disk = run.with_name("disk")
+    for part in ("seed", "M0", "M1", "steps"):
+        shutil.copytree(run.with_name("whole") / part, disk / part)
+    for path in [*(disk / "M1/aift").glob("*"), disk / f"steps/{name}.json"]:
+        path.unlink()
+    filler = disk / "filler"
+    filler.write_bytes(b"x" * (shutil.disk_usage(disk).free - 12_000))
+    assert "the disk is full" in refused(disk, name)
+    small_disk("ro,size=200k")
+    assert "cannot be written to" in refused(disk, name)
+    small_disk("rw,size=400k")
+    filler.unlink()
+    finish(disk, name)
+    assert outputs(disk) == outputs(run.with_name("whole"))
 
 
 @pytest.mark.slow
