@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from srlm_utils import attention, chat
-from srlm_utils.errors import ModelError
+from srlm_utils.errors import ModelError, StepFailed
 from srlm_utils.prefill import BATCH_TOKENS, read
 from srlm_utils.resources import check_weights, free_memory
 from srlm_utils.sampling import sample, uniforms
@@ -143,7 +144,11 @@ class Engine:
 
         def draw(logits, keys):
             u = torch.tensor(texts.uniforms(keys), device=logits.device)
-            return sample(logits, u, temperature, top_p)
+            try:
+                return sample(logits, u, temperature, top_p)
+            except FloatingPointError:
+                bad = (~torch.isfinite(logits).all(-1)).tolist()
+                raise _no_numbers("logits", [key for key, is_bad in zip(keys, bad, strict=True) if is_bad]) from None
 
         if attention.plain(self.model.config, longest):
             yield from self._continuous(requests, n, size, texts, draw)
@@ -258,7 +263,12 @@ class Engine:
         for numbers, logits in batches:
             probs = logits.float().softmax(-1)[:, choices]
             mass = probs.sum(-1)
-            shares = (probs / mass[:, None]).tolist()
+            if not bool(torch.isfinite(mass).all()):
+                bad = (~torch.isfinite(mass)).tolist()
+                raise _no_numbers("logits", [requests[i][0] for i, is_bad in zip(numbers, bad, strict=True) if is_bad])
+            # where all are so unlikely that they are 0 in float32, the logits still tell them apart
+            shares = torch.where(mass[:, None] > 0, probs / mass[:, None], logits[:, choices].float().softmax(-1))
+            shares = shares.tolist()
             yield [(requests[i][0], p, m) for i, p, m in zip(numbers, shares, mass.tolist(), strict=True)]
 
     @torch.inference_mode()
@@ -292,6 +302,8 @@ class Engine:
                 found += (-torch.nn.functional.cross_entropy(part.float(), target, reduction="none")).tolist()
             rows = []
             for key, _, text in batch:
+                if not all(map(math.isfinite, found[: len(text)])):
+                    raise _no_numbers("log-probabilities", [key])
                 rows.append((key, found[: len(text)]))
                 found = found[len(text) :]
             yield rows
@@ -313,6 +325,13 @@ class Engine:
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         return ids, mask
+
+
+def _no_numbers(what: str, keys: list[str]) -> StepFailed:
+    return StepFailed(
+        f"the model's {what} hold NaN or infinity for {', '.join(keys[:16])}. Its weights are damaged, or too large "
+        "for dtype float16: take bfloat16 or float32, or look at the training log of the model."
+    )
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,7 @@ def load(folder: str, params, *, chat_template: str = "", trust_remote_code: boo
 
 
 def sft_rows(tokenizer, rows: list[dict], max_length: int) -> tuple[list[dict], int]:
-    """({"input_ids", "labels", "kind"} rows, number dropped for being longer than `max_length`).
+    """({"input_ids", "labels", "kind", "id"} rows, number dropped for being longer than `max_length`).
 
     `rows` hold prompt and response; kind is the EFT format, or "ift". Labels are -100 on the prompt. Of a
     score-first judgement the digit alone carries loss: "Score: " is put in the judge's mouth when its
@@ -74,7 +74,9 @@ def sft_rows(tokenizer, rows: list[dict], max_length: int) -> tuple[list[dict], 
     start, digits = judge.score_tokens(tokenizer) if scored else ([], [])
     for r in rows:
         prompt = chat.prompt_ids(tokenizer, chat.user(r["prompt"]))
-        kept = {"kind": r.get("format", "ift")} | ({"group": r["group"]} if "group" in r else {})
+        kept = {"kind": r.get("format", "ift"), "id": r.get("prompt_id", "?")} | (
+            {"group": r["group"]} if "group" in r else {}
+        )
         if kept["kind"] == "score_first":
             prompt, answer = prompt + start, [digits[r["score"]]]
             kept["rank"] = r["rank"]
@@ -86,7 +88,7 @@ def sft_rows(tokenizer, rows: list[dict], max_length: int) -> tuple[list[dict], 
 
 
 def dpo_rows(tokenizer, pairs: list[dict], max_length: int) -> tuple[list[dict], int]:
-    """({"prompt_ids", "chosen_ids", "rejected_ids"} rows, number dropped for length).
+    """({"prompt_ids", "chosen_ids", "rejected_ids", "id"} rows, number dropped for length).
 
     An answer that was cut off by its token budget gets no end-of-turn token: it never wrote one.
     """
@@ -95,7 +97,8 @@ def dpo_rows(tokenizer, pairs: list[dict], max_length: int) -> tuple[list[dict],
         prompt = chat.prompt_ids(tokenizer, chat.user(p["prompt"]))
         chosen, rejected = (chat.answer_ids(tokenizer, p[s], ended=p[f"{s}_ended"]) for s in ("chosen", "rejected"))
         if len(prompt) + max(len(chosen), len(rejected)) <= max_length:
-            out.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+            row = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+            out.append(row | {"id": p.get("prompt_id", "?")})
     return out, len(pairs) - len(out)
 
 
@@ -148,6 +151,7 @@ def _common_args(params, work: Path, *, per_device: int, accumulation: int, n_it
         save_steps=params.save_steps or 500,
         save_total_limit=1,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # or a loss that is no number would be logged as the mean of those before it
         report_to="none",
         disable_tqdm=True,
         seed=params.seed,
@@ -298,6 +302,7 @@ def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> Packe
         score_ids=judge.score_tokens(tokenizer)[1] if any("rank" in r for r in rows) else [],
         rank_weight=params.rank_weight,
     )
+    trainer.row_ids = [[i for s in batch for i in packed[s]["ids"]] for batch in batches]
     if share:
         trainer.kept = frozen.keep(trainer, params, sum(len(s["input_ids"]) for s in packed), params.epochs)
     return trainer
@@ -331,6 +336,7 @@ def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> DPOTr
     So the reference is the round's starting model in every case, and no second model is in memory;
     trl's own default would reload whatever ``config._name_or_path`` says.
     """
+    ids, rows = [r.get("id", "?") for r in rows], [{k: r[k] for k in r if k != "id"} for r in rows]
     lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
     n_tokens = sum(len(ids) for r in rows for ids in r.values())
     order = batch_order(lengths, params.train_batch_size, params.epochs, params.seed)
@@ -352,23 +358,34 @@ def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> DPOTr
         share=attention.plain(model.config, 2 * params.max_length),
         keep=lambda trainer: frozen.keep(trainer, params, n_tokens, 1 + params.epochs),
     )
+    trainer.row_ids = [[ids[i]] for i in order]
     trainer.train_dataset = trainer.train_dataset.select(order)  # the reference read each pair once; now all epochs
     return trainer
 
 
 class _Report(TrainerCallback):
-    """Moves the step's progress and stops at a loss that is no number."""
+    """Moves the step's progress, and stops at a loss or gradient that is no number, before it is in a checkpoint.
 
-    def __init__(self, progress):
-        self.progress = progress
+    `row_ids` has the ids of the rows of each micro-batch, in the order in which they are trained.
+    """
+
+    def __init__(self, progress, row_ids: list[list[str]]):
+        self.progress, self.row_ids = progress, row_ids
 
     def on_step_end(self, args, state, control, **kwargs):
         self.progress.update(state.global_step - self.progress.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(float(loss)):
-            raise StepFailed(f"the loss became {loss} at step {state.global_step}; lower learning_rate.")
+        for name in ("loss", "grad_norm"):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(float(value)):
+                size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+                rows = self.row_ids[(state.global_step - 1) * size : state.global_step * size]
+                ids = ", ".join(dict.fromkeys(i for batch in rows for i in batch))
+                raise StepFailed(
+                    f"{name} became {value} at step {state.global_step}, on rows {ids}. Look at these rows, or lower "
+                    "learning_rate."
+                )
 
 
 def train(trainer, step) -> pd.DataFrame:
@@ -388,7 +405,7 @@ def train(trainer, step) -> pd.DataFrame:
     if last:
         print(f"continuing from step {last.rpartition('-')[2]} of {total}")
     with step.progress(total, "steps") as progress:
-        trainer.add_callback(_Report(progress))
+        trainer.add_callback(_Report(progress, trainer.row_ids))
         trainer.train(resume_from_checkpoint=last)
     return pd.DataFrame([r for r in trainer.state.log_history if "loss" in r])
 
