@@ -13,6 +13,7 @@ from typing import get_args
 from srlm_utils.errors import MissingInputError, SrlmError, StepFailed
 from srlm_utils.params import Experiment, JudgeMode
 from srlm_utils.paths import RESULTS, resolve
+from srlm_utils.printable import printable, without_secrets
 
 
 def _experiment_args(parser: argparse.ArgumentParser) -> None:
@@ -78,10 +79,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return COMMANDS[args.command](args)
     except StepFailed as e:
-        print(f"srlm: {e}", file=sys.stderr)
+        print(f"srlm: {printable(without_secrets(str(e)))}", file=sys.stderr)
         return 1
     except SrlmError as e:
-        print(f"srlm: {type(e).__name__}: {e}", file=sys.stderr)
+        print(f"srlm: {type(e).__name__}: {printable(without_secrets(str(e)))}", file=sys.stderr)
         return 2
 
 
@@ -150,7 +151,7 @@ def _verify(args) -> int:
     for note in found.notes:
         print(f"note: {note}")
     for finding in found.findings:
-        print(finding)
+        print(printable(str(finding)))
     print(f"{args.run}: {found.n_files} files, {found.n_rows} rows checked, {len(found.findings)} findings")
     return 1 if found.findings else 0
 

@@ -16,6 +16,7 @@ from srlm_utils.errors import DataError, LockedError, MissingInputError, ParamEr
 from srlm_utils.params import Experiment, stage_key
 from srlm_utils.paths import NOTEBOOKS, PROJ_ROOT, shown
 from srlm_utils.plan import Step, list_steps, maker_of, plan, status
+from srlm_utils.printable import printable_output, without_secrets
 from srlm_utils.seeds import load_seeds
 from srlm_utils.step import BATCH, drop_lock, lock_owner, sign_lock
 from srlm_utils.tokens import step_cost
@@ -161,7 +162,7 @@ def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
                 del os.environ[k]
             else:
                 os.environ[k] = v
-        _forget_this_machine(out)
+        _make_shareable(out)
     if not (run / "steps" / f"{step.name}.json").is_file():
         raise StepFailed(
             f"{step.name}: {shown(out)} ended without writing its manifest; its last cell must call "
@@ -177,14 +178,18 @@ def _lower(step: Step, params: dict) -> str:
     return f"lower {stage_key(step.stage)}.{name} (now {params[name] or 'what fits'})"
 
 
-def _forget_this_machine(notebook: Path) -> None:
-    """Make paths below the repository relative, in outputs and in what papermill recorded, so that an
-    executed notebook can be shared."""
+def _make_shareable(notebook: Path) -> None:
+    """Make paths below the repository relative, in outputs and in what papermill recorded, take out secrets, and make
+    control characters visible in what was printed."""
     if notebook.is_file():
-        text = notebook.read_text(encoding="utf-8")
+        text = without_secrets(notebook.read_text(encoding="utf-8"))
         for place, name in ((f"{PROJ_ROOT}/", ""), (sys.prefix, ".venv"), (str(Path.home()), "~")):
             text = text.replace(json.dumps(place)[1:-1], name)
-        write_text(notebook, text)
+        nb = json.loads(text)
+        for cell in nb["cells"]:
+            if "outputs" in cell:
+                cell["outputs"] = printable_output(cell["outputs"])
+        write_text(notebook, json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
 
 
 class ProgressLine:
