@@ -185,7 +185,11 @@ def _make_shareable(notebook: Path) -> None:
         text = without_secrets(notebook.read_text(encoding="utf-8"))
         for place, name in ((f"{PROJ_ROOT}/", ""), (sys.prefix, ".venv"), (str(Path.home()), "~")):
             text = text.replace(json.dumps(place)[1:-1], name)
-        nb = json.loads(text)
+        try:
+            nb = json.loads(text)
+        except ValueError:  # papermill was interrupted while it wrote; the next run writes it anew
+            write_text(notebook, text)
+            return
         for cell in nb["cells"]:
             if "outputs" in cell:
                 cell["outputs"] = printable_output(cell["outputs"])

@@ -213,6 +213,16 @@ def test_rows_of_a_killed_stage_are_neither_lost_nor_made_twice(stages):
     torture(stages, "04_self_instruct@M1", 12, again=True)
 
 
+def test_no_prompt_kept_is_said_and_its_attempts_stay(stages, monkeypatch):
+    name = "04_self_instruct@M1"
+    prepared(stages, name)
+    monkeypatch.setattr(
+        self_instruct, "write_prompts", lambda engine, ids, *how: [(i, Sample(i, "no", 1, True)) for i in ids]
+    )
+    assert "no prompt was kept: see the reasons above" in refused(stages, name)
+    assert len(read_jsonl(stages / f"steps/{name}.work/attempts.jsonl")) >= 7
+
+
 def full_after(n):
     """Every write fails once `n` bytes were written, as on a disk that is full."""
     state = SimpleNamespace(left=n)
