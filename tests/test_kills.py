@@ -96,7 +96,7 @@ def test_dpo_killed_again_and_again_continues_its_loss_curve(smoke):
             (run / "steps/07_dpo@M2.json").unlink()
             shutil.rmtree(run / "M2/model")
         args = [*SMOKE, "--only", "07_dpo@M2"]
-        for value in ("epochs=30", "save_steps=1", "train_batch_size=2", "micro_batch_size=2"):
+        for value in ("epochs=8", "save_steps=1", "train_batch_size=2", "micro_batch_size=2"):
             args += ["--set", f"dpo.{value}"]
         whole, killed = runs
         result = srlm(*args, "--run-name", whole.name)
