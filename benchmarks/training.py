@@ -122,9 +122,10 @@ def dpo_cases(folder: str) -> tuple[dict, int]:
         accumulation = max(1, p.train_batch_size // p.micro_batch_size)
         sizes = {"per_device_train_batch_size": p.micro_batch_size, "gradient_accumulation_steps": accumulation}
         args = _trl_args(DPOConfig, **sizes, **config)
+        data = Dataset.from_list(rows).remove_columns("id")
         # the same token ids: trl's own tokenisation takes no time worth measuring
         trainer = type("Tokenised", (DPOTrainer,), {"_prepare_dataset": lambda self, dataset, *a, **k: dataset})(
-            model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora
+            model=model, args=args, train_dataset=data, processing_class=tokenizer, peft_config=lora
         )
         _run(trainer)
         return n_tokens

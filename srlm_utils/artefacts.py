@@ -1,43 +1,125 @@
 """Files that are whole or absent: JSON and JSONL written by rename, row logs that survive a kill."""
 
+import errno
 import gzip
 import hashlib
 import json
+import math
 import os
+import shutil
+import zlib
 from collections.abc import Iterable
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from srlm_utils.errors import DataError
+from srlm_utils.errors import DataError, StorageError
 
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to a temporary name, flush it to disk and move it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.tmp")
-    with open(tmp, "w", encoding="utf-8", newline="\n") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
+    data, tmp = text.encode(), path.with_name(f".{path.name}.tmp")
+    with named_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            _write(fd, data)
+            os.fsync(fd)
+        except OSError:
+            tmp.unlink(missing_ok=True)  # a full disk needs its bytes back
+            raise
+        finally:
+            os.close(fd)
+        os.replace(tmp, path)
+        _sync_folder(path.parent)
+
+
+def replace_folder(tmp: Path, folder: Path) -> None:
+    """Move a finished folder into place, its files flushed to disk first; what stood there is removed."""
+    with named_faults(folder):
+        for path in tmp.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as f:
+                    os.fsync(f.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(tmp, folder)
+        _sync_folder(folder.parent)
+
+
+def _write(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a folder's names to disk: without it a power cut may undo a rename."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def named_faults(path: Path):
+    """Raise `StorageError`, which says what to do, for a disk that is full or a folder that is read-only."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            say = "the disk is full. What was made is kept: free some space and run the same command again"
+        elif e.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            say = "this folder cannot be written to. Give the run a folder that can, or change its permissions"
+        else:
+            raise
+        raise StorageError(f"{path}: {say} ({e.strerror}).") from e
 
 
 def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Figures that are no number (the mean of nothing, say) become null."""
+    write_text(path, json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """Raises `DataError` for a row that holds NaN or infinity."""
     write_text(path, "".join(_line(row) for row in rows))
 
 
-def _line(row: dict) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+def _line(row: dict, end: str = "\n") -> str:
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False) + end
+    except ValueError as e:
+        bad = next((k for k, v in row.items() if _finite(v) != v), "")
+        raise DataError(f"row {next(iter(row.values()), '')}: {bad} is no finite number ({e}).") from e
+
+
+def _parse(text: str):
+    """The value of a JSON text; ValueError for all that cannot be kept: NaN, infinity, half a surrogate pair."""
+    try:
+        value = json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if "\\ud" in text or "\\uD" in text:  # an escaped emoji is two of these; one alone is no text
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _refuse(name: str):
+    raise ValueError(f"{name} is no finite number")
 
 
 def read_json(path: Path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        return _parse(path.read_text(encoding="utf-8"))
+    except ValueError as e:  # of decoding, too
         raise DataError(
             f"{path}: not valid JSON ({e}). Restore the file, or delete it and run the step that makes it again."
         ) from e
@@ -45,62 +127,77 @@ def read_json(path: Path):
 
 def read_jsonl(path: Path) -> list[dict]:
     """Rows of a JSONL file, also ``.gz``. Blank lines are skipped; anything but one object a line is a `DataError`."""
-    rows = []
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except (EOFError, gzip.BadGzipFile) as e:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise DataError(f"{path}: cannot be unpacked ({e}). Fetch or make the file again.") from e
     except UnicodeDecodeError as e:
         line = e.object[: e.start].count(b"\n") + 1
         raise DataError(f"{path}:{line}: not UTF-8 (byte {e.start}). Save the file as UTF-8.") from e
     # not splitlines(): JSON strings may hold U+2028 and its like, which are no line ends here
-    for i, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise DataError(
-                f"{path}:{i}: not valid JSON ({e.msg}, column {e.colno}); expected one "
-                "object a line. Mend or delete this line."
-            ) from e
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path}:{i}: found {type(row).__name__}, expected a JSON object. Mend or delete this line."
-            )
-        rows.append(row)
-    return rows
+    return [parse_row(line, f"{path}:{i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def parse_row(line: str, where: str) -> dict:
+    """The object of one line; `DataError` that begins with `where` for anything else."""
+    try:
+        row = _parse(line)
+    except ValueError as e:
+        why = f"{e.msg}, column {e.colno}" if isinstance(e, json.JSONDecodeError) else e
+        raise DataError(
+            f"{where}: not valid JSON ({why}); expected one object a line. Mend or delete this line."
+        ) from e
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: found {type(row).__name__}, expected a JSON object. Mend or delete this line.")
+    return row
 
 
 class RowLog:
     """An append-only JSONL file that a killed step continues.
 
-    `rows` holds what earlier attempts completed. A last line without its newline (the process died
-    while writing it) is cut off when the log is opened, so its row is simply made again.
+    `rows` holds what earlier attempts completed. Rows of one `extend` come back together or not at all: a blank before
+    the line's end says that more of them follow. What the process was writing when it died is cut off when the log is
+    opened, so its rows are simply made again.
     """
 
     def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            data = path.read_bytes()
-            whole = data.rfind(b"\n") + 1
-            if whole < len(data):
-                print(f"{path.name}: dropped an incomplete last row ({len(data) - whole} bytes)")
-                os.truncate(path, whole)
-        self.path = path
-        self.rows: list[dict] = read_jsonl(path) if path.exists() else []
-        self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115  (open while rows come in)
+        with named_faults(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                data = path.read_bytes()
+                if (whole := _complete(data)) < len(data):
+                    print(f"{path.name}: dropped an incomplete last row or batch ({len(data) - whole} bytes)")
+                    os.truncate(path, whole)
+            self.path = path
+            self.rows: list[dict] = read_jsonl(path) if path.exists() else []
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115  (open while rows come in)
+            _sync_folder(path.parent)
 
     def extend(self, rows: list[dict]) -> None:
-        """Append complete rows in one write and flush them to disk."""
-        self._file.write("".join(_line(row) for row in rows))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Append complete rows and flush them to disk, all of them or none."""
+        lines = [_line(row, " \n") for row in rows[:-1]] + [_line(row) for row in rows[-1:]]
+        fd = self._file.fileno()
+        before = os.fstat(fd).st_size
+        with named_faults(self.path):
+            try:
+                _write(fd, "".join(lines).encode())
+                os.fsync(fd)
+            except OSError:
+                os.truncate(fd, before)
+                raise
         self.rows.extend(rows)
 
     def close(self) -> None:
         self._file.close()
+
+
+def _complete(data: bytes) -> int:
+    """Length of a row log up to the end of its last complete batch."""
+    end = data.rfind(b"\n") + 1
+    while data[max(end - 2, 0) : end] == b" \n":
+        end = data.rfind(b"\n", 0, end - 1) + 1
+    return end
 
 
 @lru_cache(maxsize=4096)

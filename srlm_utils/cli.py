@@ -1,7 +1,11 @@
-"""``srlm run | plan | status | agree``: the command line. Exit codes: 0 done, 1 a step failed, 2 bad input."""
+"""``srlm run | plan | status | verify | agree``: the command line.
+
+Exit codes: 0 done, 1 a step failed or `verify` found a fault, 2 bad input.
+"""
 
 import argparse
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import get_args
@@ -9,6 +13,7 @@ from typing import get_args
 from srlm_utils.errors import MissingInputError, SrlmError, StepFailed
 from srlm_utils.params import Experiment, JudgeMode
 from srlm_utils.paths import RESULTS, resolve
+from srlm_utils.printable import printable, without_secrets
 
 
 def _experiment_args(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +45,8 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--tokens", action="store_true", help="tokens that each stage makes, judges and trains")
     status = commands.add_parser("status", help="what a run folder holds")
     status.add_argument("run", type=Path, metavar="RUN", help="e.g. results/quickstart")
+    verify = commands.add_parser("verify", help="check a run folder: hashes, ids, references, leaks")
+    verify.add_argument("run", type=Path, metavar="RUN", help="e.g. results/quickstart")
     agree = commands.add_parser("agree", help="how well a model judges replies that people ranked")
     agree.add_argument("--model", required=True, help="a folder such as results/quickstart/M1/model, or a hub id")
     agree.add_argument(
@@ -70,12 +77,12 @@ def _run_dir(args) -> Path:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        return {"run": _run, "plan": _plan, "status": _status, "agree": _agree}[args.command](args)
+        return COMMANDS[args.command](args)
     except StepFailed as e:
-        print(f"srlm: {e}", file=sys.stderr)
+        print(f"srlm: {printable(without_secrets(str(e)))}", file=sys.stderr)
         return 1
     except SrlmError as e:
-        print(f"srlm: {type(e).__name__}: {e}", file=sys.stderr)
+        print(f"srlm: {type(e).__name__}: {printable(without_secrets(str(e)))}", file=sys.stderr)
         return 2
 
 
@@ -88,7 +95,12 @@ def _run(args) -> int:
         words += ["--set", s]
     if args.run_name:
         words += ["--run-name", args.run_name]
-    execute(experiment, _run_dir(args), shlex.join(words), start=args.start, only=args.only, force=args.force)
+    command = shlex.join(words)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end a run in the same way
+    try:
+        execute(experiment, _run_dir(args), command, start=args.start, only=args.only, force=args.force)
+    except KeyboardInterrupt:  # between two steps
+        raise StepFailed(f"interrupted; what was made is kept\n  continue with: {command}") from None
     return 0
 
 
@@ -109,21 +121,39 @@ def _plan(args) -> int:
 
 
 def _status(args) -> int:
-    from srlm_utils.runner import status_rows
+    from srlm_utils.runner import stale_steps, status_rows
 
     run = resolve(args.run)
     if not (run / "steps").is_dir():
         raise MissingInputError(
             f"{args.run}: no run here (no steps/ folder). Expected a folder such as results/quickstart."
         )
-    rows = status_rows(run)
+    rows, damaged = status_rows(run)
     for r in rows:
         figures = ", ".join(f"{k} {v}" for k, v in r["figures"].items())
         print(f"{r['step']:<22} {r['seconds']:>7.0f} s  {r['peak_memory_gb']:>5.1f} GB  {figures}")
     print(f"{len(rows)} steps done, {sum(r['seconds'] for r in rows) / 60:.1f} min of work")
     for work in sorted((run / "steps").glob("*.work")):
-        print(f"{work.stem:<22} was begun and not finished")
+        if not work.with_suffix(".json").exists():
+            print(f"{work.stem:<22} was begun and not finished")
+    for name in damaged:
+        print(f"{name:<22} its manifest is damaged: srlm run makes it again")
+    for name, why in stale_steps(run):
+        if name not in damaged:
+            print(f"{name:<22} is stale: {why}")
     return 0
+
+
+def _verify(args) -> int:
+    from srlm_utils.verify import verify
+
+    found = verify(resolve(args.run))
+    for note in found.notes:
+        print(f"note: {note}")
+    for finding in found.findings:
+        print(printable(str(finding)))
+    print(f"{args.run}: {found.n_files} files, {found.n_rows} rows checked, {len(found.findings)} findings")
+    return 1 if found.findings else 0
 
 
 def _agree(args) -> int:
@@ -131,6 +161,9 @@ def _agree(args) -> int:
 
     print(report(args))
     return 0
+
+
+COMMANDS = {"run": _run, "plan": _plan, "status": _status, "verify": _verify, "agree": _agree}
 
 
 if __name__ == "__main__":

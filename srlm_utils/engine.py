@@ -2,16 +2,17 @@
 
 import contextlib
 import ctypes
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from srlm_utils import attention, chat
-from srlm_utils.errors import ModelError
+from srlm_utils.errors import ModelError, StepFailed
 from srlm_utils.prefill import BATCH_TOKENS, read
+from srlm_utils.resources import check_weights, free_memory
 from srlm_utils.sampling import sample, uniforms
 from srlm_utils.slots import Slots, blocks
 
@@ -36,17 +37,6 @@ def keep_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: nothing gets a mapping of its own
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back
-
-
-def free_memory() -> int:
-    """Bytes that are free for this process: of the machine, and of the container it runs in."""
-    import psutil
-
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # no limit, or no control group
-        group = Path("/sys/fs/cgroup")
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return max(free, 0)
 
 
 def pick_device(device: str = "auto") -> str:
@@ -102,6 +92,7 @@ class Engine:
         device = pick_device(device)
         if device == "cpu":
             keep_memory()
+        check_weights(folder)
         try:
             model = (
                 AutoModelForCausalLM.from_pretrained(
@@ -166,7 +157,11 @@ class Engine:
 
         def draw(logits, keys):
             u = torch.tensor(texts.uniforms(keys), device=logits.device)
-            return sample(logits, u, temperature, top_p)
+            try:
+                return sample(logits, u, temperature, top_p)
+            except FloatingPointError:
+                bad = (~torch.isfinite(logits).all(-1)).tolist()
+                raise _no_numbers("logits", [key for key, is_bad in zip(keys, bad, strict=True) if is_bad]) from None
 
         if attention.plain(self.model.config, longest):
             yield from self._continuous(requests, n, size, texts, draw)
@@ -281,7 +276,12 @@ class Engine:
         for numbers, logits in batches:
             probs = logits.float().softmax(-1)[:, choices]
             mass = probs.sum(-1)
-            shares = (probs / mass[:, None]).tolist()
+            if not bool(torch.isfinite(mass).all()):
+                bad = (~torch.isfinite(mass)).tolist()
+                raise _no_numbers("logits", [requests[i][0] for i, is_bad in zip(numbers, bad, strict=True) if is_bad])
+            # where all are so unlikely that they are 0 in float32, the logits still tell them apart
+            shares = torch.where(mass[:, None] > 0, probs / mass[:, None], logits[:, choices].float().softmax(-1))
+            shares = shares.tolist()
             yield [(requests[i][0], p, m) for i, p, m in zip(numbers, shares, mass.tolist(), strict=True)]
 
     @torch.inference_mode()
@@ -315,6 +315,8 @@ class Engine:
                 found += (-torch.nn.functional.cross_entropy(part.float(), target, reduction="none")).tolist()
             rows = []
             for key, _, text in batch:
+                if not all(map(math.isfinite, found[: len(text)])):
+                    raise _no_numbers("log-probabilities", [key])
                 rows.append((key, found[: len(text)]))
                 found = found[len(text) :]
             yield rows
@@ -336,6 +338,13 @@ class Engine:
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         return ids, mask
+
+
+def _no_numbers(what: str, keys: list[str]) -> StepFailed:
+    return StepFailed(
+        f"the model's {what} hold NaN or infinity for {', '.join(keys[:16])}. Its weights are damaged, or too large "
+        "for dtype float16: take bfloat16 or float32, or look at the training log of the model."
+    )
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:

@@ -24,9 +24,23 @@ class ModelError(SrlmError, OSError):
     """A model folder, hub id or embedded model cannot be used."""
 
 
+class StorageError(SrlmError, OSError):
+    """A file cannot be written: the disk is full, or the folder read-only."""
+
+
+class ResourceError(SrlmError, MemoryError):
+    """A step cannot fit into the memory or onto the disk; the message names the parameter to lower."""
+
+
 class LockedError(SrlmError, RuntimeError):
     """Another process is writing this step."""
 
 
 class StepFailed(SrlmError, RuntimeError):
     """A notebook ended with an error that was not about its input; exit code 1."""
+
+
+def short(value) -> str:
+    """A value as a message shows it, 80 characters at most."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -10,7 +10,7 @@ from collections.abc import Hashable
 
 import torch
 
-from srlm_utils.engine import free_memory
+from srlm_utils.resources import free_memory
 
 
 class Kept:

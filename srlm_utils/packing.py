@@ -83,7 +83,7 @@ def pack(rows: list[dict]) -> dict:
 
 
 def sequences(rows: list[dict], size: int, *, share: bool = True) -> list[dict]:
-    """Pack rows of one ``group`` together, at most `size` to a sequence; adds "kind" and "n_rows".
+    """Pack rows of one ``group`` together, at most `size` to a sequence; adds "kind", "n_rows" and their "ids".
 
     Rows without a group stand alone. `share` False packs nothing (see `attention.plain`).
     """
@@ -91,7 +91,11 @@ def sequences(rows: list[dict], size: int, *, share: bool = True) -> list[dict]:
     for i, row in enumerate(rows):
         groups.setdefault(("group", row["group"]) if share and "group" in row else i, []).append(row)
     parts = [g[i : i + size] for g in groups.values() for i in range(0, len(g), size)]
-    return [pack(part) | {"kind": "eft" if "group" in part[0] else "ift", "n_rows": len(part)} for part in parts]
+    about = [
+        {"kind": "eft" if "group" in part[0] else "ift", "n_rows": len(part), "ids": [r.get("id", "?") for r in part]}
+        for part in parts
+    ]
+    return [pack(part) | its for part, its in zip(parts, about, strict=True)]
 
 
 def length_batches(rows, lengths: list[int], n_rows: list[int], size: int, rng) -> list[list[int]]:

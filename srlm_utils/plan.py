@@ -10,7 +10,7 @@ from pathlib import Path
 
 from srlm_utils.artefacts import read_json, sha256
 from srlm_utils.errors import DataError, ParamError
-from srlm_utils.params import Experiment, model_names, stage_key
+from srlm_utils.params import STAGES, Experiment, model_names, stage_key
 from srlm_utils.paths import PROMPTS, SEED_DATA, resolve
 
 OUTSIDE = "outside"  # the judge that is no model of a run (outside.py)
@@ -295,7 +295,10 @@ def fingerprint(step: Step, params: dict, run: Path) -> dict:
 
 
 def status(step: Step, params: dict, run: Path) -> tuple[bool, str]:
-    """(done, why): whether a step can be skipped, and the reason in a few words."""
+    """(done, why): whether a step can be skipped, and the reason in a few words.
+
+    A parameter that is newer than a manifest had its default then: what comes new is off until it is asked for.
+    """
     path = run / "steps" / f"{step.name}.json"
     work = run / "steps" / f"{step.name}.work"
     if not path.is_file():
@@ -304,7 +307,7 @@ def status(step: Step, params: dict, run: Path) -> tuple[bool, str]:
         manifest = read_json(path)
         now = fingerprint(step, params, run)
         old = {
-            "params": {k: v for k, v in manifest["params"].items() if k != "run_dir"},
+            "params": STAGES[stage_key(step.stage)]().model_dump() | manifest["params"],
             "inputs": {k: v["sha256"] for k, v in manifest["inputs"].items()},
         }
         outputs = manifest["outputs"]
@@ -312,10 +315,10 @@ def status(step: Step, params: dict, run: Path) -> tuple[bool, str]:
         return False, f"input is gone: {Path(e.filename).name}"
     except (DataError, KeyError, TypeError, AttributeError):
         return False, "its manifest is damaged"
-    changed = [k for k in now["params"] if old["params"].get(k, ...) != now["params"][k]]
+    changed = [k for k in now["params"] if old["params"][k] != now["params"][k]]
     if changed:
         k = changed[0]
-        return False, f"{k} changed: {old['params'].get(k)!r} -> {now['params'][k]!r}"
+        return False, f"{k} changed: {old['params'][k]!r} -> {now['params'][k]!r}"
     stale = [k for k in now["inputs"] if old["inputs"].get(k) != now["inputs"][k]]
     if stale:
         return False, f"input changed: {stale[0]}"

@@ -12,6 +12,7 @@ from srlm_utils.errors import MissingInputError
 from srlm_utils.pairs import by_the_model
 from srlm_utils.paths import PACKAGE
 from srlm_utils.plan import model_names, models_before
+from srlm_utils.printable import printable
 from srlm_utils.verdicts import judge_label
 
 COLUMNS = [
@@ -269,4 +270,5 @@ def write_html(
         for s in sections
     ]
     page = Environment(autoescape=True).from_string((PACKAGE / "report.html.jinja").read_text(encoding="utf-8"))
-    write_text(path, page.render(title=title, lead=lead, sections=filled, pairs=pairs, answers=answers, foot=foot))
+    html = page.render(title=title, lead=lead, sections=filled, pairs=pairs, answers=answers, foot=foot)
+    write_text(path, printable(html))

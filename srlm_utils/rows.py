@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from srlm_utils.artefacts import read_jsonl
-from srlm_utils.errors import DataError, MissingInputError
+from srlm_utils.errors import DataError, MissingInputError, short
 from srlm_utils.instructions import check_instructions
 
 
@@ -97,21 +97,18 @@ def check_rows(rows: list[dict], shape: type[BaseModel], name: str) -> list[dict
     for i, row in enumerate(rows, 1):
         id = row.get(id_field, f"no {id_field}")
         # a number alone would not say what it is
-        where = f"{name}: row {i} ({id if isinstance(id, str) else f'{id_field} {id}'})"
+        where = f"{name}: row {i} ({id[:80] if isinstance(id, str) else f'{id_field} {short(id)}'})"
         try:
             shape.model_validate(row)
         except ValidationError as e:
-            err = e.errors()[0]
-            field = ".".join(map(str, err["loc"])) or "row"
-            raise DataError(
-                f"{where}: {field}: {err['msg']}; found {_short(err['input'])}. Mend this row and run the step again."
-            ) from e
+            raise DataError(f"{where}: {first_fault(e)}. Mend this row and run the step again.") from e
         if str(row[id_field]) in seen:
             raise DataError(f"{where}: {id_field} stands twice in this file. Give each row an id of its own.")
         seen.add(str(row[id_field]))
     return rows
 
 
-def _short(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def first_fault(e: ValidationError) -> str:
+    """Field, what is wrong with it, and what was found there."""
+    err = e.errors()[0]
+    return f"{'.'.join(map(str, err['loc'])) or 'row'}: {err['msg']}; found {short(err['input'])}"

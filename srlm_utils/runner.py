@@ -11,13 +11,14 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from srlm_utils import errors, field_benchmarks
-from srlm_utils.artefacts import read_json, write_text
-from srlm_utils.errors import LockedError, MissingInputError, ParamError, SrlmError, StepFailed
-from srlm_utils.params import Experiment
+from srlm_utils.artefacts import named_faults, read_json, write_text
+from srlm_utils.errors import DataError, LockedError, MissingInputError, ParamError, SrlmError, StepFailed
+from srlm_utils.params import Experiment, stage_key
 from srlm_utils.paths import NOTEBOOKS, PROJ_ROOT, shown
 from srlm_utils.plan import Step, list_steps, maker_of, plan, status
+from srlm_utils.printable import printable_output, without_secrets
 from srlm_utils.seeds import load_seeds
-from srlm_utils.step import BATCH
+from srlm_utils.step import BATCH, drop_lock, lock_owner, sign_lock
 from srlm_utils.tokens import step_cost
 
 
@@ -38,17 +39,19 @@ def execute(
     for option in (start, only):
         if option and option not in names:
             raise ParamError(f"no step {option!r} in this experiment. Its steps: {', '.join(names)}.")
-    run.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run / ".run.lock")
     try:
-        lock.acquire(timeout=0)
+        with named_faults(run):
+            run.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
     except Timeout:
-        raise LockedError(f"{shown(run)} is being run by another process. Wait for it or stop it.") from None
+        who = lock_owner(run / ".run.lock")
+        raise LockedError(f"{shown(run)} is being run by {who}. Wait for it or stop it.") from None
+    sign_lock(run / ".run.lock")
     try:
         return _execute(experiment, run, command, steps, start, only, force)
     finally:
-        lock.release()
-        (run / ".run.lock").unlink(missing_ok=True)
+        drop_lock(lock)
 
 
 def _execute(experiment, run, command, steps, start, only, force) -> int:
@@ -100,6 +103,7 @@ def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
     import logging
 
     import papermill as pm
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     from srlm_utils import warm
@@ -134,7 +138,7 @@ def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
             progress_bar=False,
             cwd=str(PROJ_ROOT),
             request_save_on_cell_execute=False,
-            extra_arguments=["--log-level=ERROR"],
+            extra_arguments=["--log-level=CRITICAL"],  # a kernel that is told to end says so with a traceback
             **({"kernel_manager_class": warm.Manager} if warm.possible() else {}),
         )
     except PapermillExecutionError as e:
@@ -145,18 +149,20 @@ def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
         raise StepFailed(f"{step.name} failed in {where}: {e.ename}: {e.evalue}\n  {resume}") from None
     except KeyboardInterrupt:
         raise StepFailed(f"{step.name} was interrupted; what it made is kept\n  {resume}") from None
-    except Exception as e:  # a kernel that died: papermill's own error says little, and marks cells completed
+    except DeadKernelError:  # papermill marks the cell that ran, and all after it, as completed
         raise StepFailed(
-            f"{step.name} failed in {shown(out)}: {type(e).__name__}: {e}. If the kernel died, the machine "
-            f"may be out of memory: lower batch_size or micro_batch_size.\n  {resume}"
+            f"{step.name}: its kernel died in {shown(out)}, where later cells did not run, whatever they say. It was "
+            f"killed from outside, or the machine is out of memory: {_lower(step, params)}.\n  {resume}"
         ) from None
+    except Exception as e:
+        raise StepFailed(f"{step.name} failed in {shown(out)}: {type(e).__name__}: {e}\n  {resume}") from None
     finally:
         for k, v in saved.items():
             if v is None:
                 del os.environ[k]
             else:
                 os.environ[k] = v
-        _forget_this_machine(out)
+        _make_shareable(out)
     if not (run / "steps" / f"{step.name}.json").is_file():
         raise StepFailed(
             f"{step.name}: {shown(out)} ended without writing its manifest; its last cell must call "
@@ -164,14 +170,30 @@ def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
         )
 
 
-def _forget_this_machine(notebook: Path) -> None:
-    """Make paths below the repository relative, in outputs and in what papermill recorded, so that an
-    executed notebook can be shared."""
+def _lower(step: Step, params: dict) -> str:
+    """Which parameter of a step makes it need less memory."""
+    name = "micro_batch_size" if "micro_batch_size" in params else "batch_size" if "batch_size" in params else ""
+    if not name:
+        return "close what else is running"
+    return f"lower {stage_key(step.stage)}.{name} (now {params[name] or 'what fits'})"
+
+
+def _make_shareable(notebook: Path) -> None:
+    """Make paths below the repository relative, in outputs and in what papermill recorded, take out secrets, and make
+    control characters visible in what was printed."""
     if notebook.is_file():
-        text = notebook.read_text(encoding="utf-8")
+        text = without_secrets(notebook.read_text(encoding="utf-8"))
         for place, name in ((f"{PROJ_ROOT}/", ""), (sys.prefix, ".venv"), (str(Path.home()), "~")):
             text = text.replace(json.dumps(place)[1:-1], name)
-        write_text(notebook, text)
+        try:
+            nb = json.loads(text)
+        except ValueError:  # papermill was interrupted while it wrote; the next run writes it anew
+            write_text(notebook, text)
+            return
+        for cell in nb["cells"]:
+            if "outputs" in cell:
+                cell["outputs"] = printable_output(cell["outputs"])
+        write_text(notebook, json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
 
 
 class ProgressLine:
@@ -237,18 +259,22 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def status_rows(run: Path) -> list[dict]:
-    """What the manifests of a run folder say: one row a finished step."""
-    rows = []
-    for path in sorted((run / "steps").glob("*.json")):
-        m = read_json(path)
-        rows.append(
-            {
-                "step": m["step"],
-                "started": m["started"],
-                "seconds": m["seconds"],
-                "peak_memory_gb": m["peak_memory_gb"],
-                **{"figures": m["figures"]},
-            }
-        )
-    return sorted(rows, key=lambda r: r["started"])
+def status_rows(run: Path) -> tuple[list[dict], list[str]]:
+    """What the manifests of a run folder say: one row a finished step; and the steps whose manifest is damaged."""
+    rows, damaged = [], []
+    for path in (run / "steps").glob("*.json"):
+        try:
+            manifest = read_json(path)
+            rows.append({k: manifest[k] for k in ("step", "started", "seconds", "peak_memory_gb", "figures")})
+        except (DataError, KeyError, TypeError):
+            damaged.append(path.stem)
+    return sorted(rows, key=lambda r: r["started"]), sorted(damaged)
+
+
+def stale_steps(run: Path) -> list[tuple[str, str]]:
+    """(step, why) of what ``srlm run`` would make again, by the parameters that the run was started with."""
+    if not (run / "params.yaml").is_file() or not any(run.glob("*/model")):
+        return []  # a run that is rendered without its weights cannot go on
+    planned = plan(Experiment.load([run / "params.yaml"]), run)
+    made = {p.stem for p in (run / "steps").glob("*.json")}
+    return [(step.name, why) for step, _, done, why in planned if not done and step.name in made]

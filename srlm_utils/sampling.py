@@ -19,6 +19,11 @@ def uniforms(seed: int, key: str, n: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random(n)
 
 
+def check_finite(x: torch.Tensor) -> None:
+    if not bool(torch.isfinite(x).all()):
+        raise FloatingPointError("NaN or infinity")
+
+
 def nucleus(logits: torch.Tensor, temperature: float, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Kept probabilities (normalised, descending) and their token ids, both (rows, k).
 
@@ -34,6 +39,7 @@ def nucleus(logits: torch.Tensor, temperature: float, top_p: float) -> tuple[tor
         highest = top[:, :1]
         if total is None:  # in place: on a CPU a copy of the vocabulary's logits costs as much as their exponentials
             total = logits.to(torch.float32, copy=True).sub_(highest).div_(temperature).exp_().sum(-1, keepdim=True)
+            check_finite(total)  # a logit that is NaN or infinite is the highest, and spoils the sum
         probs = ((top.float() - highest) / temperature).exp() / total
         if k >= size or bool((probs.sum(-1) >= top_p).all()):
             break
@@ -46,10 +52,12 @@ def nucleus(logits: torch.Tensor, temperature: float, top_p: float) -> tuple[tor
 def sample(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
     """One token id a row, (rows,), by inverting the nucleus's distribution at `u` (rows,) in [0, 1).
 
-    `temperature` 0 takes the most likely token.
+    `temperature` 0 takes the most likely token. Raises FloatingPointError for logits that are NaN or infinite.
     """
     if temperature == 0:
-        return logits.argmax(-1)
+        highest, ids = logits.max(-1)
+        check_finite(highest)
+        return ids
     if len(logits) > CHUNK:  # what is made of a chunk's logits stays in a processor's cache
         parts = zip(logits.split(CHUNK), u.split(CHUNK), strict=True)
         return torch.cat([sample(part, its_u, temperature, top_p) for part, its_u in parts])

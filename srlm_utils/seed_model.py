@@ -14,6 +14,7 @@ from filelock import FileLock
 from srlm_utils.artefacts import read_json, sha256, write_json
 from srlm_utils.errors import ModelError
 from srlm_utils.paths import SEED_DATA, cache_dir
+from srlm_utils.resources import check_weights
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,8 @@ def _local(folder: Path) -> dict:
                 f"{folder}: no {name} ({why}). Expected a folder written by save_pretrained of "
                 "both model and tokenizer; save the missing part there."
             )
+    check_weights(str(folder))
     weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        found = ", ".join(p.name for p in folder.glob("*.bin")) or "none"
-        raise ModelError(
-            f"{folder}: no safetensors weights (pickle files found: {found}). Load the model where "
-            "you trust it and save_pretrained(..., safe_serialization=True)."
-        )
     return {
         "name": str(folder.resolve()),
         "kind": "local",

@@ -8,14 +8,17 @@ kept, however large the export is.
 import gzip
 import hashlib
 import itertools
-import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from srlm_utils.artefacts import parse_row
 from srlm_utils.errors import DataError, MissingInputError
 from srlm_utils.plan import is_hub_id, seed_path
-from srlm_utils.rows import IftRow, RankedRow, check_rows, load_rows
+from srlm_utils.rows import IftRow, RankedRow, check_rows, first_fault, load_rows
 
 FORMATS = (
     "kit rows (prompt_id, prompt, response or replies), Open Assistant trees or messages (message_tree_id), pairs "
@@ -23,6 +26,56 @@ FORMATS = (
 )
 
 NOTHING_TO_RANK = "one reply, or all ranked alike"
+
+
+class _Foreign(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Message(_Foreign):
+    """A message of an Open Assistant tree."""
+
+    message_id: str
+    text: str | None = None
+    rank: int | float | None = None
+    replies: list["_Message"] | None = None
+
+
+class _Flat(_Message):
+    """The same in a data set of messages, where it stands alone."""
+
+    message_tree_id: str
+    parent_id: str | None = None
+
+
+class _Tree(_Foreign):
+    message_tree_id: str
+    prompt: _Message
+
+
+class _Completion(_Foreign):
+    response: str | None = None
+
+
+class _Scored(_Foreign):
+    completions: list[_Completion]
+
+
+class _Pair(_Foreign):
+    chosen: str | list[dict]
+    rejected: str | list[dict]
+
+
+SHAPES = {"tree": _Tree, "message": _Flat, "pair": _Pair, "scored": _Scored}
+
+
+def _checked(where: str, record: dict, of_kind: str) -> dict:
+    """`record`, which must be of the source's kind."""
+    try:
+        SHAPES[of_kind].model_validate(record)
+    except ValidationError as e:
+        raise DataError(f"{where}: expected a {of_kind} as its first record is; {first_fault(e)}.") from e
+    return record
 
 
 def records(name: str) -> Iterator[tuple[str, dict]]:
@@ -40,11 +93,8 @@ def records(name: str) -> Iterator[tuple[str, dict]]:
             for i, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise DataError(f"{path}:{i}: found {type(record).__name__}, expected a JSON object.")
-                yield f"{path}:{i}", record
-    except (UnicodeDecodeError, json.JSONDecodeError, EOFError, gzip.BadGzipFile) as e:
+                yield f"{path}:{i}", parse_row(line, f"{path}:{i}")
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise DataError(f"{path}:{i + 1 if isinstance(e, UnicodeDecodeError) else i}: cannot be read ({e}).") from e
 
 
@@ -81,7 +131,7 @@ def kind_of(name: str) -> str:
     for where, record in records(name):
         if found := kind(record):
             return found
-        raise DataError(f"{where}: has the fields {', '.join(record)}; expected {FORMATS}.")
+        raise DataError(f"{where}: has the fields {', '.join(k[:40] for k in record)}; expected {FORMATS}.")
     raise DataError(f"{name}: no records. Expected JSONL of {FORMATS}.")
 
 
@@ -101,6 +151,7 @@ def conversations(name: str, drops: Counter, *, language: str = "en", all_turns:
         return
     seen: Counter = Counter()
     for where, record in records(name):
+        _checked(where, record, of_kind)
         row = _pair(where, record, drops) if of_kind == "pair" else _scored(where, record, drops)
         if row:
             seen[row["prompt_id"]] += 1  # HH and its like give several pairs of one prompt, and few give ids
@@ -149,19 +200,18 @@ def _with_ranks(prompt_id: str, prompt: str, replies: list[tuple[str, str, float
 
 def _trees(name: str) -> Iterator[dict]:
     for where, record in records(name):
-        if kind(record) != "tree":
-            raise DataError(f"{where}: expected a message tree like the records before it.")
-        yield record
+        yield _checked(where, record, "tree")
 
 
 def _grown(name: str) -> Iterator[dict]:
     """Trees out of a data set of messages, in which the messages of a tree follow each other."""
     seen: set[str] = set()
-    for tree_id, of_tree in itertools.groupby(records(name), key=lambda pair: pair[1].get("message_tree_id")):
+    messages = (_checked(where, record, "message") for where, record in records(name))
+    for tree_id, of_tree in itertools.groupby(messages, key=lambda m: m["message_tree_id"]):
         if tree_id in seen:
             raise DataError(f"{name}: the messages of tree {tree_id} do not follow each other. Sort them by tree.")
         seen.add(tree_id)
-        nodes = {m["message_id"]: m | {"replies": []} for _, m in of_tree}
+        nodes = {m["message_id"]: m | {"replies": []} for m in of_tree}
         root = None
         for node in nodes.values():
             if node.get("parent_id") in nodes:

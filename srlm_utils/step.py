@@ -9,9 +9,11 @@ A step works in ``steps/<step>.work/``: row logs and checkpoints that an interru
 are continued if parameters and inputs are the same, and thrown away if they are not.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
+import platform
 import resource
 import shutil
 import subprocess
@@ -22,8 +24,8 @@ from types import SimpleNamespace
 
 from filelock import FileLock, Timeout
 
-from srlm_utils import seed_model
-from srlm_utils.artefacts import RowLog, describe, read_json, read_jsonl, write_json
+from srlm_utils import resources, seed_model
+from srlm_utils.artefacts import RowLog, describe, named_faults, read_json, read_jsonl, write_json, write_text
 from srlm_utils.errors import DataError, LockedError, MissingInputError, ParamError
 from srlm_utils.params import STAGES, Experiment, check, stage_key
 from srlm_utils.paths import EXAMPLE, PROJ_ROOT, resolve, shown
@@ -137,7 +139,11 @@ class StepRun:
 
     def begin(self) -> None:
         self._check_inputs()
-        self._lock()
+        resources.check(self.name, self.declared.stage, vars(self.params), self.run, self._largest_model())
+        with named_faults(self.run):
+            self._lock()
+        if self.manifest_path.is_file():
+            shutil.rmtree(self.work, ignore_errors=True)  # it was killed after its last row: nothing to continue
         if not self.scratch:
             now = fingerprint(self.declared, vars(self.params), self.run)
             path = self.work / "fingerprint.json"
@@ -163,6 +169,13 @@ class StepRun:
             if not path.exists():
                 raise MissingInputError(f"{name.split(':')[0]}: {path}: no such file.")
 
+    def _largest_model(self) -> Path | None:
+        """The folder of the largest model of the run that the step reads."""
+        names = [p.split("/")[0] for p in self.declared.reads if p in (weights("M0"), weights(p.split("/")[0]))]
+        folders = [Path(seed_model.read_pointer(self.input(weights("M0")))["path"])] if "M0" in names else []
+        folders += [self.run / weights(m) for m in names if m != "M0" and (self.run / weights(m)).is_dir()]
+        return max(folders, key=resources.n_parameters, default=None)
+
     def _lock(self) -> None:
         path = self.run / "steps" / f"{self.name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,12 +185,10 @@ class StepRun:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            owner = path.with_suffix(".owner")
-            who = owner.read_text() if owner.is_file() else "another process"
             raise LockedError(
-                f"{self.name} is being written by {who}. Wait for it, or stop it and run again."
+                f"{self.name} is being written by {lock_owner(path)}. Wait for it, or stop it and run again."
             ) from None
-        path.with_suffix(".owner").write_text(f"process {os.getpid()} since {time.strftime('%F %T')}")
+        sign_lock(path)
         _held[str(path)] = lock
 
     def progress(self, total: int, unit: str = "rows"):
@@ -214,9 +225,7 @@ class StepRun:
         shutil.rmtree(self.work, ignore_errors=True)
         lock = _held.pop(str(self.run / "steps" / f"{self.name}.lock"), None)
         if lock:
-            Path(lock.lock_file).with_suffix(".owner").unlink(missing_ok=True)
-            lock.release()
-            Path(lock.lock_file).unlink(missing_ok=True)
+            drop_lock(lock)
         print(f"{self.name} done in {time.time() - self.started:.0f} s")
         return figures
 
@@ -239,8 +248,9 @@ class Progress:
         elif time.monotonic() - self._last > 0.5:
             self._last = time.monotonic()
             tmp = self.path.with_suffix(".tmp")
-            tmp.write_text(json.dumps({"done": self.n, "total": self.total}))
-            os.replace(tmp, self.path)
+            with contextlib.suppress(OSError):  # a full disk stops rows, not the counting of them
+                tmp.write_text(json.dumps({"done": self.n, "total": self.total}))
+                os.replace(tmp, self.path)
 
     def __enter__(self):
         return self
@@ -271,6 +281,24 @@ def begin_step(stage: str, namespace: dict) -> StepRun:
     step = StepRun(stage, values)
     step.begin()
     return step
+
+
+def sign_lock(path: Path) -> None:
+    """Say beside a lock file, which this process holds, who that is."""
+    write_text(path.with_suffix(".owner"), f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}")
+
+
+def lock_owner(path: Path) -> str:
+    owner = path.with_suffix(".owner")
+    return owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
+
+
+def drop_lock(lock: FileLock) -> None:
+    """Release a lock and remove its file; while it is still held, so that nobody's new lock is removed."""
+    path = Path(lock.lock_file)
+    path.with_suffix(".owner").unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+    lock.release()
 
 
 def _maker(path: str) -> str:

@@ -7,7 +7,6 @@ what is trained on is what was sampled, to the token. Only the assistant's token
 import contextlib
 import json
 import math
-import os
 import random
 import shutil
 import warnings
@@ -22,10 +21,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from srlm_utils import attention, chat, frozen, judge, packing
-from srlm_utils.artefacts import write_text
+from srlm_utils.artefacts import replace_folder, write_text
 from srlm_utils.engine import keep_memory, pick_device, pick_dtype
 from srlm_utils.errors import DataError, ModelError, ParamError, StepFailed
 from srlm_utils.pair_forward import share_prompts
+from srlm_utils.resources import check_weights
 
 # trl 1.16 sets this itself, whatever is passed
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated", category=FutureWarning)
@@ -39,6 +39,7 @@ def load(folder: str, params, *, chat_template: str = "", trust_remote_code: boo
     if device == "cpu":
         keep_memory()
     dtype = getattr(torch, pick_dtype(params.dtype, device)) if params.lora_r else torch.float32
+    check_weights(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
@@ -55,7 +56,7 @@ def load(folder: str, params, *, chat_template: str = "", trust_remote_code: boo
 
 
 def sft_rows(tokenizer, rows: list[dict], max_length: int) -> tuple[list[dict], int]:
-    """({"input_ids", "labels", "kind"} rows, number dropped for being longer than `max_length`).
+    """({"input_ids", "labels", "kind", "id"} rows, number dropped for being longer than `max_length`).
 
     `rows` hold prompt and response; kind is the EFT format, or "ift". Labels are -100 on the prompt. Of a
     score-first judgement the digit alone carries loss: "Score: " is put in the judge's mouth when its
@@ -73,7 +74,9 @@ def sft_rows(tokenizer, rows: list[dict], max_length: int) -> tuple[list[dict], 
     start, digits = judge.score_tokens(tokenizer) if scored else ([], [])
     for r in rows:
         prompt = chat.prompt_ids(tokenizer, chat.user(r["prompt"]))
-        kept = {"kind": r.get("format", "ift")} | ({"group": r["group"]} if "group" in r else {})
+        kept = {"kind": r.get("format", "ift"), "id": r.get("prompt_id", "?")} | (
+            {"group": r["group"]} if "group" in r else {}
+        )
         if kept["kind"] == "score_first":
             prompt, answer = prompt + start, [digits[r["score"]]]
             kept["rank"] = r["rank"]
@@ -85,7 +88,7 @@ def sft_rows(tokenizer, rows: list[dict], max_length: int) -> tuple[list[dict], 
 
 
 def dpo_rows(tokenizer, pairs: list[dict], max_length: int) -> tuple[list[dict], int]:
-    """({"prompt_ids", "chosen_ids", "rejected_ids"} rows, number dropped for length).
+    """({"prompt_ids", "chosen_ids", "rejected_ids", "id"} rows, number dropped for length).
 
     An answer that was cut off by its token budget gets no end-of-turn token: it never wrote one.
     """
@@ -94,7 +97,8 @@ def dpo_rows(tokenizer, pairs: list[dict], max_length: int) -> tuple[list[dict],
         prompt = chat.prompt_ids(tokenizer, chat.user(p["prompt"]))
         chosen, rejected = (chat.answer_ids(tokenizer, p[s], ended=p[f"{s}_ended"]) for s in ("chosen", "rejected"))
         if len(prompt) + max(len(chosen), len(rejected)) <= max_length:
-            out.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+            row = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+            out.append(row | {"id": p.get("prompt_id", "?")})
     return out, len(pairs) - len(out)
 
 
@@ -147,6 +151,7 @@ def _common_args(params, work: Path, *, per_device: int, accumulation: int, n_it
         save_steps=params.save_steps or 500,
         save_total_limit=1,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # or a loss that is no number would be logged as the mean of those before it
         report_to="none",
         disable_tqdm=True,
         seed=params.seed,
@@ -297,6 +302,7 @@ def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> Packe
         score_ids=judge.score_tokens(tokenizer)[1] if any("rank" in r for r in rows) else [],
         rank_weight=params.rank_weight,
     )
+    trainer.row_ids = [[i for s in batch for i in packed[s]["ids"]] for batch in batches]
     if share:
         trainer.kept = frozen.keep(trainer, params, sum(len(s["input_ids"]) for s in packed), params.epochs)
     return trainer
@@ -345,6 +351,7 @@ def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path, consiste
     takes the mean over the tokens of a micro-batch, the paper over those of each answer. `consistency` says how far
     the pairs' order is trusted (`weighed_losses`); 1 is DPO.
     """
+    ids, rows = [r.get("id", "?") for r in rows], [{k: r[k] for k in r if k != "id"} for r in rows]
     lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
     n_tokens = sum(len(ids) for r in rows for ids in r.values())
     order = batch_order(lengths, params.train_batch_size, params.epochs, params.seed)
@@ -366,23 +373,34 @@ def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path, consiste
         share=attention.plain(model.config, 2 * params.max_length),
         keep=lambda trainer: frozen.keep(trainer, params, n_tokens, 1 + params.epochs),
     )
+    trainer.row_ids = [[ids[i]] for i in order]
     trainer.train_dataset = trainer.train_dataset.select(order)  # the reference read each pair once; now all epochs
     return trainer
 
 
 class _Report(TrainerCallback):
-    """Moves the step's progress and stops at a loss that is no number."""
+    """Moves the step's progress, and stops at a loss or gradient that is no number, before it is in a checkpoint.
 
-    def __init__(self, progress):
-        self.progress = progress
+    `row_ids` has the ids of the rows of each micro-batch, in the order in which they are trained.
+    """
+
+    def __init__(self, progress, row_ids: list[list[str]]):
+        self.progress, self.row_ids = progress, row_ids
 
     def on_step_end(self, args, state, control, **kwargs):
         self.progress.update(state.global_step - self.progress.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(float(loss)):
-            raise StepFailed(f"the loss became {loss} at step {state.global_step}; lower learning_rate.")
+        for name in ("loss", "grad_norm"):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(float(value)):
+                size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+                rows = self.row_ids[(state.global_step - 1) * size : state.global_step * size]
+                ids = ", ".join(dict.fromkeys(i for batch in rows for i in batch))
+                raise StepFailed(
+                    f"{name} became {value} at step {state.global_step}, on rows {ids}. Look at these rows, or lower "
+                    "learning_rate."
+                )
 
 
 def train(trainer, step, selection=None) -> pd.DataFrame:
@@ -403,7 +421,7 @@ def train(trainer, step, selection=None) -> pd.DataFrame:
     if last:
         print(f"continuing from step {last.rpartition('-')[2]} of {total}")
     with step.progress(total, "steps") as progress:
-        trainer.add_callback(_Report(progress))
+        trainer.add_callback(_Report(progress, trainer.row_ids))
         if selection:
             from srlm_utils import checkpoints
 
@@ -455,8 +473,7 @@ def save(trainer, tokenizer, folder: Path, params, card: str) -> None:
     merged(trainer, pick_dtype(params.dtype, params.device), params.seed).save_pretrained(tmp)
     tokenizer.save_pretrained(tmp)
     write_text(tmp / "README.md", card)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(tmp, folder)
+    replace_folder(tmp, folder)
 
 
 def model_card(step, start: str, data: dict[str, int], figures: dict) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from srlm_utils import chat, metrics
 from srlm_utils.artefacts import read_jsonl
-from srlm_utils.errors import DataError, ModelError
+from srlm_utils.errors import DataError, ModelError, short
 from srlm_utils.judge import inert, load_template
 from srlm_utils.paths import PROMPTS
 from srlm_utils.plan import OUTSIDE, is_model_name
@@ -83,9 +83,9 @@ def read_votes(path: Path) -> list[dict]:
         wrong = (
             f"it has no {missing[0]}"
             if missing
-            else f"order is {row['order']!r}, expected AB, BA or none"
+            else f"order is {short(row['order'])}, expected AB, BA or none"
             if row["order"] not in ("AB", "BA", "none")
-            else f"p_first is {row['p_first']!r}, expected 1 (first wins), 0.5 (tie) or 0"
+            else f"p_first is {short(row['p_first'])}, expected 1 (first wins), 0.5 (tie) or 0"
             if row["p_first"] not in (0, 0.5, 1)
             else ""
         )

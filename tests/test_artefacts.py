@@ -1,28 +1,78 @@
+import errno
 import json
+import math
+import os
 
 import pytest
 
 from srlm_utils import artefacts
-from srlm_utils.errors import DataError, MissingInputError
+from srlm_utils.errors import DataError, MissingInputError, StorageError
 from srlm_utils.rows import IftRow, RankedRow, load_rows
 
 ROWS = [{"id": "a", "text": "plain"}, {"id": "b", "text": "é\u2028ü"}, {"id": "c", "text": "日本"}]
 
 
-def test_a_log_cut_at_any_byte_keeps_whole_rows(tmp_path):
-    path = tmp_path / "log.jsonl"
+def test_a_log_cut_at_any_byte_keeps_whole_batches(tmp_path):
+    """Four answers to a prompt come back together or not at all: with two of them it would count as answered."""
+    path, batches, ends = tmp_path / "log.jsonl", [ROWS[:1], ROWS[1:], [], ROWS[:2]], [0]
     log = artefacts.RowLog(path)
-    log.extend(ROWS)
+    for batch in batches:
+        log.extend(batch)
+        ends.append(path.stat().st_size)
     log.close()
     data = path.read_bytes()
     for cut in range(len(data) + 1):
         path.write_bytes(data[:cut])
         log = artefacts.RowLog(path)
-        n = data[:cut].count(b"\n")
-        assert log.rows == ROWS[:n]
-        log.extend(ROWS[n:])
+        n = max(i for i, end in enumerate(ends) if end <= cut)
+        assert log.rows == sum(batches[:n], [])
+        for batch in batches[n:]:
+            log.extend(batch)
         log.close()
         assert path.read_bytes() == data
+    assert artefacts.read_jsonl(path) == sum(batches, [])
+
+
+def test_a_write_that_fails_half_way_leaves_no_half_row(tmp_path, monkeypatch):
+    log, write = artefacts.RowLog(tmp_path / "log.jsonl"), os.write
+    log.extend(ROWS[:1])
+
+    def full(fd, data):
+        if len(data) < 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, data[: len(data) // 2])
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(StorageError, match=r"log\.jsonl: the disk is full\. What was made is kept"):
+        log.extend(ROWS[1:])
+    with pytest.raises(StorageError, match="x.json: the disk is full"):
+        artefacts.write_json(tmp_path / "x.json", {"n": 1})
+    assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
+    monkeypatch.setattr(os, "write", write)
+    log.extend(ROWS[1:])  # the same kernel goes on once there is space
+    log.close()
+    assert artefacts.read_jsonl(log.path) == ROWS == log.rows
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, [0.5, -math.inf], {"deep": [math.nan]}])
+def test_what_is_no_number_is_in_no_row(tmp_path, bad):
+    with pytest.raises(DataError, match="row a: score is no finite number"):
+        artefacts.write_jsonl(tmp_path / "r.jsonl", [{"id": "a", "score": bad}])
+    assert not list(tmp_path.iterdir())
+    artefacts.write_json(tmp_path / "figures.json", {"mean": bad})  # the mean of nothing
+    assert "null" in (tmp_path / "figures.json").read_text()
+    (tmp_path / "old.jsonl").write_text(json.dumps({"score": bad}))
+    with pytest.raises(DataError, match=r"old\.jsonl:1: not valid JSON \(-?(NaN|Infinity) is no finite number"):
+        artefacts.read_jsonl(tmp_path / "old.jsonl")
+
+
+def test_a_folder_appears_whole(tmp_path):
+    for text in ("old", "new"):
+        (tmp_path / ".tmp/sub").mkdir(parents=True)
+        (tmp_path / ".tmp/sub/f").write_text(text)
+        artefacts.replace_folder(tmp_path / ".tmp", tmp_path / "model")
+        assert (tmp_path / "model/sub/f").read_text() == text
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize(

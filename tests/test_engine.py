@@ -3,7 +3,7 @@ import torch
 
 from srlm_utils import chat, judge, verdicts
 from srlm_utils.engine import Engine, pick_dtype
-from srlm_utils.errors import ModelError
+from srlm_utils.errors import ModelError, StepFailed
 
 PROMPTS = [
     "Hi.",
@@ -158,3 +158,28 @@ def test_auto_dtype_is_what_the_processor_computes_in(monkeypatch, flags, expect
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True} | flags)
     assert pick_dtype("auto", "cpu") == expected
     assert pick_dtype("bfloat16", "cpu") == "bfloat16"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("how", ["sampled", "greedy", "choices", "text"])
+def test_logits_that_are_no_numbers_name_their_requests(tiny, value, how):
+    broken = Engine(tiny, dtype="float32", device="cpu", batch_size=2)
+    with torch.no_grad():
+        broken.model.lm_head.weight[7] = value
+    requests = [("row-1", [5, 6, 9]), ("row-2", [5, 8])]
+    sampling = {"max_new_tokens": 4, "top_p": 0.9, "seed": 0, "temperature": 0 if how == "greedy" else 0.7}
+    with pytest.raises(StepFailed, match=r"hold NaN or infinity for .*row-[12]"):
+        if how == "choices":
+            list(broken.choice_probs(requests, [7, 8]))
+        elif how == "text":
+            list(broken.target_logprobs([(key, ids, [7, 8]) for key, ids in requests]))
+        else:
+            list(broken.generate(requests, n=1, **sampling))
+
+
+def test_choices_that_are_all_but_impossible_are_still_told_apart(tiny):
+    sure = Engine(tiny, dtype="float32", device="cpu")
+    with torch.no_grad():
+        sure.model.lm_head.weight *= 300  # of one token the probability is 1, of all others 0 in float32
+    ((_, shares, mass),) = [row for batch in sure.choice_probs([("a", [5, 6, 9])], [7, 8]) for row in batch]
+    assert mass == 0 and sum(shares) == pytest.approx(1)

@@ -1,7 +1,9 @@
 import pytest
 
+from srlm_utils.artefacts import write_json
 from srlm_utils.errors import ParamError
 from srlm_utils.params import STAGES, Experiment, merge, parse_set, read_yaml
+from srlm_utils.plan import fingerprint, make_step, status
 
 
 @pytest.mark.parametrize(
@@ -158,3 +160,15 @@ def test_every_stage_has_plain_values(stage):
 
 def test_whole_numbers_are_floats_where_a_float_is_meant():
     assert type(Experiment({"dpo": {"beta": 1}}).flat("07_dpo", "M2", "r")["beta"]) is float
+
+
+def test_a_parameter_that_came_later_makes_nothing_stale_at_its_default(tmp_path):
+    """A run of an older version goes on: its manifests know nothing of what was added since."""
+    flat = Experiment({}).flat("01_seed_data", "run", str(tmp_path))
+    step = make_step("01_seed_data", "run", flat)
+    now = fingerprint(step, flat, tmp_path)
+    older = {k: v for k, v in now["params"].items() if k != "rouge_l_max"}
+    inputs = {k: {"sha256": v} for k, v in now["inputs"].items()}
+    write_json(tmp_path / "steps/01_seed_data@run.json", {"params": older, "inputs": inputs, "outputs": {}})
+    assert status(step, flat, tmp_path) == (True, "done")
+    assert status(step, flat | {"rouge_l_max": 0.6}, tmp_path) == (False, "rouge_l_max changed: 0.7 -> 0.6")

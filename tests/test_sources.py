@@ -158,7 +158,7 @@ def test_bad_sources_are_named(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')
     with pytest.raises(DataError, match="no records"):
         sources.kind_of(str(tmp_path / "empty.jsonl"))
-    with pytest.raises(DataError, match="broken.jsonl:2: cannot be read"):
+    with pytest.raises(DataError, match="broken.jsonl:2: not valid JSON"):
         list(sources.records(str(tmp_path / "broken.jsonl")))
     with pytest.raises(DataError, match="has the fields question, answer; expected kit rows"):
         sources.kind_of(str(tmp_path / "other.jsonl"))

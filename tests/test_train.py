@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from srlm_utils import chat, train
-from srlm_utils.errors import ParamError
+from srlm_utils.errors import ParamError, StepFailed
 from srlm_utils.params import Dpo, Sft
 
 ANSWERS = [
@@ -233,3 +233,29 @@ def test_training_continues_from_its_checkpoint(tiny, tmp_path):
     continued = run(tmp_path / "b")
     assert continued.step.tolist() == whole.step.tolist() == [1, 2, 3, 4, 5, 6]
     assert continued.loss.tolist() == pytest.approx(whole.loss.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_loss_that_is_no_number_stops_the_step_and_names_its_rows(tiny, tmp_path, kind):
+    """Before a checkpoint holds it; transformers would log the mean of the losses before instead."""
+    p = params(save_steps=1, micro_batch_size=1, train_batch_size=2)
+    net, tok = train.load(tiny, p)
+    if kind == "sft":
+        data = [{"prompt_id": f"p{i}", "prompt": q, "response": a} for i, (q, a) in enumerate(ANSWERS)]
+        trainer = train.sft_trainer(net, tok, train.sft_rows(tok, data, 512)[0], p, tmp_path)
+    else:
+        data = [r | {"prompt_id": f"p{i}"} for i, r in enumerate(PAIRS)]
+        trainer = train.dpo_trainer(net, tok, train.dpo_rows(tok, data, 512)[0], p, tmp_path)
+    seen, loss = [], trainer.compute_loss
+
+    def spoilt(model, inputs, *args, **kw):
+        seen.append(loss(model, inputs, *args, **kw))
+        out = seen[-1]
+        return out * math.nan if len(seen) == 4 else out  # the second micro-batch of step 2
+
+    trainer.compute_loss = spoilt
+    with pytest.raises(StepFailed, match=r"(loss|grad_norm) became nan at step 2, on rows p\d+, p\d+\. Look") as e:
+        train.train(trainer, FakeStep())
+    expected = [i for batch in trainer.row_ids[2:4] for i in batch]
+    assert ", ".join(expected) in str(e.value)
+    assert [d.name for d in (tmp_path / "checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]

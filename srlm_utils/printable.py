@@ -1,0 +1,35 @@
+"""What a model wrote, or a server said, made fit to be shown: without secrets and without what a terminal obeys."""
+
+import os
+import re
+
+_CONTROLS = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {0x7F: 0x2421}  # pictures of them
+_CONTROLS |= dict.fromkeys([*range(0x80, 0xA0), 0x202D, 0x202E], 0xFFFD)  # C1, and overrides of the direction
+_COLOUR = re.compile("(\x1b\\[[0-9;]*m)")
+_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, but for newline and tab, as visible signs; letters of all scripts stay."""
+    return text.translate(_CONTROLS)
+
+
+def without_secrets(text: str) -> str:
+    """`text` without the values of environment variables whose names say that they are secret."""
+    for name, value in os.environ.items():
+        if _SECRET.search(name.upper()) and len(value) >= 8:  # a shorter one is a dummy, and may be a word
+            text = text.replace(value, f"[{name}]")
+    return text
+
+
+def printable_output(value, *, coloured: bool = False):
+    """An output of a notebook, or a part of it, with its strings `printable`. Tracebacks keep their colours."""
+    if isinstance(value, dict):
+        coloured = coloured or value.get("output_type") == "error"
+        return {k: printable_output(v, coloured=coloured) for k, v in value.items()}
+    if isinstance(value, list):
+        return [printable_output(v, coloured=coloured) for v in value]
+    if not isinstance(value, str):
+        return value
+    parts = _COLOUR.split(value) if coloured else [value]
+    return "".join(part if i % 2 else printable(part) for i, part in enumerate(parts))

@@ -1,0 +1,155 @@
+"""What a step needs of disk and memory, asked before it starts; and whether a model's files are whole."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+from srlm_utils.errors import ModelError, ResourceError
+from srlm_utils.params import stage_key
+
+GB = 1e9
+MARGIN = 50e6  # bytes of disk that rows, a notebook and a manifest take
+PYTHON = 0.5e9  # bytes of memory of a kernel with torch in it
+
+
+def free_memory() -> int:
+    """Bytes that are free for this process: of the machine, and of the container it runs in."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no limit, or no control group
+        group = Path("/sys/fs/cgroup")
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(free, 0)
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where `folder` is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+# ---- weights on disk
+
+
+def tensors(path: Path) -> dict[str, dict]:
+    """Names, shapes and places of the tensors in a safetensors file; `ModelError` for one that is cut short."""
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        n = int.from_bytes(f.read(8), "little")
+        try:
+            if n > size:
+                raise ValueError
+            found = json.loads(f.read(n))
+            found.pop("__metadata__", None)
+            whole = 8 + n + max((t["data_offsets"][1] for t in found.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            whole = -1
+    if whole != size:
+        expected = f"expected {whole:,}" if whole > 0 else "its header cannot be read"
+        raise ModelError(
+            f"{path}: found {size:,} bytes, {expected}: the file was cut short or damaged. Fetch it again, or run the "
+            "step that makes it."
+        )
+    return found
+
+
+def check_weights(folder: str) -> None:
+    """Raise `ModelError` if a weights file of a local model folder is not whole, or if all are pickles."""
+    if Path(folder).is_dir():
+        files = sorted(Path(folder).glob("*.safetensors"))
+        for path in files:
+            tensors(path)
+        if not files:
+            found = ", ".join(p.name for p in Path(folder).glob("*.bin")) or "none"
+            raise ModelError(
+                f"{folder}: no safetensors weights (pickle files found: {found}). A pickle runs code when it is "
+                "loaded, so it is not: load the model where you trust it and "
+                "save_pretrained(..., safe_serialization=True)."
+            )
+
+
+def n_parameters(folder: Path) -> int:
+    """Numbers in a model's weights, from the heads of its files."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        for tensor in tensors(path).values():
+            n = 1
+            for length in tensor["shape"]:
+                n *= length
+            total += n
+    return total
+
+
+# ---- before a step
+
+
+def check(name: str, stage: str, params: dict, run: Path, model: Path | None) -> None:
+    """Raise `ResourceError`, which names the parameter to lower, where a step cannot fit.
+
+    `model` is the folder of the largest model it loads. The least that it needs decides: weights, and what training
+    keeps beside them. What batches take besides is estimated, and a warning.
+    """
+    key = stage_key(stage)
+    n = n_parameters(model) if model else 0
+    training, disk = key in ("sft", "dpo"), MARGIN
+    item = 4 if params.get("dtype") == "float32" else 2
+    memory = PYTHON + n * item if n else 0
+    lower = "take a smaller model (common.seed_model), or a machine with more memory"
+    if training:
+        whole = not params["lora_r"]
+        disk += n * item
+        if whole:
+            memory = PYTHON + n * 16  # float32 weights, their gradients, and the two averages of AdamW
+            lower = f"set {key}.lora_r to train adapters (16 takes {_gb(PYTHON + n * item)})"
+            disk += n * 12 * 2 if params["save_steps"] else 0  # a new checkpoint is written before the old one goes
+    free = free_disk(run)
+    if disk > free:
+        checkpoints = training and not params["lora_r"] and params["save_steps"]
+        advice = f"; or set {key}.save_steps to 0: its checkpoints take {_gb(n * 24)}" if checkpoints else ""
+        raise ResourceError(
+            f"{name} needs {_gb(disk)} of disk in {run}, and {_gb(free)} are free. Free some, or move the run{advice}."
+        )
+    if not n or params.get("device") not in ("auto", "cpu") or _has_gpu():
+        return
+    free = free_memory()
+    if memory > free:
+        raise ResourceError(f"{name} needs at least {_gb(memory)} of memory, and {_gb(free)} are free: {lower}.")
+    batches = _batches(model, params, item) if training else _texts(model, params, item)
+    if memory + batches > free:
+        by = f"{key}.micro_batch_size" if training else f"{key}.batch_size"
+        print(f"WARNING: {name} may need {_gb(memory + batches)} of memory, and {_gb(free)} are free: lower {by}.")
+
+
+def _config(model: Path) -> tuple[int, int, int, int]:
+    """(layers, width, width of the feed-forward part, vocabulary) of a model."""
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        config = config.get("text_config", config)
+        return tuple(int(config[k]) for k in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0, 0, 0, 0  # an architecture with other names: nothing is estimated
+
+
+def _batches(model: Path, params: dict, item: int) -> float:
+    """Bytes that the activations of one micro-batch take, about; a third of them where they are computed twice."""
+    layers, width, inner, vocabulary = _config(model)
+    token = layers * (8 * width + 3 * inner) * item / (3 if params["gradient_checkpointing"] else 1) + 12 * vocabulary
+    return params["micro_batch_size"] * params["max_length"] * token
+
+
+def _texts(model: Path, params: dict, item: int) -> float:
+    """Bytes that the texts sampled at once take, about; 0 where the engine takes what fits."""
+    layers, width, _, vocabulary = _config(model)
+    length = params.get("max_new_tokens", params.get("judge_max_new_tokens", 0))
+    return params.get("batch_size", 0) * (2 * layers * width * length * item + 16 * vocabulary)
+
+
+def _has_gpu() -> bool:
+    return any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/kfd"))
+
+
+def _gb(n: float) -> str:
+    return f"{n / GB:.1f} GB"

@@ -1,0 +1,305 @@
+"""Stages without a model, killed at every write, flush, rename and removal, and continued.
+
+The stages are the notebooks' own cells. A child process runs them and ends with `os._exit`, as a kill would end it:
+nothing is closed, flushed or cleaned up. What a killed write had got to the disk stays.
+"""
+
+import errno
+import os
+import random
+import shutil
+import subprocess
+import sys
+import traceback
+from contextlib import redirect_stderr
+from functools import cache
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+
+from srlm_utils import chat, resources, self_instruct, step
+from srlm_utils.artefacts import read_json, read_jsonl, write_json, write_jsonl
+from srlm_utils.engine import Sample
+from srlm_utils.params import STAGES, stage_key
+from srlm_utils.paths import NOTEBOOKS
+from srlm_utils.seed_model import fetch
+from srlm_utils.step import StepRun
+
+KILLS = 1000  # of the slow test, over all stages
+OPERATIONS = ("write", "fsync", "replace", "rename", "truncate", "unlink", "rmdir", "mkdir")
+KILLED = 137
+
+SEED = {"seed_model": "tiny-random", "n_ift": 8, "n_ranked_train": 2, "n_ranked_eval": 2, "n_valid": 2, "n_test": 3}
+WRITE = {"n_prompts": 7, "n_candidates": 3}
+STAGE = {"01_seed_data@run": SEED, "04_self_instruct@M1": WRITE, "06_build_pairs@M1": {"max_tie_rate": 1.0}}
+WORDS = ["river", "stone", "bread", "lamp", "cloud", "table", "music", "winter", "garden", "letter", "engine", "paper"]
+
+
+class Author:
+    """Writes answers and prompts that depend on what they are asked for alone, a few at a time."""
+
+    tokenizer = None
+
+    def generate(self, requests, *, n=1, **how):
+        for i in range(0, len(requests), 2):
+            for key, _ in requests[i : i + 2]:
+                yield [Sample(f"{key}-{j}", f"{key} é\u2028 {j}", 5, j != 1) for j in range(n)]
+
+
+def written(engine, ids, demos, kept, params, stop_ids):
+    """In place of `self_instruct.write_prompts`: what comes depends on what was kept before."""
+    rng = random.Random(f"{ids} {kept}")
+    texts = [" ".join(rng.sample(WORDS, 5)) if rng.random() < 0.6 else "too short"[: rng.randrange(9)] for _ in ids]
+    return [(i, Sample(f"{i}-0", t, 5, bool(t))) for i, t in zip(ids, texts, strict=True)]
+
+
+@pytest.fixture
+def stages(monkeypatch, tmp_path):
+    """Run a stage of the folder `tmp_path/run`; the folder holds what the stages before it made."""
+    monkeypatch.setenv(step.BATCH, "1")
+    monkeypatch.setattr(step, "git_revision", lambda: "")
+    monkeypatch.setattr(self_instruct, "WAVE", 5)
+    monkeypatch.setattr(self_instruct, "write_prompts", written)
+    monkeypatch.setattr(chat, "newline_ids", lambda tokenizer: [])
+    monkeypatch.setattr(chat, "prompt_ids", lambda tokenizer, messages, **how: [1])
+    monkeypatch.setattr(StepRun, "engine", lambda self, model: Author())
+    fetch("tiny-random")
+    monkeypatch.setattr(step, "versions", lambda: {})
+    import scipy.stats  # noqa: F401  (once here, not in every child)
+
+    for name in STAGE:
+        exec(cells(name)[0], {})  # imports
+    return tmp_path / "run"
+
+
+@cache
+def cells(name):
+    nb = nbformat.read(NOTEBOOKS / f"{name.partition('@')[0]}.ipynb", 4)
+    code = [c for c in nb.cells if c.cell_type == "code" and "parameters" not in c.metadata.get("tags", [])]
+    return [compile(c.source.replace("%load_ext autoreload\n%autoreload 2", ""), name, "exec") for c in code]
+
+
+def run_stage(run, name):
+    stage, _, model = name.partition("@")
+    defaults = STAGES[stage_key(stage)]().model_dump()
+    space = {**defaults, **STAGE[name], "run_dir": str(run), "model": model, "display": print}
+    for cell in cells(name):
+        exec(cell, space)
+
+
+def child(work, arm=None) -> int:
+    """Exit code of `work()` in a process of its own, whose calls to the system go through `arm(name, call)`."""
+    pid = os.fork()
+    if not pid:
+        try:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            for name in OPERATIONS if arm else ():
+                setattr(os, name, arm(name, getattr(os, name)))
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def count(log):
+    """Note every operation and the size of what it writes, a line each."""
+
+    def arm(name, call):
+        def counted(*args, **kw):
+            log.write(f"{name} {len(args[1]) if name == 'write' else 0}\n")
+            log.flush()
+            return call(*args, **kw)
+
+        return counted
+
+    return arm
+
+
+def kill(at, after=0):
+    """Die before operation number `at`; of a write, after that many of its bytes."""
+    state = SimpleNamespace(n=-1)
+
+    def arm(name, call):
+        def counted(*args, **kw):
+            state.n += 1
+            if state.n == at:
+                if name == "write" and after:
+                    call(args[0], args[1][:after])
+                os._exit(KILLED)
+            return call(*args, **kw)
+
+        return counted
+
+    return arm
+
+
+def finish(run, name):
+    assert child(lambda: run_stage(run, name)) == 0
+
+
+def prepared(run, name):
+    """What stands in the folder before the stage, made by the stages before it."""
+    if name == "06_build_pairs@M1":
+        prepared(run, "04_self_instruct@M1")
+        finish(run, "04_self_instruct@M1")
+        scored = [r["cand_id"] for r in read_jsonl(run / "M1/aift/candidates.jsonl")]
+        rows = [{"id": i, "judge_mode": "expected", "score": n % 5 + 0.5, "cut": False} for n, i in enumerate(scored)]
+        write_jsonl(run / "M1/aift/judgements.jsonl", rows)
+    if name == "04_self_instruct@M1":
+        finish(run, "01_seed_data@run")
+        write_json(run / "M1/model/config.json", {})
+
+
+def outputs(run):
+    """All that stands in a run folder; of manifests what does not tell the time."""
+    files = {p.relative_to(run).as_posix(): p for p in run.rglob("*") if p.is_file()}
+    read = {name: path.read_bytes() for name, path in files.items() if not name.startswith("steps/")}
+    for name, path in files.items():
+        if name.startswith("steps/"):
+            read[name] = {k: v for k, v in read_json(path).items() if k in ("step", "inputs", "outputs", "figures")}
+    return read
+
+
+def scenarios(operations, n, rng):
+    """(operation, bytes of it done) of `n` kills: each operation once, then writes at other bytes, at random; some of
+    the operations where `n` is less."""
+    found = [(i, rng.randrange(size) if size else 0) for i, (_, size) in enumerate(operations)]
+    if n < len(found):  # those in the middle of what is written first
+        return sorted(rng.sample(found, len(found)), key=lambda kill: operations[kill[0]][0] != "write")[:n]
+    writes = [(i, size) for i, (name, size) in enumerate(operations) if name == "write"]
+    while len(found) < n:
+        i, size = rng.choice(writes)
+        found.append((i, rng.choice([0, 1, size - 1, size, rng.randrange(size)])))
+    return found
+
+
+def torture(run, name, n, again):
+    """Kill the stage `n` times, each time from the start; `again`: and up to three times more while it continues."""
+    rng, before, whole = random.Random(name), run.with_name("before"), run.with_name("whole")
+    prepared(run, name)
+    shutil.copytree(run, before) if run.is_dir() else before.mkdir()
+    log = run.with_name("operations")
+    with open(log, "w") as f:
+        assert child(lambda: run_stage(run, name), count(f)) == 0
+    operations = [(op, int(size)) for op, size in map(str.split, log.read_text().splitlines())]
+    assert {op for op, _ in operations} >= {"write", "fsync", "replace", "unlink"}
+    shutil.rmtree(whole, ignore_errors=True)
+    run.rename(whole)
+    expected = outputs(whole)
+    n = n or len(operations)
+    for at, after in scenarios(operations, n, rng):
+        shutil.copytree(before, run)
+        untouched = {p: p.read_bytes() for p in (run / "steps").glob("*.json")}
+        kills = [(at, after)] + [(rng.randrange(len(operations)), 1) for _ in range(rng.randrange(4) if again else 0)]
+        for k, (at_, after_) in enumerate(kills):
+            code = child(lambda: run_stage(run, name), kill(at_, after_))  # noqa: B023
+            assert code == KILLED if k == 0 else code in (KILLED, 0), kills
+        finish(run, name)
+        assert outputs(run) == expected, kills
+        assert all(p.read_bytes() == data for p, data in untouched.items()), kills
+        shutil.rmtree(run)
+    return n
+
+
+def test_a_stage_killed_at_each_operation_ends_as_if_it_had_not_been(stages):
+    assert torture(stages, "06_build_pairs@M1", 0, again=False) > 15
+
+
+def test_rows_of_a_killed_stage_are_neither_lost_nor_made_twice(stages):
+    torture(stages, "04_self_instruct@M1", 12, again=True)
+
+
+def test_no_prompt_kept_is_said_and_its_attempts_stay(stages, monkeypatch):
+    name = "04_self_instruct@M1"
+    prepared(stages, name)
+    monkeypatch.setattr(
+        self_instruct, "write_prompts", lambda engine, ids, *how: [(i, Sample(i, "no", 1, True)) for i in ids]
+    )
+    assert "no prompt was kept: see the reasons above" in refused(stages, name)
+    assert len(read_jsonl(stages / f"steps/{name}.work/attempts.jsonl")) >= 7
+
+
+def full_after(n):
+    """Every write fails once `n` bytes were written, as on a disk that is full."""
+    state = SimpleNamespace(left=n)
+
+    def arm(name, call):
+        def counted(*args, **kw):
+            if name == "write":
+                done = call(args[0], args[1][: max(state.left, 0)]) if state.left > 0 else 0
+                state.left -= done
+                if not done:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return done
+            return call(*args, **kw)
+
+        return counted
+
+    return arm
+
+
+def refused(run, name, arm=None):
+    """The kit's own error of a stage that cannot write."""
+    with open(run.with_name("said"), "w+") as said:
+        with redirect_stderr(said):
+            assert child(lambda: run_stage(run, name), arm) == 1
+        said.seek(0)
+        return said.read().splitlines()[-1]
+
+
+def test_a_disk_that_fills_up_loses_nothing(stages):
+    run, name = stages, "04_self_instruct@M1"
+    prepared(run, name)
+    shutil.copytree(run, run.with_name("before"))
+    finish(run, name)
+    expected = outputs(run)
+    for n in (0, 1500, 3000, 6000):
+        shutil.rmtree(run)
+        shutil.copytree(run.with_name("before"), run)
+        assert "the disk is full. What was made is kept" in refused(run, name, full_after(n))
+        finish(run, name)
+        assert outputs(run) == expected
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 200 kB; `small_disk(options)` mounts it again with others."""
+    place, mount = tmp_path / "disk", ["mount", "-t", "tmpfs", "tmpfs"]
+    place.mkdir()
+    if os.geteuid() or subprocess.run([*mount, "-o", "size=200k", place], capture_output=True).returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield lambda options: subprocess.run([*mount[:-1], "-o", f"remount,{options}", place], check=True)
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_real_disk_fills_up_and_a_folder_is_read_only(stages, small_disk, monkeypatch):
+    monkeypatch.setattr(resources, "MARGIN", 0)
+    run, name = stages, "04_self_instruct@M1"
+    prepared(run, name)
+    finish(run.rename(run.with_name("whole")), name)
+    disk = run.with_name("disk")
+    for part in ("seed", "M0", "M1", "steps"):
+        shutil.copytree(run.with_name("whole") / part, disk / part)
+    for path in [*(disk / "M1/aift").glob("*"), disk / f"steps/{name}.json"]:
+        path.unlink()
+    filler = disk / "filler"
+    filler.write_bytes(b"x" * (shutil.disk_usage(disk).free - 12_000))
+    assert "the disk is full" in refused(disk, name)
+    small_disk("ro,size=200k")
+    assert "cannot be written to" in refused(disk, name)
+    small_disk("rw,size=400k")
+    filler.unlink()
+    finish(disk, name)
+    assert outputs(disk) == outputs(run.with_name("whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name,share", [("01_seed_data@run", 0.2), ("04_self_instruct@M1", 0.6), ("06_build_pairs@M1", 0.2)]
+)
+def test_a_thousand_kills(stages, name, share):
+    assert torture(stages, name, round(KILLS * share), again=True) == round(KILLS * share)

@@ -1,0 +1,112 @@
+"""What is said before a step that cannot fit, and of files that are not whole."""
+
+import json
+import shutil
+
+import pytest
+
+from srlm_utils import cli, resources, seed_model, train
+from srlm_utils.artefacts import write_json
+from srlm_utils.engine import Engine
+from srlm_utils.errors import ModelError, ResourceError
+from srlm_utils.params import Dpo, Judge, Sft
+from srlm_utils.paths import EXAMPLE
+from tests.test_train import params
+
+
+@pytest.fixture
+def large(tmp_path):
+    """The head of a model with a billion parameters; its weights are a hole in the file."""
+    shape = [1000, 1_000_000]
+    head = json.dumps({"w": {"dtype": "BF16", "shape": shape, "data_offsets": [0, 2 * 10**9]}}).encode()
+    with open(tmp_path / "model.safetensors", "wb") as f:
+        f.write(len(head).to_bytes(8, "little") + head)
+        f.truncate(8 + len(head) + 2 * 10**9)
+    config = {"num_hidden_layers": 20, "hidden_size": 2000, "intermediate_size": 8000, "vocab_size": 50_000}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine without a GPU and with so many free bytes of memory and disk."""
+
+    def free(memory=1e15, disk=1e15):
+        monkeypatch.setattr(resources, "free_memory", lambda: memory)
+        monkeypatch.setattr(resources, "free_disk", lambda folder: disk)
+        monkeypatch.setattr(resources, "_has_gpu", lambda: False)
+
+    return free
+
+
+def ask(large, kind, stage, **values):
+    resources.check(f"{stage}@M1", stage, kind(**values).model_dump(), large / "run", large)
+
+
+def test_memory_is_asked_for_before_a_step(large, machine, capsys):
+    machine(memory=10e9)
+    with pytest.raises(ResourceError, match=r"02_sft@M1 needs at least 16\.5 GB .* 10\.0 GB are free: set sft.lora_r"):
+        ask(large, Sft, "02_sft", lora_r=0)
+    ask(large, Sft, "02_sft", micro_batch_size=1)
+    assert capsys.readouterr().out == ""
+    ask(large, Sft, "02_sft", micro_batch_size=64)
+    assert capsys.readouterr().out.endswith("10.0 GB are free: lower sft.micro_batch_size.\n")
+    ask(large, Judge, "05_judge", batch_size=4000)
+    assert "lower judge.batch_size" in capsys.readouterr().out
+    machine(memory=1e9)
+    with pytest.raises(ResourceError, match=r"05_judge@M1 needs at least 2\.5 GB of memory.*seed_model"):
+        ask(large, Judge, "05_judge")
+    ask(large, Judge, "05_judge", device="cuda")  # another memory, which is asked when it is there
+
+
+def test_disk_is_asked_for_before_a_step(large, machine):
+    machine(disk=10e9)
+    ask(large, Dpo, "07_dpo")
+    ask(large, Dpo, "07_dpo", lora_r=0, save_steps=0)
+    with pytest.raises(ResourceError, match=r"M1 needs 26\.1 GB of disk.*set dpo.save_steps to 0.* take 24\.0 GB"):
+        ask(large, Dpo, "07_dpo", lora_r=0)
+    machine(disk=1e6)
+    with pytest.raises(ResourceError, match=r"needs 0\.1 GB of disk .*Free some, or move the run\."):
+        resources.check("09_report@run", "09_report", {}, large / "run", None)
+
+
+def test_free_disk_of_a_folder_that_is_not_there_yet(tmp_path):
+    assert resources.free_disk(tmp_path / "a/b/c") == resources.free_disk(tmp_path) > 0
+
+
+@pytest.mark.parametrize("cut", [0, 5, 100, -1])
+def test_a_model_file_that_was_cut_short_is_named(tiny, tmp_path, cut):
+    folder = tmp_path / "mine"
+    shutil.copytree(tiny, folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:cut])
+    for load in (Engine, lambda f: train.load(f, params()), seed_model.fetch):
+        with pytest.raises(ModelError, match=r"model\.safetensors: found [\d,]+ bytes, .*was cut short or damaged"):
+            load(str(folder))
+
+
+def test_pickles_are_not_loaded_by_anyone(tiny, tmp_path):
+    folder = tmp_path / "mine"
+    shutil.copytree(tiny, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    for load in (Engine, lambda f: train.load(f, params()), seed_model.fetch):
+        with pytest.raises(ModelError, match=r"pytorch_model\.bin.*A pickle runs code"):
+            load(str(folder))
+
+
+def test_parameters_are_counted_from_the_heads(tiny, engine, large):
+    assert resources.n_parameters(large) == 10**9
+    assert resources.n_parameters(seed_model.Path(tiny)) >= sum(p.numel() for p in engine.model.parameters())
+
+
+def test_status_of_a_run_with_damaged_and_stale_steps(tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(EXAMPLE, run, ignore=shutil.ignore_patterns("notebooks", "report"))
+    for model in ("SFT", "M1", "M2", "M3"):
+        write_json(run / model / "model/config.json", {})
+    (run / "steps/05_judge@M2.json").write_text('{"step": ')
+    assert cli.main(["status", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "05_judge@M2            its manifest is damaged" in out
+    assert "04_self_instruct@M1    is stale: input changed: M1/model" in out
+    assert "06_build_pairs@M1      is stale: after 04_self_instruct@M1" in out

@@ -1,0 +1,143 @@
+"""`srlm verify`: the example passes, and each kind of damage is one line that says where and what."""
+
+import json
+import shutil
+
+import pytest
+
+from srlm_utils import cli
+from srlm_utils.artefacts import describe, read_json, read_jsonl, write_json, write_jsonl
+from srlm_utils.errors import MissingInputError
+from srlm_utils.paths import EXAMPLE
+from srlm_utils.verify import verify
+
+
+@pytest.fixture
+def run(tmp_path):
+    shutil.copytree(EXAMPLE, tmp_path / "run", ignore=shutil.ignore_patterns("notebooks"))
+    return tmp_path / "run"
+
+
+def edit(run, file, change, *, signed=True):
+    """Rewrite the rows of a file; `signed`: the manifests say so too, so that rows alone can give it away."""
+    rows = read_jsonl(run / file)
+    write_jsonl(run / file, change(rows) or rows)
+    if not signed:
+        return
+    for path in (run / "steps").glob("*.json"):
+        manifest = read_json(path)
+        for part in ("inputs", "outputs"):
+            if file in manifest[part]:
+                manifest[part][file] = describe(run / file)
+        write_json(path, manifest)
+
+
+def test_the_example_is_whole_and_says_what_it_leaves_out(capsys):
+    assert cli.main(["verify", str(EXAMPLE)]) == 0
+    out = capsys.readouterr().out
+    assert "note: M1/model is not here: a rendered run leaves it out" in out
+    assert out.splitlines()[-1].endswith("0 findings")
+
+
+def first(**values):
+    return lambda rows: rows[0].update(values)
+
+
+def twice(rows):
+    return [*rows, rows[0]]
+
+
+PAIRS, CANDIDATES, JUDGED = (f"M1/aift/{n}.jsonl" for n in ("pairs", "candidates", "judgements"))
+IFT = "seed/ift.jsonl"
+DAMAGE = {
+    "candidate twice": (CANDIDATES, twice, "M1-p0000-0: found a second row of this id"),
+    "answer twice": ("M2/eval/answers.jsonl", twice, "test-001: found a second row of this id"),
+    "verdict twice": ("M1/eval/verdicts/M1_vs_M0.jsonl", twice, "found a second row of this id"),
+    "no id": (JUDGED, lambda rows: rows[0].pop("id") and None, "row 1: found no id"),
+    "candidate gone": (CANDIDATES, lambda rows: rows[1:], "M1-p0000: found 3 candidates; expected 4 of each prompt"),
+    "prompt unknown": (CANDIDATES, first(prompt_id="M1-p9999"), "M1-p0000-0: found prompt_id M1-p9999; expected one"),
+    "attempt dropped": (
+        "M1/aift/attempts.jsonl", first(reason="similar"), "M1-p0000: found attempt_id M1-a00000; expected one of"),
+    "judgement gone": (JUDGED, lambda rows: rows[1:], "M1-p0000-0: found no judgement; expected one of each candidate"),
+    "judged nothing": (JUDGED, first(id="M1-p9999-0"), "M1-p9999-0: found id M1-p9999-0; expected one of"),
+    "pair of another prompt": (PAIRS, first(chosen_id="M1-p0001-0"), "chosen_id M1-p0001-0; expected a candidate"),
+    "pair's text": (PAIRS, first(rejected="never said"), "found another text than that of"),
+    "pair's score": (PAIRS, first(chosen_score=5.0), "found chosen_score 5.0; expected"),
+    "pair upside down": (PAIRS, first(chosen_score=0.1), "expected a chosen answer that scores above the rejected one"),
+    "answer to no test": ("M1/eval/answers.jsonl", first(prompt_id="x"), "prompt_id x; expected one of seed/test"),
+    "judged no reply": ("M1/eval/judgements.jsonl", first(id="op-004/none"), "found id op-004/none; expected one of"),
+    "verdict on no answer": (
+        "M1/eval/verdicts/M1_vs_M0.jsonl", first(prompt_id="x"), "found prompt_id x; expected one of M1/eval/answers"),
+    "verdict of another": (
+        "M1/eval/verdicts/M1_vs_M0.jsonl", first(model_b="M2"), "found a verdict on M1 and M2; expected the two"),
+    "test id learned": (IFT, first(prompt_id="test-001"), "test-001: found an id of test_prompts"),
+    "exam id learned": (IFT, first(prompt_id="op-118"), "op-118: found an id of ranked_eval"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file,change,says", DAMAGE.values(), ids=DAMAGE)
+def test_rows_are_held_together(run, file, change, says):
+    edit(run, file, change)
+    found = [str(f) for f in verify(run).findings]
+    assert any(says in line for line in found), found
+    assert all("; expected " in line and "; next: " in line and "\n" not in line for line in found)
+
+
+def test_a_test_prompt_in_training_data_is_found_in_other_words(run):
+    test = read_jsonl(run / "seed/test_prompts.jsonl")[0]["prompt"]
+    edit(run, "M2/aift/prompts.jsonl", first(prompt=f"{test.upper()} Please."))
+    (found,) = [f for f in verify(run).findings if f.file == "M2/aift/prompts.jsonl"]
+    assert found.row == "M2-p0000" and found.found.startswith("ROUGE-L") and "test_prompts" in found.found
+
+
+def test_every_file_of_a_manifest_is_hashed(run, capsys):
+    edit(run, PAIRS, lambda rows: rows[1:], signed=False)
+    assert cli.main(["verify", str(run)]) == 1
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(PAIRS))
+    then = read_json(run / "steps/06_build_pairs@M1.json")["outputs"][PAIRS]["sha256"]
+    assert f"49 rows; expected sha256 {then[:12]}, 50 rows" in line and "--only 06_build_pairs@M1 --force" in line
+    (run / "report/metrics.csv").write_text("")
+    (run / "M2/eval/metrics.json").unlink()
+    assert {f.file for f in verify(run).findings} == {PAIRS, "report", "M2/eval/metrics.json"}
+
+
+def test_a_step_made_from_an_older_input_is_named(run):
+    path = run / "steps/06_build_pairs@M1.json"
+    manifest = read_json(path)
+    manifest["inputs"][CANDIDATES]["sha256"] = "0" * 64
+    write_json(path, manifest)
+    (found,) = verify(run).findings
+    assert (found.file, found.row) == ("steps/06_build_pairs@M1.json", CANDIDATES)
+    assert "the last that 04_self_instruct@M1 wrote" in found.expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"step": "x", "params": {}, "inputs": {}, "outputs": {}}', "\x00"]
+)
+def test_a_damaged_manifest_is_named(run, text):
+    (run / "steps/05_judge@M1.json").write_text(text)
+    (found,) = verify(run).findings
+    assert found.file == "steps/05_judge@M1.json" and found.next.startswith("delete it")
+
+
+def test_a_file_that_cannot_be_read_is_one_finding(run):
+    (run / "M1/eval/answers.jsonl").write_bytes(b'{"prompt_id": "test-001"\n')
+    found = [f for f in verify(run).findings if f.file == "M1/eval/answers.jsonl"]
+    assert [f.expected.partition(",")[0] for f in found][1:] == ["rows that can be read"]
+
+
+def test_missing_weights_of_a_run_that_has_weights_are_a_fault(run):
+    (run / "M1/model").mkdir()
+    (run / "M1/model/model.safetensors").write_bytes(b"x")
+    found = {f.file: f.found for f in verify(run).findings}
+    assert found["M2/model"] == "no such file" and found["M1/model"].startswith("sha256")
+
+
+def test_an_unfinished_step_is_no_fault_and_no_run_is_bad_input(run, tmp_path):
+    (run / "steps/08_evaluate@M3.json").unlink()
+    (run / "steps/08_evaluate@M3.work").mkdir()
+    out = verify(run)
+    assert not out.findings and "08_evaluate@M3 was begun and not finished; srlm run continues it" in out.notes
+    assert json.dumps(out.notes).count("09_report@run read M3/eval") > 0
+    with pytest.raises(MissingInputError, match="no run here"):
+        verify(tmp_path / "none")
