@@ -68,7 +68,7 @@ class StepRun:
         if self.scratch and (EXAMPLE / path).exists():
             self._borrowed.add(path)
             return EXAMPLE / path
-        raise MissingInputError(f"{shown(self.run / path)} is missing: run {_maker(path)} first.")
+        raise MissingInputError(f"{shown(self.run / path)} is missing: run {maker(path)} first.")
 
     def output(self, path: str) -> Path:
         """Where an output goes; its folder is made."""
@@ -301,7 +301,7 @@ def drop_lock(lock: FileLock) -> None:
     lock.release()
 
 
-def _maker(path: str) -> str:
+def maker(path: str) -> str:
     """Name of the step that makes `path` in a run, whatever the run's length and variant."""
     for learn_from in ("pairs", "positives"):
         longest = Experiment({"common": {"iterations": 20, "learn_from": learn_from}})

@@ -14,7 +14,8 @@ from srlm_utils.tokens import token_table
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-STAGE_NOTEBOOKS = [n for n in NOTEBOOKS if n.stem != "00_tour"]
+READING = ("00_tour", "11_label")  # opened by people, no step of a run
+STAGE_NOTEBOOKS = [n for n in NOTEBOOKS if n.stem not in READING]
 PRESETS = sorted((ROOT / "params").glob("*.yaml"))
 VARIANTS = sorted((ROOT / "params" / "variants").glob("*.yaml"))
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list[str]": list}
@@ -30,8 +31,8 @@ def code(nb):
     return [c for c in nb.cells if c.cell_type == "code"]
 
 
-def test_the_eleven_notebooks_are_there():
-    assert [n.stem[:2] for n in NOTEBOOKS] == [f"{i:02d}" for i in range(11)]
+def test_the_twelve_notebooks_are_there():
+    assert [n.stem[:2] for n in NOTEBOOKS] == [f"{i:02d}" for i in range(12)]
     assert {stage_key(n.stem) for n in STAGE_NOTEBOOKS} == set(STAGES)
 
 
@@ -61,6 +62,19 @@ def test_stage_notebooks_begin_and_finish_their_step(path):
     assert f'begin_step("{path.stem}", globals())' in source
     assert source.count("step.finish(") == 1
     assert "**Next:**" in read(path).cells[-1].source
+
+
+@pytest.mark.parametrize("name", READING)
+def test_parameters_of_the_others_are_typed_and_told(name):
+    found = pm.inspect_notebook(str(ROOT / "notebooks" / f"{name}.ipynb"))
+    assert found and all(info["help"] and info["inferred_type_name"] in TYPES for info in found.values())
+
+
+def test_labelling_defaults_are_the_papers_human_evaluation():
+    namespace = {}
+    exec(read(ROOT / "notebooks/11_label.ipynb").cells[2].source, namespace)
+    assert [namespace[k] for k in ("n_prompts", "n_readers", "opponent")] == [50, 3, "SFT"]
+    assert namespace["labels"].startswith("results/scratch/")
 
 
 @pytest.mark.parametrize("path", STAGE_NOTEBOOKS, ids=lambda p: p.stem)
