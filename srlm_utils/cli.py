@@ -1,4 +1,4 @@
-"""``srlm run | plan | status | agree``: the command line. Exit codes: 0 done, 1 a step failed, 2 bad input."""
+"""``srlm run | plan | status | share | agree``: the command line. Exit codes: 0 done, 1 a step failed, 2 bad input."""
 
 import argparse
 import shlex
@@ -8,7 +8,7 @@ from typing import get_args
 
 from srlm_utils.errors import MissingInputError, SrlmError, StepFailed
 from srlm_utils.params import Experiment, JudgeMode
-from srlm_utils.paths import RESULTS, resolve
+from srlm_utils.paths import RESULTS, resolve, shown
 
 
 def _experiment_args(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--tokens", action="store_true", help="tokens that each stage makes, judges and trains")
     status = commands.add_parser("status", help="what a run folder holds")
     status.add_argument("run", type=Path, metavar="RUN", help="e.g. results/quickstart")
+    share = commands.add_parser("share", help="a run as pages that open offline in any browser")
+    share.add_argument("run", type=Path, metavar="RUN", help="e.g. results/quickstart")
+    share.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: RUN/share)")
     agree = commands.add_parser("agree", help="how well a model judges replies that people ranked")
     agree.add_argument("--model", required=True, help="a folder such as results/quickstart/M1/model, or a hub id")
     agree.add_argument(
@@ -70,7 +73,7 @@ def _run_dir(args) -> Path:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        return {"run": _run, "plan": _plan, "status": _status, "agree": _agree}[args.command](args)
+        return {"run": _run, "plan": _plan, "status": _status, "share": _share, "agree": _agree}[args.command](args)
     except StepFailed as e:
         print(f"srlm: {e}", file=sys.stderr)
         return 1
@@ -108,14 +111,19 @@ def _plan(args) -> int:
     return 0
 
 
+def _run_folder(path: Path) -> Path:
+    run = resolve(path)
+    if not (run / "steps").is_dir():
+        raise MissingInputError(
+            f"{path}: no run here (no steps/ folder). Expected a folder such as results/quickstart."
+        )
+    return run
+
+
 def _status(args) -> int:
     from srlm_utils.runner import status_rows
 
-    run = resolve(args.run)
-    if not (run / "steps").is_dir():
-        raise MissingInputError(
-            f"{args.run}: no run here (no steps/ folder). Expected a folder such as results/quickstart."
-        )
+    run = _run_folder(args.run)
     rows = status_rows(run)
     for r in rows:
         figures = ", ".join(f"{k} {v}" for k, v in r["figures"].items())
@@ -123,6 +131,16 @@ def _status(args) -> int:
     print(f"{len(rows)} steps done, {sum(r['seconds'] for r in rows) / 60:.1f} min of work")
     for work in sorted((run / "steps").glob("*.work")):
         print(f"{work.stem:<22} was begun and not finished")
+    return 0
+
+
+def _share(args) -> int:
+    from srlm_utils.share import share
+
+    run = _run_folder(args.run)
+    out = args.out.resolve() if args.out else run / "share"
+    files = share(run, out)
+    print(f"{shown(out / 'index.html')}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB")
     return 0
 
 

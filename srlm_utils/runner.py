@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from srlm_utils import errors, field_benchmarks
+from srlm_utils import errors, field_benchmarks, rendered
 from srlm_utils.artefacts import read_json, write_text
 from srlm_utils.errors import LockedError, MissingInputError, ParamError, SrlmError, StepFailed
 from srlm_utils.params import Experiment
@@ -156,22 +156,13 @@ def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
                 del os.environ[k]
             else:
                 os.environ[k] = v
-        _forget_this_machine(out)
+        if out.is_file():
+            write_text(out, rendered.tidy(out.read_text(encoding="utf-8")))
     if not (run / "steps" / f"{step.name}.json").is_file():
         raise StepFailed(
             f"{step.name}: {shown(out)} ended without writing its manifest; its last cell must call "
             f"step.finish().\n  {resume}"
         )
-
-
-def _forget_this_machine(notebook: Path) -> None:
-    """Make paths below the repository relative, in outputs and in what papermill recorded, so that an
-    executed notebook can be shared."""
-    if notebook.is_file():
-        text = notebook.read_text(encoding="utf-8")
-        for place, name in ((f"{PROJ_ROOT}/", ""), (sys.prefix, ".venv"), (str(Path.home()), "~")):
-            text = text.replace(json.dumps(place)[1:-1], name)
-        write_text(notebook, text)
 
 
 class ProgressLine:
