@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 from PIL import Image
@@ -16,6 +17,9 @@ MAX_TEXT = 50_000  # characters of one output; GitHub shows no notebook of sever
 _BAR = re.compile(r"^.*\d+%\|.*\|.*\[.*\]\s*$")  # tqdm's, whatever stands before it
 _CURSOR = re.compile(r"\x1b\[\d*[A-HJKSTfsu]")
 _WIDGET = "application/vnd.jupyter.widget-view+json"
+_CELL = re.compile(  # where a kernel keeps a cell's source
+    rf"(?:{re.escape(tempfile.gettempdir())}|/tmp|(?:/private)?/var)(?:/[\w.-]{{1,100}}){{0,8}}/ipykernel_\d+/"
+)
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 
 
@@ -76,7 +80,7 @@ def _as_on_a_terminal(text: str) -> str:
 def _cut(text: str) -> str:
     if len(text) <= MAX_TEXT:
         return text
-    half = MAX_TEXT // 2
+    half = MAX_TEXT // 2 - 50  # what says so counts too
     return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"
 
 
@@ -100,7 +104,7 @@ def forget_machine(text: str, private: tuple[str, ...] = (), quote=str) -> str:
     `private` paths the last part stays; values of environment variables named like keys and tokens become ***.
     `quote` is how the text writes a string.
     """
-    text = re.sub(r"/[^\s\"'<>]*/ipykernel_\d+/", "", text)
+    text = _CELL.sub("", text)
     places = [(f"{PROJ_ROOT}/", ""), (sys.prefix, ".venv"), (sys.base_prefix, "python")]
     places += [(p, f".../{Path(p).name}") for p in sorted(private, key=len, reverse=True)]
     places += [(str(PROJ_ROOT), "."), (str(Path.home()), "~")]

@@ -210,8 +210,8 @@ class ProgressLine:
         name = self.steps[i][0]
         rows = f" {state['done']}/{state['total']}" if state else ""
         left = self.left(i)
-        eta = f" · about {_minutes(left)} left" if left is not None else ""
-        return f"[{i + 1}/{len(self.steps)}] {name}{rows} · {_minutes(time.monotonic() - self.start)}{eta}"
+        eta = f" · about {minutes(left)} left" if left is not None else ""
+        return f"[{i + 1}/{len(self.steps)}] {name}{rows} · {minutes(time.monotonic() - self.start)}{eta}"
 
     def left(self, i: int) -> float | None:
         """Seconds left from the start of step `i` on, less what this step has used already."""
@@ -224,7 +224,7 @@ class ProgressLine:
         return max(expected - used, 0) + rate * sum(c for _, c in self.steps[i + 1 :])
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 

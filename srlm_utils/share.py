@@ -11,10 +11,11 @@ import pandas as pd
 
 from srlm_utils import pages, rendered
 from srlm_utils.artefacts import read_json, write_text
-from srlm_utils.errors import DataError, MissingInputError
-from srlm_utils.params import read_yaml
+from srlm_utils.errors import DataError, MissingInputError, ParamError
+from srlm_utils.params import Experiment, read_yaml
 from srlm_utils.paths import shown
-from srlm_utils.runner import status_rows
+from srlm_utils.plan import list_steps
+from srlm_utils.runner import minutes, status_rows
 
 MARK = '<meta name="generator" content="srlm-kit">'  # in every page; tells a shared folder from any other
 FRONT = ("agreement", "win_rates")  # figures of the first page
@@ -89,7 +90,8 @@ def _write(run: Path, notebooks: list[Path], to: Path) -> None:
         write_text(to / name, rendered.forget_machine(text, private))
 
     stats = {row["step"]: row for row in status_rows(run)}
-    notebooks = sorted(notebooks, key=lambda p: (stats.get(p.stem, {}).get("started", "~"), p.stem))
+    order = step_order(run)
+    notebooks = sorted(notebooks, key=lambda p: (order.get(p.stem, len(order)), p.stem))
     exporter, colours = _exporter()
     for i, path in enumerate(notebooks):
         nav = [("all notebooks", "../index.html")]
@@ -119,7 +121,7 @@ def _write(run: Path, notebooks: list[Path], to: Path) -> None:
     index = pages.render(
         "share_index.html.jinja",
         title=f"Self-rewarding run: {run.name}",
-        lead=f"{len(stats)} finished steps, {sum(r['seconds'] for r in stats.values()) / 60:.0f} minutes of work, "
+        lead=f"{len(stats)} finished steps, {minutes(sum(r['seconds'] for r in stats.values()))} of work, "
         f"seed {', '.join(map(str, sorted(s for s in seeds if s is not None))) or 'unknown'}. "
         "Notebooks have their code folded; a click on it opens it.",
         report="report.html" if report.is_file() else "",
@@ -142,12 +144,21 @@ def _steps_table(names: list[str], stats: dict[str, dict]) -> pages.Markup:
         rows.append(
             {
                 "notebook": f'<a href="notebooks/{text}.html">{text}</a>',
-                "time": f"{s['seconds']:.0f} s" if s else "not finished",
+                "time": minutes(s["seconds"]) if s else "not finished",
                 "memory": f"{s['peak_memory_gb']:.1f} GB" if s else "",
                 "figures": str(pages.escape(", ".join(f"{k} {v}" for k, v in figures))),
             }
         )
     return pages.Markup(pd.DataFrame(rows).to_html(border=0, index=False, escape=False))
+
+
+def step_order(run: Path) -> dict[str, int]:
+    """Place of each step in the loop; {} for a run whose parameters are gone or of another version."""
+    try:
+        steps = list_steps(Experiment(read_yaml(run / "params.yaml")))
+    except ParamError:
+        return {}
+    return {step.name: i for i, step in enumerate(steps)}
 
 
 def absolute_paths(run: Path) -> tuple[str, ...]:
