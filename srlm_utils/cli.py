@@ -1,4 +1,7 @@
-"""``srlm run | plan | status | share | agree``: the command line. Exit codes: 0 done, 1 a step failed, 2 bad input."""
+"""``srlm run | plan | status | share | push | agree``: the command line.
+
+Exit codes: 0 done, 1 a step failed, 2 bad input.
+"""
 
 import argparse
 import shlex
@@ -43,6 +46,11 @@ def parser() -> argparse.ArgumentParser:
     share = commands.add_parser("share", help="a run as pages that open offline in any browser")
     share.add_argument("run", type=Path, metavar="RUN", help="e.g. results/quickstart")
     share.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: RUN/share)")
+    push = commands.add_parser("push", help="a model and its card on the Hugging Face hub; HF_TOKEN has the token")
+    push.add_argument("run", type=Path, metavar="RUN", help="e.g. results/quickstart")
+    push.add_argument("model", metavar="MODEL", help="SFT, M1, M2, ...")
+    push.add_argument("--repo", required=True, metavar="OWNER/NAME", help="where to; made if it is not there, private")
+    push.add_argument("--data", action="store_true", help="also OWNER/NAME-aift: what its ancestors wrote and scored")
     agree = commands.add_parser("agree", help="how well a model judges replies that people ranked")
     agree.add_argument("--model", required=True, help="a folder such as results/quickstart/M1/model, or a hub id")
     agree.add_argument(
@@ -73,7 +81,9 @@ def _run_dir(args) -> Path:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        return {"run": _run, "plan": _plan, "status": _status, "share": _share, "agree": _agree}[args.command](args)
+        return {"run": _run, "plan": _plan, "status": _status, "share": _share, "push": _push, "agree": _agree}[
+            args.command
+        ](args)
     except StepFailed as e:
         print(f"srlm: {e}", file=sys.stderr)
         return 1
@@ -141,6 +151,14 @@ def _share(args) -> int:
     out = args.out.resolve() if args.out else run / "share"
     files = share(run, out)
     print(f"{shown(out / 'index.html')}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB")
+    return 0
+
+
+def _push(args) -> int:
+    from srlm_utils.hub import push
+
+    for address in push(_run_folder(args.run), args.model, args.repo, data=args.data):
+        print(address)
     return 0
 
 

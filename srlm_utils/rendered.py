@@ -113,3 +113,16 @@ def forget_machine(text: str, private: tuple[str, ...] = (), quote=str) -> str:
         if len(place) > 1:  # never "/"
             text = re.sub(rf"{re.escape(quote(place))}(?![\w-])" if name != "" else re.escape(quote(place)), name, text)
     return text
+
+
+def absolute_paths(*values) -> tuple[str, ...]:
+    """Absolute paths among parameters, however they are nested: `private` of `forget_machine`."""
+    found: list[str] = []
+    for value in values:
+        if isinstance(value, dict):
+            found += absolute_paths(*value.values())
+        elif isinstance(value, list):
+            found += absolute_paths(*value)
+        elif isinstance(value, str):  # a colon separates a judge from its mode
+            found += [part for part in value.split(":") if re.match(r"/[^/]", part)]
+    return tuple(found)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from srlm_utils import pages, rendered
+from srlm_utils import cards, pages, rendered
 from srlm_utils.artefacts import read_json, write_text
 from srlm_utils.errors import DataError, MissingInputError, ParamError
 from srlm_utils.params import Experiment, read_yaml
@@ -84,7 +84,7 @@ def _check_replaceable(out: Path) -> None:
 
 
 def _write(run: Path, notebooks: list[Path], to: Path) -> None:
-    private = absolute_paths(run)
+    private = rendered.absolute_paths(*cards.recorded(run))
 
     def write(name: str, text: str) -> None:
         write_text(to / name, rendered.forget_machine(text, private))
@@ -117,6 +117,14 @@ def _write(run: Path, notebooks: list[Path], to: Path) -> None:
     for path in pictures:
         shutil.copyfile(path, to / "figures" / path.name)
         files.append((f"figures/{path.name}", f"its numbers are in {path.stem}.csv beside it"))
+    listed = []
+    for model in cards.trained_models(run) if (run / "M0" / "model.json").is_file() else []:
+        text = cards.from_run(run, model)
+        write(f"models/{model}.md", text)
+        nav = [("all pages", "../index.html"), ("as a file", f"{model}.md")]
+        body = pages.Markup(clean(markdown(text.split("---\n", 2)[2])))  # without the metadata
+        write(f"models/{model}.html", pages.render("notebook.html.jinja", title=model, nav=nav, notebook=body))
+        listed.append((model, f"models/{model}.html", cards.front(run, model)))
     seeds = {m["params"].get("seed") for m in (read_json(p) for p in (run / "steps").glob("*.json"))}
     index = pages.render(
         "share_index.html.jinja",
@@ -127,7 +135,7 @@ def _write(run: Path, notebooks: list[Path], to: Path) -> None:
         report="report.html" if report.is_file() else "",
         figures=[(p.stem.replace("_", " "), pages.image(p)) for p in pictures if p.stem in FRONT],
         steps=_steps_table([p.stem for p in notebooks], stats),
-        cards=[],
+        cards=listed,
         files=files,
         params=(run / "params.yaml").read_text(encoding="utf-8") if (run / "params.yaml").is_file() else "not recorded",
         foot="Made by srlm share: no script, no request to any other machine.",
@@ -161,29 +169,6 @@ def step_order(run: Path) -> dict[str, int]:
     return {step.name: i for i, step in enumerate(steps)}
 
 
-def absolute_paths(run: Path) -> tuple[str, ...]:
-    """Absolute paths among the parameters of a run: files and folders of the machine that it was made on."""
-    found: set[str] = set()
-
-    def look(value) -> None:
-        if isinstance(value, dict):
-            for v in value.values():
-                look(v)
-        elif isinstance(value, list):
-            for v in value:
-                look(v)
-        elif isinstance(value, str):
-            found.update(part for part in re.split(r"[:=]", value) if re.match(r"(/|[A-Za-z]:\\)[^/\\]", part))
-
-    if (run / "params.yaml").is_file():
-        look(read_yaml(run / "params.yaml"))
-    for path in (run / "steps").glob("*.json"):
-        look(read_json(path)["params"])
-    if (run / "M0" / "model.json").is_file():
-        look(read_json(run / "M0" / "model.json")["name"])
-    return tuple(found)
-
-
 def _exporter():
     """nbconvert's HTML exporter with folded code and our rule of what HTML may hold; and the code's colours."""
     from nbconvert import HTMLExporter
@@ -206,6 +191,12 @@ def clean(html: str) -> str:
     html = re.sub(r"(?is)<(style|script)\b.*?(</\1\s*>|\Z)", "", str(html))
     html = bleach.clean(html, tags=_TAGS, attributes=_ATTRIBUTES, protocols=["http", "https"], strip=True)
     return re.sub(r'<a href="(?!https?://|#)[^"]*">(.*?)</a>', r"\1", html, flags=re.DOTALL)
+
+
+def markdown(text: str) -> str:
+    from nbconvert.filters import markdown2html
+
+    return markdown2html(text)
 
 
 def notebook_body(path: Path, exporter) -> str:

@@ -5,7 +5,6 @@ what is trained on is what was sampled, to the token. Only the assistant's token
 """
 
 import contextlib
-import json
 import math
 import os
 import random
@@ -442,21 +441,3 @@ def save(trainer, tokenizer, folder: Path, params, card: str) -> None:
     write_text(tmp / "README.md", card)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(tmp, folder)
-
-
-def model_card(step, start: str, data: dict[str, int], figures: dict) -> str:
-    """A short card: what the model was made from, by which parameters, from how many rows."""
-    p = {k: v for k, v in vars(step.params).items() if k not in ("run_dir", "device")}
-    rows = "\n".join(f"- {name}: {n} rows" for name, n in data.items())
-    kept = ""
-    if "kept_step" in figures:
-        kept = (
-            f"The weights are those after step {figures['kept_step']} of {figures['n_steps']}: of the checkpoints "
-            f"compared on the validation prompts by {p['select_judge']} it did best (selection.csv).\n\n"
-        )
-    return (
-        f"---\nlibrary_name: transformers\ntags: [self-rewarding]\n---\n# {step.params.model}\n\n"
-        f"Made by {step.name} from {start} ({step.model_revision(start)}).\n\n## Data\n{rows}\n\n"
-        f"## Training\n{kept}```json\n{json.dumps(p | figures, indent=1)}\n```\n"
-        "\nA research artefact: its answers are often wrong. Evaluation figures are in the run's report.\n"
-    )

@@ -59,7 +59,9 @@ def walk(browser, start: str, root: str) -> set[str]:
         assert browser.get_log("browser") == [], url
         assert [u for u in requested(browser) if not u.startswith((root, "data:"))] == [], url
         assert browser.execute_script("return [...document.images].every(i => i.complete && i.naturalWidth)"), url
-        links = browser.execute_script("return [...document.links].filter(a => !a.hasAttribute('download')).map(a => a.href)")
+        links = browser.execute_script(
+            "return [...document.links].filter(a => !a.hasAttribute('download')).map(a => a.href)"
+        )
         for link in {link.partition("#")[0] for link in links}:
             if link.startswith("file:") or link.startswith(root):
                 assert link.startswith(root), f"{url} links to {link}, outside the folder"
