@@ -130,7 +130,14 @@ def _evaluation(model: str, rows: list[dict]) -> str:
     if not rows:
         return "Nothing had been measured when this card was written; the run's report has the figures."
     rows.sort(key=lambda r: _TABLE.index(r["metric"]))
-    who = ["itself" if r["judge"] == model else judge_label(r["judge"]) if r["judge"] else "" for r in rows]
+    who = [
+        "itself"
+        if r["judge"] == model and r["set"] != "test_prompts"
+        else judge_label(r["judge"])
+        if r["judge"]
+        else ""
+        for r in rows
+    ]
     table = {
         "figure": [r["metric"] for r in rows],
         "on": [r["set"] + (f", against {r['opponent']}" if r["opponent"] else "") for r in rows],

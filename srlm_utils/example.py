@@ -13,7 +13,9 @@ from srlm_utils.artefacts import write_text
 from srlm_utils.errors import MissingInputError, SrlmError
 from srlm_utils.paths import EXAMPLE, resolve
 
-_LEFT_OUT = shutil.ignore_patterns("model", "train.jsonl", "*.lock", "*.owner", "*.work", ".*", "params", "share")
+_LEFT_OUT = shutil.ignore_patterns(
+    "model", "train.jsonl", "*.lock", "*.owner", "*.work", ".*", "params", "share", "tensorboard"
+)
 
 
 def render(run: Path) -> None:

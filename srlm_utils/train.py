@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from srlm_utils import attention, chat, frozen, judge, packing
+from srlm_utils import attention, chat, frozen, judge, packing, tracking
 from srlm_utils.artefacts import write_text
 from srlm_utils.engine import keep_memory, pick_device, pick_dtype
 from srlm_utils.errors import DataError, ModelError, ParamError, StepFailed
@@ -146,7 +146,7 @@ def _common_args(params, work: Path, *, per_device: int, accumulation: int, n_it
         save_steps=params.save_steps or 500,
         save_total_limit=1,
         logging_steps=1,
-        report_to="none",
+        **tracking.arguments(params, work),
         disable_tqdm=True,
         seed=params.seed,
         data_seed=params.seed,
