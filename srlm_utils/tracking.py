@@ -21,6 +21,8 @@ def arguments(params, work: Path) -> dict:
 
     TensorBoard's files go to ``<run>/<model>/tensorboard``: the work folder is cleared when the step is done.
     """
+    if params.report_to == "none":
+        return {"report_to": "none"}
     run = work.parents[1]
     if params.report_to == "tensorboard":
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / params.model / "tensorboard")
