@@ -1,4 +1,4 @@
-"""``srlm run | plan | status | share | push | agree``: the command line.
+"""``srlm run | plan | status | share | compare | push | agree``: the command line.
 
 Exit codes: 0 done, 1 a step failed, 2 bad input.
 """
@@ -51,6 +51,11 @@ def parser() -> argparse.ArgumentParser:
     push.add_argument("model", metavar="MODEL", help="SFT, M1, M2, ...")
     push.add_argument("--repo", required=True, metavar="OWNER/NAME", help="where to; made if it is not there, private")
     push.add_argument("--data", action="store_true", help="also OWNER/NAME-aift: what its ancestors wrote and scored")
+    side = commands.add_parser("compare", help="runs side by side: parameters, figures, differences with intervals")
+    side.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="two or more; the first is what others differ from"
+    )
+    side.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: results/compare_A_B)")
     agree = commands.add_parser("agree", help="how well a model judges replies that people ranked")
     agree.add_argument("--model", required=True, help="a folder such as results/quickstart/M1/model, or a hub id")
     agree.add_argument(
@@ -81,9 +86,15 @@ def _run_dir(args) -> Path:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        return {"run": _run, "plan": _plan, "status": _status, "share": _share, "push": _push, "agree": _agree}[
-            args.command
-        ](args)
+        return {
+            "run": _run,
+            "plan": _plan,
+            "status": _status,
+            "share": _share,
+            "push": _push,
+            "compare": _compare,
+            "agree": _agree,
+        }[args.command](args)
     except StepFailed as e:
         print(f"srlm: {e}", file=sys.stderr)
         return 1
@@ -159,6 +170,16 @@ def _push(args) -> int:
 
     for address in push(_run_folder(args.run), args.model, args.repo, data=args.data):
         print(address)
+    return 0
+
+
+def _compare(args) -> int:
+    from srlm_utils.compare import compare
+
+    runs = [_run_folder(run) for run in args.runs]
+    out = args.out.resolve() if args.out else RESULTS / "_".join(["compare", *(run.name for run in runs)])
+    compare(runs, out)
+    print(shown(out / "index.html"))
     return 0
 
 

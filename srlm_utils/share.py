@@ -58,7 +58,7 @@ def share(run: Path, out: Path) -> list[Path]:
     notebooks = sorted((run / "notebooks").glob("*.ipynb"))
     if not notebooks:
         raise MissingInputError(f"{shown(run)}: no executed notebook here. Run the experiment first: srlm run ...")
-    _check_replaceable(out)
+    check_replaceable(out, "srlm share")
     tmp, old = (out.with_name(f".{out.name}.{word}") for word in ("tmp", "old"))
     for leftover in (tmp, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -73,13 +73,14 @@ def share(run: Path, out: Path) -> list[Path]:
     return sorted(p for p in out.rglob("*") if p.is_file())
 
 
-def _check_replaceable(out: Path) -> None:
+def check_replaceable(out: Path, command: str) -> None:
+    """Raise `DataError` if `out` holds anything but pages that `command` wrote before."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     index = out / "index.html"
     if not index.is_file() or MARK not in index.read_text(encoding="utf-8", errors="replace")[:2000]:
         raise DataError(
-            f"{shown(out)} exists and was not written by srlm share. Name another folder, or move this one away."
+            f"{shown(out)} exists and was not written by {command}. Name another folder, or move this one away."
         )
 
 
