@@ -81,8 +81,10 @@ def compare(runs: list[Path], out: Path) -> None:
         first=names[0],
         settings=pages.table(settings, index=False) if len(settings) else "",
         figures=drawn,
-        paired=_shown(table[table.paired == "yes"]),
+        paired=_shown(table[(table.paired == "yes") & table.metric.isin(OVERLAID)]),
+        others=_shown(table[(table.paired == "yes") & ~table.metric.isin(OVERLAID)]),
         unpaired=_shown(table[table.paired != "yes"]),
+        n_unpaired=int((table.paired != "yes").sum()),
         n_paired=int((table.paired == "yes").sum()),
         n_apart=int(((table.low > 0) | (table.high < 0)).sum()),
     )
@@ -110,7 +112,6 @@ def _metrics(run: Path) -> pd.DataFrame:
     if not path.is_file():
         raise MissingInputError(f"{shown(path)} is missing: run 09_report@run first.")
     table = pd.read_csv(path, keep_default_na=False, na_values={c: [""] for c in ("value", "low", "high")})
-    # a model's judgement is its own: the judge's name adds nothing, and differs where models do
     return table.drop_duplicates(KEY)
 
 

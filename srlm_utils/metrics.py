@@ -200,7 +200,7 @@ def agreement(prompts: list[dict]) -> dict[str, dict]:
 
 
 def agreement_counts(p: dict) -> tuple[dict, list] | None:
-    """(counts, score and length gaps of each pair) of one prompt as `agreement` takes it; None without a scored pair."""
+    """(counts, score and length gaps of its pairs) of one prompt of `agreement`; None where no pair is scored."""
     keep = [i for i, s in enumerate(p["scores"]) if s is not None]
     ranks, scores, lengths = ([p[k][i] for i in keep] for k in ("ranks", "scores", "lengths"))
     pairs = ordered_pairs(ranks)

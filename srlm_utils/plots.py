@@ -205,8 +205,13 @@ def overlay(rows: pd.DataFrame, runs: list[str], label: str, factor: float):
     # a judge of its own answers is each model itself: one panel
     who = rows.judge.where(rows.judge != rows.model, "itself").where(rows.opponent == "", rows.judge)
     keys = rows.assign(who=who).groupby(["set", "who", "judge_mode"], sort=False)
-    fig, axes = plt.subplots(1, len(keys), figsize=(1 + 4.2 * len(keys), 3.6), sharey=True, squeeze=False)
-    for ax, ((set_name, judge, mode), part) in zip(axes[0], keys, strict=True):
+    width = min(len(keys), 3)
+    height = -(-len(keys) // width)
+    size = (1 + 3.8 * width, 0.3 + 3.2 * height)
+    fig, axes = plt.subplots(height, width, figsize=size, sharey=True, squeeze=False)
+    for ax in axes.flat[len(keys) :]:
+        ax.set_visible(False)
+    for ax, ((set_name, judge, mode), part) in zip(axes.flat, keys, strict=False):
         names = part.model.where(part.opponent == "", part.model + "\nvs " + part.opponent)
         places = {name: x for x, name in enumerate(dict.fromkeys(names))}
         for i, run in enumerate(runs):
@@ -225,8 +230,9 @@ def overlay(rows: pd.DataFrame, runs: list[str], label: str, factor: float):
         ax.set_title(", ".join(filter(None, (set_name, judge and f"judge: {judge}", mode))), fontsize=9)
         if label.startswith("win rate"):
             ax.axhline(50, color="#555555", lw=1, ls="--")
-    axes[0][0].set_ylabel(label)
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    for row in axes:
+        row[0].set_ylabel(label)
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     return fig
 
 
