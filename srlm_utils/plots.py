@@ -202,16 +202,15 @@ def overlay(rows: pd.DataFrame, runs: list[str], label: str, factor: float):
 
     `rows` have `run` and the columns of metrics.csv. A run has a colour and a marker; intervals where there are any.
     """
-    # a judge of its own answers is each model itself: one panel
-    who = rows.judge.where(rows.judge != rows.model, "itself").where(rows.opponent == "", rows.judge)
-    keys = rows.assign(who=who).groupby(["set", "who", "judge_mode"], sort=False)
+    who = rows.judge.where(rows.set == "test_prompts", "itself")  # on ranked sets each model is the judge
+    keys = rows.assign(who=who).groupby(["judge_mode", "set", "who"])
     width = min(len(keys), 3)
     height = -(-len(keys) // width)
     size = (1 + 3.8 * width, 0.3 + 3.2 * height)
     fig, axes = plt.subplots(height, width, figsize=size, sharey=True, squeeze=False)
     for ax in axes.flat[len(keys) :]:
         ax.set_visible(False)
-    for ax, ((set_name, judge, mode), part) in zip(axes.flat, keys, strict=False):
+    for ax, ((mode, set_name, judge), part) in zip(axes.flat, keys, strict=False):
         names = part.model.where(part.opponent == "", part.model + "\nvs " + part.opponent)
         places = {name: x for x, name in enumerate(dict.fromkeys(names))}
         for i, run in enumerate(runs):

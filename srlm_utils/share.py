@@ -195,9 +195,10 @@ def clean(html: str) -> str:
 
 
 def markdown(text: str) -> str:
+    """HTML of a card, without marks beside its headings."""
     from nbconvert.filters import markdown2html
 
-    return markdown2html(text)
+    return re.sub(r'<a class="anchor-link"[^>]*>.*?</a>', "", markdown2html(text))
 
 
 def notebook_body(path: Path, exporter) -> str:

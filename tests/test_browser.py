@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from srlm_utils import share
+from srlm_utils import compare, share
 from srlm_utils.paths import EXAMPLE, RESULTS
 
 pytestmark = pytest.mark.browser
@@ -40,6 +40,13 @@ def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("share") / "pages"
     share.share(EXAMPLE, out)
     return out
+
+
+@pytest.fixture(scope="module")
+def pages(folder):
+    """The shared folder, and beside it the example compared with itself."""
+    compare.compare([EXAMPLE, EXAMPLE], folder.with_name("compared"))
+    return folder
 
 
 def requested(browser) -> list[str]:
@@ -74,6 +81,11 @@ def test_every_link_from_disk(browser, folder):
     assert len(seen) == len(list(folder.rglob("*.html")))
 
 
+def test_a_comparison_from_disk(browser, pages):
+    compared = pages.with_name("compared")
+    assert walk(browser, (compared / "index.html").as_uri(), compared.as_uri()) == {(compared / "index.html").as_uri()}
+
+
 def test_every_link_from_a_static_server(browser, folder):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
@@ -100,8 +112,17 @@ def contrast(browser, selector: str) -> float:
     return (b + 0.05) / (a + 0.05)
 
 
-@pytest.mark.parametrize("page", ["index.html", "notebooks/02_sft@M1.html", "notebooks/08_evaluate@M1.html"])
-def test_pages_fit_a_phone_and_are_readable_in_the_dark(browser, folder, page):
+@pytest.mark.parametrize(
+    "page",
+    [
+        "pages/index.html",
+        "pages/notebooks/02_sft@M1.html",
+        "pages/notebooks/08_evaluate@M1.html",
+        "pages/models/M3.html",
+        "compared/index.html",
+    ],
+)
+def test_pages_fit_a_phone_and_are_readable_in_the_dark(browser, pages, page):
     SHOTS.mkdir(parents=True, exist_ok=True)
     for width in WIDTHS:
         for scheme in SCHEMES:
@@ -109,7 +130,7 @@ def test_pages_fit_a_phone_and_are_readable_in_the_dark(browser, folder, page):
             browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
             media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
             browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-            browser.get((folder / page).as_uri())
+            browser.get((pages.parent / page).as_uri())
             wide = browser.execute_script("return document.documentElement.scrollWidth")
             assert wide <= width, f"{page} at {width} pixels scrolls sideways ({wide})"
             assert all(contrast(browser, s) > 4.5 for s in ("h1", "p", "a")), (page, scheme)

@@ -94,6 +94,7 @@ def test_links_stay_in_the_folder_and_lead_somewhere(folder):
 
 def test_code_is_folded_and_tables_are_tables(folder):
     html = (folder / "notebooks" / "08_evaluate@M1.html").read_text()
+    assert "¶" not in html + (folder / "models" / "M3.html").read_text()
     assert html.count("<details>") == html.count("<details><summary>code</summary>") > 5
     assert "<table" in html and "<h1>08" in html and "&lt;h1" not in html and "style scoped" not in html
 
