@@ -186,7 +186,8 @@ def lineage(pointer: dict, manifests: list[dict]) -> list[str]:
         how = "by DPO on preference pairs" if m["step"].startswith("07_dpo") else "by supervised fine-tuning"
         start = init_model(name)
         data = ", ".join(f"{p} ({i['n_rows']} rows)" for p, i in m["inputs"].items() if "n_rows" in i)
-        lines.append(f"{name} was made from {start} ({m['inputs'][weights(start)]['sha256'][:12]}) {how}: {data}.")
+        source = m["inputs"].get(weights(start), {}).get("sha256", "")  # a scratch run may have had a stand-in
+        lines.append(f"{name} was made from {start}{f' ({source[:12]})' if source else ''} {how}: {data}.")
     return lines
 
 

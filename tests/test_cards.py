@@ -1,6 +1,7 @@
 """Model cards and what is pushed with them: valid metadata, honest figures, nothing of this machine."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import DatasetCard, ModelCard
@@ -93,6 +94,25 @@ def test_what_is_unknown_is_left_out_and_paths_stay_at_home(run):
         cards.from_run(run, "M0")
     with pytest.raises(MissingInputError, match="no step that made M5"):
         cards.from_run(run, "M5")
+
+
+def test_a_card_is_written_with_the_weights_wherever_a_run_starts(run):
+    """In a scratch run the steps before may be missing, or may have had the seed model as a stand-in."""
+    step = SimpleNamespace(
+        name="07_dpo@M3",
+        run=run,
+        params=SimpleNamespace(model="M3", seed=0, file="/home/me/pairs.jsonl"),
+        input=lambda path: run / path,
+        model_revision=lambda model: "f" * 12,
+    )
+    manifest = read_json(run / "steps/07_dpo@M2.json")
+    del manifest["inputs"]["M1/model"]
+    write_json(run / "steps/07_dpo@M2.json", manifest)
+    text = cards.at_training(step, "M2", {"M2/aift/pairs.jsonl": 9}, {"n_steps": 2})
+    assert "M2 was made from M1 by DPO" in text and f"M3 was made from M2 ({'f' * 12}) by DPO" in text
+    assert "| M2/aift/pairs.jsonl | 9 |" in text and "/home/me" not in text
+    (run / "steps/02_sft@M1.json").unlink()
+    assert ModelCard(cards.at_training(step, "M2", {}, {})).data.tags == ["self-rewarding", "srlm-kit", "dpo"]
 
 
 def test_a_push_is_one_commit_with_the_card_and_as_trained(run, api):
