@@ -1,5 +1,5 @@
 # make run    the whole loop on a small real model (CPU is enough): about 30 minutes on 2 cores
-# make test   the tests
+# make test   the tests; make test-browser those that open pages in headless Chromium, where it is installed
 # make lab    JupyterLab on the tour
 # make bench  how fast this machine is, against transformers and trl: benchmarks/latest.json (about 15 minutes;
 #             QUICKSTART=1 runs the quickstart for it, otherwise the last run's manifests are read)
@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 PARAMS ?= params/quickstart.yaml
 ARGS ?=
 
-.PHONY: run test test-quick lab bench lint example
+.PHONY: run test test-quick test-browser lab bench lint example
 
 run: $(READY)
 	$(BIN)/srlm run $(PARAMS) $(ARGS)
@@ -26,6 +26,9 @@ test: $(READY)
 
 test-quick: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
+
+test-browser: $(READY)
+	$(BIN)/python -m pytest -m browser -rs
 
 lab: $(READY)
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_tour.ipynb

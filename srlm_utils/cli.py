@@ -1,4 +1,4 @@
-"""``srlm run | plan | status | verify | agree``: the command line.
+"""``srlm run | plan | status | verify | share | compare | push | agree``: the command line.
 
 Exit codes: 0 done, 1 a step failed or `verify` found a fault, 2 bad input.
 """
@@ -12,7 +12,7 @@ from typing import get_args
 
 from srlm_utils.errors import MissingInputError, SrlmError, StepFailed
 from srlm_utils.params import Experiment, JudgeMode
-from srlm_utils.paths import RESULTS, resolve
+from srlm_utils.paths import RESULTS, resolve, shown
 from srlm_utils.printable import printable, without_secrets
 
 
@@ -47,6 +47,19 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("run", type=Path, metavar="RUN", help="e.g. results/quickstart")
     verify = commands.add_parser("verify", help="check a run folder: hashes, ids, references, leaks")
     verify.add_argument("run", type=Path, metavar="RUN", help="e.g. results/quickstart")
+    share = commands.add_parser("share", help="a run as pages that open offline in any browser")
+    share.add_argument("run", type=Path, metavar="RUN", help="e.g. results/quickstart")
+    share.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: RUN/share)")
+    push = commands.add_parser("push", help="a model and its card on the Hugging Face hub; HF_TOKEN has the token")
+    push.add_argument("run", type=Path, metavar="RUN", help="e.g. results/quickstart")
+    push.add_argument("model", metavar="MODEL", help="SFT, M1, M2, ...")
+    push.add_argument("--repo", required=True, metavar="OWNER/NAME", help="where to; made if it is not there, private")
+    push.add_argument("--data", action="store_true", help="also OWNER/NAME-aift: what its ancestors wrote and scored")
+    side = commands.add_parser("compare", help="runs side by side: parameters, figures, differences with intervals")
+    side.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="two or more; the first is what others differ from"
+    )
+    side.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: results/compare_A_B)")
     agree = commands.add_parser("agree", help="how well a model judges replies that people ranked")
     agree.add_argument("--model", required=True, help="a folder such as results/quickstart/M1/model, or a hub id")
     agree.add_argument(
@@ -120,14 +133,19 @@ def _plan(args) -> int:
     return 0
 
 
+def _run_folder(path: Path) -> Path:
+    run = resolve(path)
+    if not (run / "steps").is_dir():
+        raise MissingInputError(
+            f"{path}: no run here (no steps/ folder). Expected a folder such as results/quickstart."
+        )
+    return run
+
+
 def _status(args) -> int:
     from srlm_utils.runner import stale_steps, status_rows
 
-    run = resolve(args.run)
-    if not (run / "steps").is_dir():
-        raise MissingInputError(
-            f"{args.run}: no run here (no steps/ folder). Expected a folder such as results/quickstart."
-        )
+    run = _run_folder(args.run)
     rows, damaged = status_rows(run)
     for r in rows:
         figures = ", ".join(f"{k} {v}" for k, v in r["figures"].items())
@@ -147,13 +165,41 @@ def _status(args) -> int:
 def _verify(args) -> int:
     from srlm_utils.verify import verify
 
-    found = verify(resolve(args.run))
+    found = verify(_run_folder(args.run))
     for note in found.notes:
         print(f"note: {note}")
     for finding in found.findings:
         print(printable(str(finding)))
     print(f"{args.run}: {found.n_files} files, {found.n_rows} rows checked, {len(found.findings)} findings")
     return 1 if found.findings else 0
+
+
+def _share(args) -> int:
+    from srlm_utils.share import share
+
+    run = _run_folder(args.run)
+    out = args.out.resolve() if args.out else run / "share"
+    files = share(run, out)
+    print(f"{shown(out / 'index.html')}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB")
+    return 0
+
+
+def _push(args) -> int:
+    from srlm_utils.hub import push
+
+    for address in push(_run_folder(args.run), args.model, args.repo, data=args.data):
+        print(address)
+    return 0
+
+
+def _compare(args) -> int:
+    from srlm_utils.compare import compare
+
+    runs = [_run_folder(run) for run in args.runs]
+    out = args.out.resolve() if args.out else RESULTS / "_".join(["compare", *(run.name for run in runs)])
+    compare(runs, out)
+    print(shown(out / "index.html"))
+    return 0
 
 
 def _agree(args) -> int:
@@ -163,7 +209,16 @@ def _agree(args) -> int:
     return 0
 
 
-COMMANDS = {"run": _run, "plan": _plan, "status": _status, "verify": _verify, "agree": _agree}
+COMMANDS = {
+    "run": _run,
+    "plan": _plan,
+    "status": _status,
+    "verify": _verify,
+    "share": _share,
+    "compare": _compare,
+    "push": _push,
+    "agree": _agree,
+}
 
 
 if __name__ == "__main__":

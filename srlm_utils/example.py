@@ -1,23 +1,21 @@
 """``python -m srlm_utils.example results/quickstart``: a finished run as results/example.
 
-Figures in notebooks are made smaller. Left out are the weights and ``SFT/eft/train.jsonl``, which 03_build_eft makes
+Left out are the weights and ``SFT/eft/train.jsonl``, which 03_build_eft makes
 again from the seed within a second.
 """
 
-import base64
-import io
-import json
 import shutil
 import sys
 from pathlib import Path
 
-from PIL import Image
-
+from srlm_utils import rendered
 from srlm_utils.artefacts import write_text
 from srlm_utils.errors import MissingInputError, SrlmError
 from srlm_utils.paths import EXAMPLE, resolve
 
-_LEFT_OUT = shutil.ignore_patterns("model", "train.jsonl", "*.lock", "*.owner", "*.work", ".*", "params")
+_LEFT_OUT = shutil.ignore_patterns(
+    "model", "train.jsonl", "*.lock", "*.owner", "*.work", ".*", "params", "share", "tensorboard"
+)
 
 
 def render(run: Path) -> None:
@@ -28,23 +26,11 @@ def render(run: Path) -> None:
     shutil.rmtree(tmp, ignore_errors=True)
     shutil.copytree(run, tmp, ignore=_LEFT_OUT)
     for path in (tmp / "notebooks").glob("*.ipynb"):
-        write_text(path, smaller(path.read_text(encoding="utf-8")))
+        write_text(path, rendered.tidy(path.read_text(encoding="utf-8")))
     shutil.rmtree(EXAMPLE, ignore_errors=True)
     tmp.rename(EXAMPLE)
     size = sum(p.stat().st_size for p in EXAMPLE.rglob("*") if p.is_file())
     print(f"results/example: {size / 1e6:.1f} MB from {run.name}")
-
-
-def smaller(notebook: str) -> str:
-    """An executed notebook with its figures in a palette of 128 colours, as those of the report (`plots.save`)."""
-    nb = json.loads(notebook)
-    for output in (o for cell in nb["cells"] for o in cell.get("outputs", [])):
-        if png := output.get("data", {}).get("image/png"):
-            small = io.BytesIO()
-            with Image.open(io.BytesIO(base64.b64decode(png))) as image:
-                image.convert("RGB").quantize(128).save(small, "PNG", optimize=True)
-            output["data"]["image/png"] = base64.b64encode(small.getvalue()).decode()
-    return json.dumps(nb, indent=1, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

@@ -130,6 +130,21 @@ def ratio(num, den, *, share: bool = True, seed: int = 0) -> dict:
     return {"value": value, "low": low, "high": high, "n": n}
 
 
+def ratio_difference(ours: tuple, theirs: tuple, *, seed: int = 0) -> dict:
+    """`ratio` of ours minus that of theirs, each (num, den) over the same prompts: a paired bootstrap (BCa)."""
+    (a, b), (c, d) = ([np.asarray(x, float) for x in side] for side in (ours, theirs))
+    if not (b.sum() and d.sum()):
+        return plain(None, 0)
+    out = plain(float(a.sum() / b.sum() - c.sum() / d.sum()), len(a))
+    if len(a) < 2:
+        return out
+    weights = resample.weights(len(a), N_BOOTSTRAP, seed)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a draw without rows of one side is left out
+        values = (weights @ a) / (weights @ b) - (weights @ c) / (weights @ d)
+    low, high = resample.interval(values, len(a))
+    return out | {"low": low, "high": high}
+
+
 def mean(values, *, share: bool = True, seed: int = 0) -> dict:
     """Mean over prompts with its interval."""
     return ratio(values, np.ones(len(values)), share=share, seed=seed)
@@ -178,38 +193,8 @@ def agreement(prompts: list[dict]) -> dict[str, dict]:
     does not say how it treats ties; pairwise accuracy is over pairs that the judge does not tie, and
     tie_rate and half credit stand beside it.
     """
-    from scipy import stats  # slow to import, and needed nowhere else
-
-    rows, gaps_of = [], []
-    for p in prompts:
-        keep = [i for i, s in enumerate(p["scores"]) if s is not None]
-        ranks, scores, lengths = ([p[k][i] for i in keep] for k in ("ranks", "scores", "lengths"))
-        pairs = ordered_pairs(ranks)
-        if not pairs:
-            continue
-        gaps = [scores[i] - scores[j] for i, j in pairs]
-        longer = [lengths[i] - lengths[j] for i, j in pairs]
-        near = [abs(lengths[i] - lengths[j]) <= SIMILAR * max(lengths[i], lengths[j]) for i, j in pairs]
-        gaps_of.append(
-            [(g, np.log((1 + lengths[i]) / (1 + lengths[j]))) for g, (i, j) in zip(gaps, pairs, strict=True)]
-        )
-        flat = len(set(scores)) == 1
-        fives = [r for r, s in zip(ranks, scores, strict=True) if s >= 4.5]
-        rows.append(
-            {
-                "n": len(pairs),
-                "right": sum(g > 0 for g in gaps),
-                "ties": sum(g == 0 for g in gaps),
-                "longer": sum((g > 0) + 0.5 * (g == 0) for g in longer),
-                "near": sum(near),
-                "near_right": sum((g > 0) + 0.5 * (g == 0) for g, is_near in zip(gaps, near, strict=True) if is_near),
-                "fives": len(fives),
-                "fives_best": sum(r == min(p["ranks"]) for r in fives),
-                "exact": all(g > 0 for g in gaps),
-                "spearman": 0.0 if flat else -float(stats.spearmanr(scores, ranks).statistic),
-                "kendall": 0.0 if flat else -float(stats.kendalltau(scores, ranks).statistic),
-            }
-        )
+    counted = [c for p in prompts if (c := agreement_counts(p))]
+    rows, gaps_of = [c[0] for c in counted], [c[1] for c in counted]
     col = {k: np.array([r[k] for r in rows], float) for k in (rows[0] if rows else {})}
     if not rows:
         return dict.fromkeys(AGREEMENT, plain(None, 0))
@@ -225,6 +210,36 @@ def agreement(prompts: list[dict]) -> dict[str, dict]:
         "spearman": mean(col["spearman"], share=False),
         "kendall": mean(col["kendall"], share=False),
     }
+
+
+def agreement_counts(p: dict) -> tuple[dict, list] | None:
+    """(counts, score and length gaps of its pairs) of one prompt of `agreement`; None where no pair is scored."""
+    keep = [i for i, s in enumerate(p["scores"]) if s is not None]
+    ranks, scores, lengths = ([p[k][i] for i in keep] for k in ("ranks", "scores", "lengths"))
+    pairs = ordered_pairs(ranks)
+    if not pairs:
+        return None
+    from scipy import stats  # slow to import, and needed nowhere else
+
+    gaps = [scores[i] - scores[j] for i, j in pairs]
+    longer = [lengths[i] - lengths[j] for i, j in pairs]
+    near = [abs(lengths[i] - lengths[j]) <= SIMILAR * max(lengths[i], lengths[j]) for i, j in pairs]
+    flat = len(set(scores)) == 1
+    fives = [r for r, s in zip(ranks, scores, strict=True) if s >= 4.5]
+    counts = {
+        "n": len(pairs),
+        "right": sum(g > 0 for g in gaps),
+        "ties": sum(g == 0 for g in gaps),
+        "longer": sum((g > 0) + 0.5 * (g == 0) for g in longer),
+        "near": sum(near),
+        "near_right": sum((g > 0) + 0.5 * (g == 0) for g, is_near in zip(gaps, near, strict=True) if is_near),
+        "fives": len(fives),
+        "fives_best": sum(r == min(p["ranks"]) for r in fives),
+        "exact": all(g > 0 for g in gaps),
+        "spearman": 0.0 if flat else -float(stats.spearmanr(scores, ranks).statistic),
+        "kendall": 0.0 if flat else -float(stats.kendalltau(scores, ranks).statistic),
+    }
+    return counts, [(g, np.log((1 + lengths[i]) / (1 + lengths[j]))) for g, (i, j) in zip(gaps, pairs, strict=True)]
 
 
 def beyond_length(prompts: list[list[tuple[float, float]]], *, n_draws: int = 1000, seed: int = 0) -> dict:

@@ -65,7 +65,9 @@ def train_judge(step, base: str, ranked: list[dict], work: Path, folder: Path, *
     """Fine-tune `base` to answer `verdicts.question` about ranked replies in both orders; `folder` appears whole."""
     from srlm_utils import train
 
-    p = SimpleNamespace(**{"device": step.params.device, "dtype": step.params.dtype} | RECIPE | recipe)
+    p = SimpleNamespace(
+        **{"device": step.params.device, "dtype": step.params.dtype, "report_to": "none"} | RECIPE | recipe
+    )
     model, tokenizer = train.load(base, p)
     rows = lessons(tokenizer, ranked, p.max_length)
     trainer = train.sft_trainer(model, tokenizer, rows, p, work)

@@ -16,6 +16,7 @@ from srlm_utils.errors import ParamError
 
 JudgeMode = Literal["sampled", "expected", "sampled_expected"]
 PairRule = Literal["score", "length_control", "random", "longer", "shorter"]
+Tracker = Literal["none", "tensorboard", "trackio", "wandb", "mlflow"]
 
 
 class _Params(BaseModel):
@@ -91,6 +92,7 @@ class _Train(_Judged):
     max_length: int = Field(512, ge=16)  # tokens; longer rows are dropped and counted
     gradient_checkpointing: bool = False
     save_steps: int = Field(50, ge=0)
+    report_to: Tracker = "none"  # the log is in training_log.csv, whatever is chosen
     select_steps: int = Field(0, ge=0)  # between compared checkpoints, of which the best is kept; 0 keeps the last step
     select_judge: str = "M0:score"  # as in evaluate.win_judges; a model of the run must exist before the trained one
     select_rubric: str = "short"  # of a select_judge that scores

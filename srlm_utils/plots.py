@@ -197,6 +197,44 @@ def win_rates(metrics: pd.DataFrame):
     return fig, h2h
 
 
+def overlay(rows: pd.DataFrame, runs: list[str], label: str, factor: float):
+    """One metric of several runs: a panel a set, judge and judge mode, runs side by side at each model or duel.
+
+    `rows` have `run` and the columns of metrics.csv. A run has a colour and a marker; intervals where there are any.
+    """
+    who = rows.judge.where(rows.set == "test_prompts", "itself")  # on ranked sets each model is the judge
+    keys = rows.assign(who=who).groupby(["judge_mode", "set", "who"])
+    width = min(len(keys), 3)
+    height = -(-len(keys) // width)
+    size = (1 + 3.8 * width, 0.3 + 3.2 * height)
+    fig, axes = plt.subplots(height, width, figsize=size, sharey=True, squeeze=False)
+    for ax in axes.flat[len(keys) :]:
+        ax.set_visible(False)
+    for ax, ((mode, set_name, judge), part) in zip(axes.flat, keys, strict=False):
+        names = part.model.where(part.opponent == "", part.model + "\nvs " + part.opponent)
+        places = {name: x for x, name in enumerate(dict.fromkeys(names))}
+        for i, run in enumerate(runs):
+            mine = part[part.run == run]
+            x = [places[n] + 0.5 * ((i + 0.5) / len(runs) - 0.5) for n in names[mine.index]]
+            spread = [(mine.value - mine.low).fillna(0) * factor, (mine.high - mine.value).fillna(0) * factor]
+            style = {
+                "color": _COLORS[i % len(_COLORS)],
+                "fmt": _MARKERS[i % len(_MARKERS)],
+                "capsize": 3,
+                "markersize": 6,
+            }
+            ax.errorbar(x, mine.value * factor, yerr=spread, label=run, **style)
+        ax.set_xticks(range(len(places)), list(places), fontsize=8)
+        ax.set_xlim(-0.6, len(places) - 0.4)
+        ax.set_title(", ".join(filter(None, (set_name, judge and f"judge: {judge}", mode))), fontsize=9)
+        if label.startswith("win rate"):
+            ax.axhline(50, color="#555555", lw=1, ls="--")
+    for row in axes:
+        row[0].set_ylabel(label)
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    return fig
+
+
 def answers(metrics: pd.DataFrame):
     """Length, own endings and repetition of the test answers by model."""
     panels = [

@@ -1,16 +1,13 @@
 """Collecting a run's figures into metrics.csv and one self-contained report.html."""
 
-import base64
 from pathlib import Path
 
 import pandas as pd
-from jinja2 import Environment
 
-from srlm_utils import metrics, winrates
+from srlm_utils import metrics, pages, winrates
 from srlm_utils.artefacts import read_json, write_text
 from srlm_utils.errors import MissingInputError
 from srlm_utils.pairs import by_the_model
-from srlm_utils.paths import PACKAGE
 from srlm_utils.plan import model_names, models_before
 from srlm_utils.printable import printable
 from srlm_utils.verdicts import judge_label
@@ -246,13 +243,6 @@ def benchmark_table(table: pd.DataFrame) -> pd.DataFrame:
     return out[[m for m in model_names(20) if m in out.columns]].fillna("")
 
 
-def html_table(table: pd.DataFrame):
-    """An escaped HTML table."""
-    from markupsafe import Markup
-
-    return Markup(table.to_html(border=0, escape=True))
-
-
 def write_html(
     path: Path, *, title: str, lead: str, sections: list[dict], pairs: list[dict], answers: list[dict], foot: str
 ) -> None:
@@ -264,11 +254,12 @@ def write_html(
         {
             "title": s["title"],
             "text": s["text"],
-            "image": base64.b64encode(s["figure"].read_bytes()).decode() if s.get("figure") else "",
-            "table": html_table(s["table"]) if s.get("table") is not None else None,
+            "image": pages.image(s["figure"]) if s.get("figure") else "",
+            "table": pages.table(s["table"]) if s.get("table") is not None else None,
         }
         for s in sections
     ]
-    page = Environment(autoescape=True).from_string((PACKAGE / "report.html.jinja").read_text(encoding="utf-8"))
-    html = page.render(title=title, lead=lead, sections=filled, pairs=pairs, answers=answers, foot=foot)
-    write_text(path, printable(html))
+    page = pages.render(
+        "report.html.jinja", title=title, lead=lead, sections=filled, pairs=pairs, answers=answers, foot=foot
+    )
+    write_text(path, printable(page))

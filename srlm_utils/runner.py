@@ -10,13 +10,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from srlm_utils import errors, field_benchmarks
+from srlm_utils import errors, field_benchmarks, rendered, tracking
 from srlm_utils.artefacts import named_faults, read_json, write_text
 from srlm_utils.errors import DataError, LockedError, MissingInputError, ParamError, SrlmError, StepFailed
 from srlm_utils.params import Experiment, stage_key
 from srlm_utils.paths import NOTEBOOKS, PROJ_ROOT, shown
 from srlm_utils.plan import Step, list_steps, maker_of, plan, status
-from srlm_utils.printable import printable_output, without_secrets
 from srlm_utils.seeds import load_seeds
 from srlm_utils.step import BATCH, drop_lock, lock_owner, sign_lock
 from srlm_utils.tokens import step_cost
@@ -35,6 +34,7 @@ def execute(
     for step in steps:
         if step.stage == "10_benchmarks":
             field_benchmarks.load(experiment.flat(step.stage, step.model, "run"))
+        tracking.check(experiment.flat(step.stage, step.model, "run").get("report_to", "none"))
     names = [s.name for s in steps]
     for option in (start, only):
         if option and option not in names:
@@ -179,21 +179,14 @@ def _lower(step: Step, params: dict) -> str:
 
 
 def _make_shareable(notebook: Path) -> None:
-    """Make paths below the repository relative, in outputs and in what papermill recorded, take out secrets, and make
-    control characters visible in what was printed."""
+    """Make an executed notebook, whole or broken off, fit to be read elsewhere."""
     if notebook.is_file():
-        text = without_secrets(notebook.read_text(encoding="utf-8"))
-        for place, name in ((f"{PROJ_ROOT}/", ""), (sys.prefix, ".venv"), (str(Path.home()), "~")):
-            text = text.replace(json.dumps(place)[1:-1], name)
+        text = notebook.read_text(encoding="utf-8")
         try:
-            nb = json.loads(text)
+            text = rendered.tidy(text)
         except ValueError:  # papermill was interrupted while it wrote; the next run writes it anew
-            write_text(notebook, text)
-            return
-        for cell in nb["cells"]:
-            if "outputs" in cell:
-                cell["outputs"] = printable_output(cell["outputs"])
-        write_text(notebook, json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
+            text = rendered.forget_machine(text)
+        write_text(notebook, text)
 
 
 class ProgressLine:
@@ -241,8 +234,8 @@ class ProgressLine:
         name = self.steps[i][0]
         rows = f" {state['done']}/{state['total']}" if state else ""
         left = self.left(i)
-        eta = f" · about {_minutes(left)} left" if left is not None else ""
-        return f"[{i + 1}/{len(self.steps)}] {name}{rows} · {_minutes(time.monotonic() - self.start)}{eta}"
+        eta = f" · about {minutes(left)} left" if left is not None else ""
+        return f"[{i + 1}/{len(self.steps)}] {name}{rows} · {minutes(time.monotonic() - self.start)}{eta}"
 
     def left(self, i: int) -> float | None:
         """Seconds left from the start of step `i` on, less what this step has used already."""
@@ -255,7 +248,7 @@ class ProgressLine:
         return max(expected - used, 0) + rate * sum(c for _, c in self.steps[i + 1 :])
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 

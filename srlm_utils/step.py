@@ -24,7 +24,7 @@ from types import SimpleNamespace
 
 from filelock import FileLock, Timeout
 
-from srlm_utils import resources, seed_model
+from srlm_utils import resources, seed_model, tracking
 from srlm_utils.artefacts import RowLog, describe, named_faults, read_json, read_jsonl, write_json, write_text
 from srlm_utils.errors import DataError, LockedError, MissingInputError, ParamError
 from srlm_utils.params import STAGES, Experiment, check, stage_key
@@ -278,6 +278,7 @@ def begin_step(stage: str, namespace: dict) -> StepRun:
             f"{stage}: rubric = {values['rubric']!r}: no such template. Expected short, additive, "
             "multiple_choice or the path of a .jinja file."
         )
+    tracking.check(values.get("report_to", "none"))
     step = StepRun(stage, values)
     step.begin()
     return step

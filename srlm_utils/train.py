@@ -5,7 +5,6 @@ what is trained on is what was sampled, to the token. Only the assistant's token
 """
 
 import contextlib
-import json
 import math
 import random
 import shutil
@@ -20,7 +19,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from srlm_utils import attention, chat, frozen, judge, packing
+from srlm_utils import attention, chat, frozen, judge, packing, tracking
 from srlm_utils.artefacts import replace_folder, write_text
 from srlm_utils.engine import keep_memory, pick_device, pick_dtype
 from srlm_utils.errors import DataError, ModelError, ParamError, StepFailed
@@ -152,7 +151,7 @@ def _common_args(params, work: Path, *, per_device: int, accumulation: int, n_it
         save_total_limit=1,
         logging_steps=1,
         logging_nan_inf_filter=False,  # or a loss that is no number would be logged as the mean of those before it
-        report_to="none",
+        **tracking.arguments(params, work),
         disable_tqdm=True,
         seed=params.seed,
         data_seed=params.seed,
@@ -474,21 +473,3 @@ def save(trainer, tokenizer, folder: Path, params, card: str) -> None:
     tokenizer.save_pretrained(tmp)
     write_text(tmp / "README.md", card)
     replace_folder(tmp, folder)
-
-
-def model_card(step, start: str, data: dict[str, int], figures: dict) -> str:
-    """A short card: what the model was made from, by which parameters, from how many rows."""
-    p = {k: v for k, v in vars(step.params).items() if k not in ("run_dir", "device")}
-    rows = "\n".join(f"- {name}: {n} rows" for name, n in data.items())
-    kept = ""
-    if "kept_step" in figures:
-        kept = (
-            f"The weights are those after step {figures['kept_step']} of {figures['n_steps']}: of the checkpoints "
-            f"compared on the validation prompts by {p['select_judge']} it did best (selection.csv).\n\n"
-        )
-    return (
-        f"---\nlibrary_name: transformers\ntags: [self-rewarding]\n---\n# {step.params.model}\n\n"
-        f"Made by {step.name} from {start} ({step.model_revision(start)}).\n\n## Data\n{rows}\n\n"
-        f"## Training\n{kept}```json\n{json.dumps(p | figures, indent=1)}\n```\n"
-        "\nA research artefact: its answers are often wrong. Evaluation figures are in the run's report.\n"
-    )

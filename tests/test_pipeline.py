@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from srlm_utils import cards, share
 from srlm_utils.artefacts import read_json, read_jsonl
 from srlm_utils.judge import MODES
 from srlm_utils.metrics import METRICS
@@ -129,6 +130,28 @@ def test_report_is_one_file_without_outside_requests(smoke):
         | {"length_control", "ratings", "categories", "judge_agreement", "answer_lengths"}
     )
     assert html.count("data:image/png") == len(figures)
+
+
+def test_every_model_has_a_card_that_the_hub_reads(smoke):
+    from huggingface_hub import ModelCard
+
+    for m in MODELS[1:]:
+        card = ModelCard.load(smoke / m / "model/README.md")
+        assert card.data.library_name == "transformers" and "self-rewarding" in card.data.tags
+        assert "## Lineage" in card.text and "## Limits" in card.text and "Nothing had been measured" in card.text
+        later = ModelCard(cards.from_run(smoke, m))  # the folder, which manifests know by its hash, is as it was
+        assert "Nothing had been measured" not in later.text and later.data.eval_results
+    assert "M2 was made from M1" in ModelCard.load(smoke / "M3/model/README.md").text
+
+
+def test_executed_notebooks_need_no_widget_and_are_shared(smoke, tmp_path):
+    for path in (smoke / "notebooks").glob("*.ipynb"):
+        text = path.read_text()
+        assert path.stat().st_size < 2e6 and "widget-view" not in text and not re.search(r"\d+%\|", text)
+        assert str(ROOT) not in text
+    files = share.share(smoke, tmp_path / "share")
+    assert sum(p.stat().st_size for p in files) < 15e6
+    assert {p.stem for p in (tmp_path / "share/models").glob("*.html")} == set(MODELS[1:])
 
 
 def test_a_judge_of_the_run_is_named_as_inside_the_loop():
