@@ -181,7 +181,8 @@ def torture(run, name, n, again):
     """Kill the stage `n` times, each time from the start; `again`: and up to three times more while it continues."""
     rng, before, whole = random.Random(name), run.with_name("before"), run.with_name("whole")
     prepared(run, name)
-    shutil.copytree(run, before) if run.is_dir() else before.mkdir()
+    run.mkdir(exist_ok=True)  # so that every attempt has the same operations
+    shutil.copytree(run, before)
     log = run.with_name("operations")
     with open(log, "w") as f:
         assert child(lambda: run_stage(run, name), count(f)) == 0
