@@ -1,5 +1,6 @@
 # make run    the whole loop on a small real model (CPU is enough): about 30 minutes on 2 cores
-# make test   the tests; make test-browser those that open pages in headless Chromium, where it is installed
+# make test   the tests, but for those of make test-long: kills by the dozen, 100,000 fuzzed rows;
+#             make test-browser those that open pages in headless Chromium, where it is installed
 # make lab    JupyterLab on the tour
 # make bench  how fast this machine is, against transformers and trl: benchmarks/latest.json (about 15 minutes;
 #             QUICKSTART=1 runs the quickstart for it, otherwise the last run's manifests are read)
@@ -15,17 +16,20 @@ READY := $(VENV)/.ready
 PARAMS ?= params/quickstart.yaml
 ARGS ?=
 
-.PHONY: run test test-quick test-browser lab bench lint example
+.PHONY: run test test-quick test-long test-browser lab bench lint example
 
 run: $(READY)
 	$(BIN)/srlm run $(PARAMS) $(ARGS)
 
 test: $(READY)
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest -m "not long" --durations=10
 
 test-quick: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
+
+test-long: $(READY)
+	$(BIN)/python -m pytest -m long
 
 test-browser: $(READY)
 	$(BIN)/python -m pytest -m browser -rs

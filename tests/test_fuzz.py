@@ -232,6 +232,7 @@ def test_fuzzed_rows_are_accepted_or_refused(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_hundred_thousand_fuzzed_rows(tmp_path):
     assert len(load_fuzzed(tmp_path, FUZZED, seed=1)) == len(LOADERS)
 

@@ -20,7 +20,7 @@ from tests.conftest import ROOT, srlm
 KILLS = 20  # of the smoke run, and again of DPO
 SMOKE = ["run", "params/smoke.yaml"]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def start(args):
