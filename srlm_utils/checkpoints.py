@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from srlm_utils import chat, evaluate, judge, metrics, plan, verdicts
+from srlm_utils import chat, evaluate, judge, metrics, outside, plan, verdicts
 from srlm_utils.artefacts import read_json, read_jsonl, write_json, write_jsonl
 from srlm_utils.engine import Engine
 
@@ -54,7 +54,9 @@ class Selection:
         p, self.step, self.folder = step.params, step, step.work / "selection"
         evaluate.check_judges([p.select_judge], p)
         self.judge, self.mode = plan.select_judge(step.declared.stage, p.model, vars(p))
-        self.rubric = judge.Rubric(p.select_rubric) if self.mode == "score" else None
+        self.rubric = outside.rubric() if self.judge == outside.NAME else None
+        if self.mode == "score" and not self.rubric:
+            self.rubric = judge.Rubric(p.select_rubric)
         if self.mode != "api":
             step.model_source(self.judge)  # fetched, or made, now and not in the midst of training
         prompts = step.rows(plan.VALID)

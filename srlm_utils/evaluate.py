@@ -99,7 +99,8 @@ def gain_rows(
 
 
 def score_answers(step, engine, rubric: judge.Rubric, name: str, answers: list[dict]) -> list[dict]:
-    """Expected scores of test answers by one scoring win judge."""
+    """Expected scores of test answers by one scoring win judge; the outside judge has a rubric of its own."""
+    rubric = outside.rubric() if name == outside.NAME else rubric
     items = [{"id": a["prompt_id"], "prompt": a["prompt"], "response": a["text"]} for a in answers]
     batches = judge.expected_scores(engine, rubric, items, max_response_tokens=step.params.max_response_tokens)
     rows = [r for batch in batches for r in batch]
@@ -127,10 +128,10 @@ def pairwise_judge(step, name: str, mode: str):
     return lambda prompts, a, b: verdicts.compare(engine, prompts, a, b)
 
 
-def exam_rows(step, compare) -> list[dict]:
+def exam_rows(step, engine) -> list[dict]:
     """Metric rows of the outside judge's own exam on the bundled ranked sets."""
-    figures = outside.exam(step, compare)
-    where = {"model": outside.NAME, "judge": outside.NAME, "judge_mode": "pairwise"}
+    figures = outside.exam(step, engine)
+    where = {"model": outside.NAME, "judge": outside.NAME, "judge_mode": "expected"}
     return [r for name, figs in figures.items() for r in metrics.metric_rows(figs, set=name, **where)]
 
 

@@ -1,50 +1,61 @@
-"""The outside judge: another base model, taught pairwise verdicts by data that no model of a run learns from.
+"""The outside judge: another base model, taught to score by data that no model of a run learns from.
 
-A judge out of the run marks its own homework. This one is Gemma 3 270M, fine-tuned on `judge_train.jsonl` to say which
-of two answers is better. It is made once, kept in the cache, and sits an exam of its own: how often it orders the
-replies of the bundled ranked sets as they are ranked, and how often it simply takes the first. Those figures stand
-beside every win rate that it decides.
+A judge out of the run marks its own homework. This one is Gemma 3 270M, fine-tuned on `judge_train.jsonl` to give each
+reply the score and the order that a reader gave it. It scores answers one by one, so none stands first. It is made
+once, kept in the cache, and sits an exam: how often it orders the replies of the bundled ranked sets as they are
+ranked. Those figures stand beside every win rate that it decides. Asked for verdicts on two answers at once, a model of
+this size takes the first one, whatever it is taught (LOG.md).
 """
 
 import hashlib
+import inspect
 import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
-from srlm_utils import seed_model, verdicts
+from srlm_utils import eft, judge, metrics, seed_model
 from srlm_utils.artefacts import read_json, read_jsonl, write_json
-from srlm_utils.metrics import ordered_pairs
 from srlm_utils.paths import PROMPTS, SEED_DATA, cache_dir
 from srlm_utils.plan import OUTSIDE
 
 NAME = OUTSIDE
 BASE = "gemma-3-270m"
+RUBRIC = "short"
 LESSONS = SEED_DATA / "judge_train.jsonl"
 EXAMS = ("onpolicy_eval", "ranked_eval")
+MAX_RESPONSE_TOKENS = 320  # of an exam's reply, as in the quickstart
 RECIPE = {
     "lora_r": 16,
     "lora_alpha": 32,
     "lora_layers": 0,
     "dropout": 0.0,
-    "learning_rate": 3e-4,
-    "final_learning_rate": 3e-5,
+    "learning_rate": 5e-4,
+    "final_learning_rate": 5e-5,
     "warmup_steps": 5,
     "weight_decay": 0.0,
-    "epochs": 2,
-    "train_batch_size": 16,
+    "epochs": 3,
+    "train_batch_size": 8,
     "micro_batch_size": 8,
     "max_length": 510,  # Gemma's sliding window is 512: no token is out of sight
     "gradient_checkpointing": False,
     "save_steps": 20,
-    "rank_weight": 0.0,
+    "report_to": "none",
+    "rank_weight": 4.0,
     "seed": 0,
 }
 
 
 def version() -> str:
     """12 digits that change with anything the judge is made from: base, lessons, question and recipe."""
-    parts = [seed_model.EMBEDDED[BASE].gguf_sha256, LESSONS.read_text(), (PROMPTS / "pairwise.jinja").read_text()]
+    parts = [seed_model.EMBEDDED[BASE].gguf_sha256, LESSONS.read_text(), (PROMPTS / f"{RUBRIC}.jinja").read_text()]
+    parts.append(inspect.getsource(coarsened))
     return hashlib.sha256(json.dumps([*parts, RECIPE]).encode()).hexdigest()[:12]
+
+
+def rubric() -> judge.Rubric:
+    """The question that it was taught, whatever the run asks its own judges."""
+    return judge.Rubric(RUBRIC)
 
 
 def fetch(step) -> str:
@@ -54,7 +65,7 @@ def fetch(step) -> str:
     """
 
     def make(folder: Path) -> None:
-        print("the outside judge is made once: about fifteen minutes on 2 CPU cores", flush=True)
+        print("the outside judge is made once: on a CPU from several minutes to most of an hour", flush=True)
         work = cache_dir() / "models" / f".{NAME}-{version()}.work"
         train_judge(step, seed_model.fetch(BASE)["path"], read_jsonl(LESSONS), work, folder)
 
@@ -62,83 +73,90 @@ def fetch(step) -> str:
 
 
 def train_judge(step, base: str, ranked: list[dict], work: Path, folder: Path, **recipe) -> None:
-    """Fine-tune `base` to answer `verdicts.question` about ranked replies in both orders; `folder` appears whole."""
+    """Fine-tune `base` to score ranked replies (`train.supervised_losses`); `folder` appears whole."""
     from srlm_utils import train
 
-    p = SimpleNamespace(
-        **{"device": step.params.device, "dtype": step.params.dtype, "report_to": "none"} | RECIPE | recipe
-    )
+    p = SimpleNamespace(**{"device": step.params.device, "dtype": step.params.dtype} | RECIPE | recipe)
     model, tokenizer = train.load(base, p)
-    rows = lessons(tokenizer, ranked, p.max_length)
+    rows = lessons(tokenizer, coarsened(ranked, p.seed), p.max_length)
     trainer = train.sft_trainer(model, tokenizer, rows, p, work)
     train.train(trainer, step)
     card = (
-        f"# Outside judge\n\nMade from {BASE} on {len(rows)} verdicts; it decides win rates and answers nothing else. "
-        f"{seed_model.EMBEDDED[BASE].license} apply.\n\n```json\n{json.dumps(RECIPE | recipe, indent=1)}\n```\n"
+        f"# Outside judge\n\nMade from {BASE} on {len(rows)} scored replies; it decides win rates and answers nothing "
+        f"else. {seed_model.EMBEDDED[BASE].license} apply.\n\n```json\n{json.dumps(RECIPE | recipe, indent=1)}\n```\n"
     )
     train.save(trainer, tokenizer, folder, p, card)
 
 
+def coarsened(ranked: list[dict], seed: int) -> list[dict]:
+    """Each prompt with two more replies, plainly worse than its own and ranked behind them: coarse lessons before fine
+    ones. Two of four kinds, by a seeded draw: a reply to another prompt and the prompt itself (score 0), the best reply
+    ending in a loop and the best reply broken off (score 1)."""
+    rng, out = random.Random(seed), []
+    for row in ranked:
+        good = min(row["replies"], key=lambda r: r["rank"])["text"]
+        other = rng.choice([r for r in ranked if r is not row] or [row])
+        loop = rng.choice([s for s in good.replace("\n", " ").split(". ") if s])
+        made = [
+            ("off", rng.choice(other["replies"])["text"], 0),
+            ("loop", " ".join([good[: len(good) // 2], *[loop + "."] * rng.randint(4, 8)]), 1),
+            ("cut", good[: max(8, int(len(good) * rng.uniform(0.15, 0.5)))], 1),
+            ("echo", row["prompt"], 0),
+        ]
+        rng.shuffle(made)
+        worst = max(r["rank"] for r in row["replies"])
+        more = [{"reply_id": k, "text": t, "rank": worst + 2 - score, "score": score} for k, t, score in made[:2]]
+        out.append(row | {"replies": [*row["replies"], *more]})
+    return out
+
+
 def lessons(tokenizer, ranked: list[dict], max_length: int) -> list[dict]:
-    """Rows for `train.sft_trainer`: every two replies of different rank, in both orders; the letter alone carries loss.
+    """Rows for `train.sft_trainer`: each reply behind the rubric; the digit of its score alone carries loss.
 
     Rows longer than `max_length` tokens are left out.
     """
-    from srlm_utils import chat
+    from srlm_utils import train
 
-    letters, rows = verdicts.choice_ids(tokenizer), []
-    for _, prompt, better, worse in reply_pairs(ranked):
-        for right, (first, second) in enumerate(((better, worse), (worse, better))):
-            ids = chat.prompt_ids(tokenizer, chat.user(verdicts.question(prompt, first, second)))
-            if len(ids) < max_length:
-                rows.append(
-                    {
-                        "input_ids": [*ids, letters[right]],
-                        "labels": [-100] * len(ids) + [letters[right]],
-                        "kind": "verdict",
-                    }
-                )
-    return rows
+    replies = [row | {"replies": [{"justification": ""} | r for r in row["replies"]]} for row in ranked]
+    rows = eft.training_rows(eft.from_scored(replies), rubric(), ["score_first"])
+    return train.sft_rows(tokenizer, rows, max_length)[0]
 
 
-def reply_pairs(ranked: list[dict]):
-    """(id, prompt, better text, worse text) of every two replies that people ranked apart."""
-    for row in ranked:
-        for i, j in ordered_pairs([r["rank"] for r in row["replies"]]):
-            better, worse = row["replies"][i], row["replies"][j]
-            yield (
-                f"{row['prompt_id']}/{better['reply_id']}/{worse['reply_id']}",
-                row["prompt"],
-                better["text"],
-                worse["text"],
-            )
-
-
-def exam(step, compare) -> dict[str, dict]:
-    """The outside judge's exam on the bundled ranked sets, {set: figures} of `examine`; sat once, then cached.
-
-    `compare` is `evaluate.pairwise_judge`'s.
-    """
+def exam(step, engine) -> dict[str, dict]:
+    """The outside judge's exam on the bundled ranked sets, {set: figures} of `examine`; sat once, then cached."""
     path = cache_dir() / "models" / f"{NAME}-{version()}-exam.json"
     if not path.is_file():
-        print("the outside judge sits its exam, once: about three minutes on 2 CPU cores", flush=True)
+        print("the outside judge sits its exam, once: some minutes on a CPU", flush=True)
         sets = {name: read_jsonl(SEED_DATA / f"{name}.jsonl") for name in EXAMS}
-        with step.progress(sum(2 for ranked in sets.values() for _ in reply_pairs(ranked)), "verdicts") as bar:
-            write_json(path, {name: examine(compare, ranked, bar.update) for name, ranked in sets.items()})
+        with step.progress(sum(len(r["replies"]) for ranked in sets.values() for r in ranked), "scores") as bar:
+            write_json(path, {name: examine(engine, ranked, bar.update) for name, ranked in sets.items()})
     return read_json(path)
 
 
-def examine(compare, ranked: list[dict], progress=lambda n: None) -> dict[str, dict]:
-    """How a pairwise judge does on ranked replies: figures by name (`metrics.METRICS`).
-
-    Both orders are asked and a disagreement is a tie, as in a win rate. n of the accuracy is pairs; intervals are
-    over prompts.
-    """
-    prompts, better, worse = {}, {}, {}
-    for key, prompt, good, bad in reply_pairs(ranked):
-        prompts[key], better[key], worse[key] = prompt, good, bad
-    rows = []
-    for batch in compare(prompts, better, worse):
-        rows += batch
+def examine(engine, ranked: list[dict], progress=lambda n: None) -> dict[str, dict]:
+    """How a scoring judge orders ranked replies: figures by name (`metrics.METRICS`); n is pairs."""
+    items = [
+        {"id": f"{row['prompt_id']}/{r['reply_id']}", "prompt": row["prompt"], "response": r["text"]}
+        for row in ranked
+        for r in row["replies"]
+    ]
+    scores: dict[str, float] = {}
+    for batch in judge.expected_scores(engine, rubric(), items, max_response_tokens=MAX_RESPONSE_TOKENS):
+        scores |= {r["id"]: r["score"] for r in batch}
         progress(len(batch))
-    return verdicts.exam_figures(rows)
+    figures = metrics.agreement(
+        [
+            {
+                "ranks": [r["rank"] for r in row["replies"]],
+                "lengths": [len(r["text"]) for r in row["replies"]],
+                "scores": [scores[f"{row['prompt_id']}/{r['reply_id']}"] for r in row["replies"]],
+            }
+            for row in ranked
+        ]
+    )
+    names = {
+        "exam_accuracy": "pairwise_accuracy_half_ties",
+        "exam_tie_rate": "tie_rate",
+        "exam_longer": "longer_baseline",
+    }
+    return {name: figures[source] for name, source in names.items()}

@@ -56,9 +56,9 @@ def weights(model: str) -> str:
 def parse_win_judge(text: str, where: str = "evaluate.win_judges") -> tuple[str, str]:
     """``"M1:score"`` -> ("M1", "score"); the last colon separates, so paths may hold others."""
     judge, _, mode = text.rpartition(":")
-    if not judge or mode not in ("score", "pairwise", "api", "human") or text == f"{OUTSIDE}:score":
+    if not judge or mode not in ("score", "pairwise", "api", "human") or (judge == OUTSIDE and mode != "score"):
         raise ParamError(
-            f"{where}: found {text!r}, expected outside:pairwise, <model>:pairwise or <model>:score (a "
+            f"{where}: found {text!r}, expected outside:score, <model>:pairwise or <model>:score (a "
             "model of the run, an embedded model, a hub id or a folder), <model>:api (an OpenAI-compatible endpoint) "
             "or <file>:human (verdict rows)."
         )
@@ -231,7 +231,9 @@ def _check_round(experiment: Experiment, model: str) -> None:
     if experiment.flat("07_dpo", next_model(model), "")["judge_share"] and not judging["meta_judge"]:
         raise ParamError("dpo.judge_share needs judge.meta_judge: without it there are no pairs of judgements.")
     if judge == OUTSIDE:
-        raise ParamError("judge.judge_model: the outside judge compares two answers and gives no scores.")
+        raise ParamError(
+            "judge.judge_model: the outside judge decides win rates; judging candidates, it would be inside."
+        )
     if is_model_name(judge) and judge not in (*before, model):
         raise ParamError(
             f"judge.judge_model: {judge} does not exist yet when the candidates of {model} are scored; expected one of "
@@ -254,7 +256,7 @@ def external_inputs(stage: str, params: dict) -> dict[str, Path]:
             files["win_judges:outside"] = SEED_DATA / "judge_train.jsonl"
     if params.get("select_steps"):
         judge, mode = parse_win_judge(params["select_judge"])
-        if mode == "score":
+        if mode == "score" and judge != OUTSIDE:
             files[f"select_rubric:{params['select_rubric']}"] = rubric_path(params["select_rubric"])
         if judge == OUTSIDE:
             files["select_judge:outside"] = SEED_DATA / "judge_train.jsonl"

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from srlm_utils import chat, metrics
+from srlm_utils import chat
 from srlm_utils.artefacts import read_jsonl
 from srlm_utils.errors import DataError, ModelError, short
 from srlm_utils.judge import inert, load_template
@@ -112,22 +112,3 @@ def from_votes(votes: list[dict], model: str, opponent: str, prompt_ids) -> list
         }
         for pid, s in sides.items()
     ]
-
-
-def exam_figures(rows: list[dict]) -> dict[str, dict]:
-    """Figures of a pairwise judge on pairs whose better answer is always A; ids are ``<prompt>/<reply>/<reply>``."""
-    by_prompt: dict[str, list[float]] = {}
-    for key, result in metrics.outcomes(rows).items():
-        by_prompt.setdefault(key.partition("/")[0], []).append(result)
-    groups = by_prompt.values()
-    first: dict[str, list[bool]] = {}
-    for row in rows:
-        first.setdefault(row["prompt_id"].partition("/")[0], []).append(row["p_first"] > 0.5)
-    return {
-        "verdict_accuracy": metrics.ratio([sum(g) for g in groups], [len(g) for g in groups]),
-        "verdict_accuracy_decided": metrics.ratio(
-            [sum(r == 1 for r in g) for g in groups], [sum(r != 0.5 for r in g) for g in groups]
-        ),
-        "verdict_tie_rate": metrics.ratio([sum(r == 0.5 for r in g) for g in groups], [len(g) for g in groups]),
-        "first_position_rate": metrics.ratio([sum(f) for f in first.values()], [len(f) for f in first.values()]),
-    }

@@ -41,61 +41,83 @@ def fake_step():
     return SimpleNamespace(params=SimpleNamespace(device="cpu", dtype="float32"), progress=lambda total, unit: Bar())
 
 
-def test_lessons_hold_every_ranked_pair_in_both_orders(engine):
-    rows = outside.lessons(engine.tokenizer, RANKED, 2000)
-    letters = verdicts.choice_ids(engine.tokenizer)
-    assert len(rows) == 4  # two pairs: equal ranks make none
-    assert [r["labels"][-1] for r in rows] == letters * 2
+def test_a_lesson_is_a_reply_behind_the_rubric_and_its_digit_alone_carries_loss(engine):
+    scored = [RANKED[0] | {"replies": [r | {"score": s} for r, s in zip(RANKED[0]["replies"], (5, 1, 1), strict=True)]}]
+    rows = outside.lessons(engine.tokenizer, scored, 2000)
+    digits = [engine.tokenizer.decode([r["labels"][-1]]) for r in rows]
+    assert digits == ["5", "1", "1"] and [r["rank"] for r in rows] == [0, 1, 1] and {r["group"] for r in rows} == {"a"}
     assert all(r["input_ids"][-1] == r["labels"][-1] and set(r["labels"][:-1]) == {-100} for r in rows)
-    first = engine.tokenizer.decode(rows[0]["input_ids"])
-    assert first.index("Blue.") < first.index("Seven.")  # the better one stands first where A is right
-    assert not outside.lessons(engine.tokenizer, RANKED, 40)
+    assert not outside.lessons(engine.tokenizer, scored, 20)
+
+
+def test_coarse_lessons_rank_behind_all_others():
+    lessons = read_jsonl(outside.LESSONS)
+    made = outside.coarsened(lessons, 0)
+    assert made == outside.coarsened(lessons, 0) != outside.coarsened(lessons, 1)
+    kinds = set()
+    for row, more in zip(lessons, made, strict=True):
+        assert more["replies"][:-2] == row["replies"]
+        worst = max(r["rank"] for r in row["replies"])
+        for reply in more["replies"][-2:]:
+            kinds.add(reply["reply_id"])
+            assert reply["rank"] == worst + 2 - reply["score"] and reply["text"] and reply["score"] in (0, 1)
+    assert kinds == {"off", "loop", "cut", "echo"}
+    assert max(len(r["replies"]) for r in made) <= outside.RECIPE["micro_batch_size"]  # all are compared in one batch
 
 
 def test_a_judge_learns_its_lessons(tiny, tmp_path):
-    """On one pair, shown in both orders: only who reads both answers gets both right."""
     from srlm_utils.engine import Engine
 
-    ranked = [RANKED[0] | {"replies": RANKED[0]["replies"][:2]}]
-    recipe = {"epochs": 60, "learning_rate": 5e-3, "final_learning_rate": 1e-3, "max_length": 2000, "save_steps": 0}
-    recipe |= {"train_batch_size": 2, "micro_batch_size": 2}
+    ranked = [
+        {
+            "prompt_id": name,
+            "prompt": f"Name a {name}.",
+            "replies": [
+                {"reply_id": "1", "text": good, "rank": 0, "score": 5},
+                {"reply_id": "2", "text": bad, "rank": 1, "score": 2},
+            ],
+        }
+        for name, good, bad in (("colour", "Blue.", "Seven."), ("fruit", "An apple.", "A shoe."))
+    ]
+    recipe = {"epochs": 80, "learning_rate": 5e-3, "final_learning_rate": 1e-3, "max_length": 2000, "save_steps": 0}
     outside.train_judge(fake_step(), tiny, ranked, tmp_path / "work", tmp_path / "judge", **recipe)
     judge = Engine(str(tmp_path / "judge"), dtype="float32", device="cpu")
-    figures = outside.examine(lambda *a: verdicts.compare(judge, *a), ranked)
-    assert figures["verdict_accuracy"]["value"] == 1
-    assert figures["first_position_rate"]["value"] == 0.5
-
-
-def test_the_exam_counts_disagreeing_orders_as_ties():
-    def always_first(prompts, better, worse):
-        assert set(prompts) == set(better) == set(worse)
-        for pid in better:
-            yield [{"prompt_id": pid, "order": o, "p_first": 0.9} for o in ("AB", "BA")]
-
-    figures = outside.examine(always_first, RANKED)
-    assert figures["verdict_accuracy"]["value"] == 0.5 and figures["verdict_tie_rate"]["value"] == 1
-    assert figures["first_position_rate"]["value"] == 1
-    assert figures["verdict_accuracy_decided"] == metrics.plain(None, 0)
-    assert figures["verdict_accuracy"]["n"] == 2
+    seen = []
+    figures = outside.examine(judge, ranked, seen.append)
+    assert figures["exam_accuracy"]["value"] == 1 and figures["exam_accuracy"]["n"] == 2 and sum(seen) == 4
+    assert figures["exam_tie_rate"]["value"] == 0
 
 
 def test_the_exam_is_sat_once(monkeypatch, tmp_path):
     monkeypatch.setattr(outside, "cache_dir", lambda: tmp_path)
     monkeypatch.setattr(outside, "EXAMS", ("ranked_eval",))
     (tmp_path / "models").mkdir()
+    ranked = read_jsonl(outside.SEED_DATA / "ranked_eval.jsonl")
+    rank = {f"{row['prompt_id']}/{r['reply_id']}": r["rank"] for row in ranked for r in row["replies"]}
     asked = []
 
-    def better_wins(prompts, better, worse):
-        asked.append(len(prompts))
-        for pid in better:
-            yield [{"prompt_id": pid, "order": o, "p_first": float(o == "AB")} for o in ("AB", "BA")]
+    def knows_the_ranks(engine, rubric, items, **how):
+        asked.append(len(items))
+        yield [{"id": item["id"], "score": 5 - rank[item["id"]]} for item in items]
 
-    first = outside.exam(fake_step(), better_wins)
-    again = outside.exam(fake_step(), better_wins)
-    assert first == again and asked == [
-        sum(1 for _ in outside.reply_pairs(read_jsonl(outside.SEED_DATA / "ranked_eval.jsonl")))
-    ]
-    assert first["ranked_eval"]["verdict_accuracy"]["value"] == 1
+    monkeypatch.setattr(outside.judge, "expected_scores", knows_the_ranks)
+    first = outside.exam(fake_step(), None)
+    again = outside.exam(fake_step(), None)
+    assert first == again and asked == [len(rank)]
+    assert first["ranked_eval"]["exam_accuracy"]["value"] == 1
+    rows = evaluate.exam_rows(fake_step(), None)
+    assert {(r["model"], r["set"], r["judge_mode"]) for r in rows} == {("outside", "ranked_eval", "expected")}
+
+
+def test_the_outside_judge_is_asked_what_it_was_taught(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        evaluate.judge, "expected_scores", lambda e, rubric, items, **how: asked.append(rubric.name) or []
+    )
+    step = SimpleNamespace(params=SimpleNamespace(max_response_tokens=0))
+    for name in ("outside", "M1"):
+        evaluate.score_answers(step, None, evaluate.judge.Rubric("additive"), name, [])
+    assert asked == ["short", "additive"]
 
 
 def test_it_is_made_again_when_what_it_is_made_from_changes(monkeypatch, tmp_path):
@@ -136,15 +158,15 @@ def test_no_lesson_is_an_exam_question():
 # ---- who decides
 
 
-@pytest.mark.parametrize("text", ["outside:score", "M1", "M1:vote", ":pairwise"])
+@pytest.mark.parametrize("text", ["outside:pairwise", "outside:api", "M1", "M1:vote", ":pairwise"])
 def test_a_judge_that_is_none_is_refused(text):
-    with pytest.raises(ParamError, match="expected outside:pairwise"):
+    with pytest.raises(ParamError, match="expected outside:score"):
         parse_win_judge(text)
 
 
 def test_a_file_of_verdicts_is_an_input(tmp_path):
     assert parse_win_judge("votes/a:b.jsonl:human") == ("votes/a:b.jsonl", "human")
-    files = external_inputs("08_evaluate", {"win_judges": [f"{tmp_path}/v.jsonl:human", "outside:pairwise"]})
+    files = external_inputs("08_evaluate", {"win_judges": [f"{tmp_path}/v.jsonl:human", "outside:score"]})
     assert files == {f"win_judges:{tmp_path}/v.jsonl": tmp_path / "v.jsonl", "win_judges:outside": outside.LESSONS}
 
 

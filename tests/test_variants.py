@@ -111,7 +111,7 @@ def test_a_frozen_judge_is_what_the_judging_step_reads():
     assert "M1/model" in frozen["05_judge@M2"].reads and "M2/model" not in frozen["05_judge@M2"].reads
     assert frozen["05_judge@M1"] == default["05_judge@M1"]
     assert steps({"judge": {"judge_model": "a/b"}})["05_judge@M2"].reads[0] == "M2/aift/prompts.jsonl"
-    for judge, says in (("M2", "M2 does not exist yet when the candidates of M1"), ("outside", "gives no scores")):
+    for judge, says in (("M2", "M2 does not exist yet when the candidates of M1"), ("outside", "it would be inside")):
         with pytest.raises(ParamError, match=says):
             steps({"judge": {"judge_model": judge}})
     only_later = {"by_model": {"M2": {"judge": {"judge_model": "M2"}}}}
