@@ -13,10 +13,15 @@ from srlm_utils.errors import DataError
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to a temporary name, flush it to disk and move it into place."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """As `write_text`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.tmp")
-    with open(tmp, "w", encoding="utf-8", newline="\n") as f:
-        f.write(text)
+    with open(tmp, "wb") as f:
+        f.write(data)
         f.flush()
         os.fsync(f.fileno())
     os.replace(tmp, path)
@@ -27,7 +32,9 @@ def write_json(path: Path, value) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    write_text(path, "".join(_line(row) for row in rows))
+    """Rows as lines, compressed for ``.gz``: the same rows give the same bytes, whatever the time."""
+    data = "".join(_line(row) for row in rows).encode("utf-8")
+    write_bytes(path, gzip.compress(data, 9, mtime=0) if path.suffix == ".gz" else data)
 
 
 def _line(row: dict) -> str:

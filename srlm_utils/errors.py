@@ -30,3 +30,7 @@ class LockedError(SrlmError, RuntimeError):
 
 class StepFailed(SrlmError, RuntimeError):
     """A notebook ended with an error that was not about its input; exit code 1."""
+
+
+class Interrupted(StepFailed):
+    """The user stopped a notebook; what comes after it is not begun."""

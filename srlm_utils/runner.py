@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from srlm_utils import errors, field_benchmarks
 from srlm_utils.artefacts import read_json, write_text
-from srlm_utils.errors import LockedError, MissingInputError, ParamError, SrlmError, StepFailed
+from srlm_utils.errors import Interrupted, LockedError, MissingInputError, ParamError, SrlmError, StepFailed
 from srlm_utils.params import Experiment
 from srlm_utils.paths import NOTEBOOKS, PROJ_ROOT, shown
 from srlm_utils.plan import Step, list_steps, maker_of, plan, status
@@ -144,7 +144,7 @@ def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
             raise kind(f"{e.evalue}\n  in {where}; {resume}") from None
         raise StepFailed(f"{step.name} failed in {where}: {e.ename}: {e.evalue}\n  {resume}") from None
     except KeyboardInterrupt:
-        raise StepFailed(f"{step.name} was interrupted; what it made is kept\n  {resume}") from None
+        raise Interrupted(f"{step.name} was interrupted; what it made is kept\n  {resume}") from None
     except Exception as e:  # a kernel that died: papermill's own error says little, and marks cells completed
         raise StepFailed(
             f"{step.name} failed in {shown(out)}: {type(e).__name__}: {e}. If the kernel died, the machine "
@@ -219,8 +219,8 @@ class ProgressLine:
         name = self.steps[i][0]
         rows = f" {state['done']}/{state['total']}" if state else ""
         left = self.left(i)
-        eta = f" · about {_minutes(left)} left" if left is not None else ""
-        return f"[{i + 1}/{len(self.steps)}] {name}{rows} · {_minutes(time.monotonic() - self.start)}{eta}"
+        eta = f" · about {minutes(left)} left" if left is not None else ""
+        return f"[{i + 1}/{len(self.steps)}] {name}{rows} · {minutes(time.monotonic() - self.start)}{eta}"
 
     def left(self, i: int) -> float | None:
         """Seconds left from the start of step `i` on, less what this step has used already."""
@@ -233,7 +233,7 @@ class ProgressLine:
         return max(expected - used, 0) + rate * sum(c for _, c in self.steps[i + 1 :])
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
