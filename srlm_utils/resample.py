@@ -45,7 +45,8 @@ def seeds_interval(num: np.ndarray, den: np.ndarray, *, share: bool) -> tuple[fl
         return value * (1 - unseen), value + (1 - value) * unseen
     t = _t(1 + variance**2 / (parts**2 / (n_prompts - 1, n_seeds - 1)).sum())
     if not share:
-        return value - t * variance**0.5, value + t * variance**0.5
+        half = float(t * variance**0.5)
+        return value - half, value + half
     return _wilson(value, value * (1 - value) / variance, t)
 
 
