@@ -214,7 +214,7 @@ def rounds(found: list[Cell]) -> pd.DataFrame:
     if not len(table):
         return pd.DataFrame(columns=ROUND)
     wide = table.pivot_table(index=["variant", "seed", "model"], columns="metric", values="value", aggfunc="first")
-    return wide[[m for m in ROUND if m in wide]].round(2)
+    return wide.reindex(columns=ROUND).round(2)
 
 
 def cells_table(found: list[Cell]) -> pd.DataFrame:

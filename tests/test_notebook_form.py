@@ -14,7 +14,7 @@ from srlm_utils.tokens import token_table
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-STAGE_NOTEBOOKS = [n for n in NOTEBOOKS if n.stem != "00_tour"]
+STAGE_NOTEBOOKS = [n for n in NOTEBOOKS if n.stem not in ("00_tour", "11_compare")]
 PRESETS = sorted((ROOT / "params").glob("*.yaml"))
 VARIANTS = sorted((ROOT / "params" / "variants").glob("*.yaml"))
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list[str]": list}
@@ -30,8 +30,8 @@ def code(nb):
     return [c for c in nb.cells if c.cell_type == "code"]
 
 
-def test_the_eleven_notebooks_are_there():
-    assert [n.stem[:2] for n in NOTEBOOKS] == [f"{i:02d}" for i in range(11)]
+def test_the_twelve_notebooks_are_there():
+    assert [n.stem[:2] for n in NOTEBOOKS] == [f"{i:02d}" for i in range(12)]
     assert {stage_key(n.stem) for n in STAGE_NOTEBOOKS} == set(STAGES)
 
 
