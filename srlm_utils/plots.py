@@ -486,10 +486,10 @@ def judge_agreement(table: pd.DataFrame):
 def variants(table: pd.DataFrame, title: str):
     """Figures of a sweep's variants with their intervals, a panel each; single seeds as grey dots.
 
-    `table` has panel, name (of a row), model, seed ("" over all), value, low, high and unit.
+    `table` has panel, name (of a row), model, seed ("" over all), n_seeds, value, low, high, n and unit.
     """
     panels, names = list(dict.fromkeys(table.panel)), list(dict.fromkeys(table.name))
-    fig, axes = _panels(len(panels), 3.4, 1.2 + 0.42 * len(names))
+    fig, axes = _panels(len(panels), 3.4, 1.4 + 0.42 * len(names))
     for ax, panel in zip(axes, panels, strict=True):
         rows = table[table.panel == panel]
         scale, label, same = {
@@ -503,14 +503,16 @@ def variants(table: pd.DataFrame, title: str):
                 ax.plot(scale * row["value"], y + 0.22, ".", color="#999999")
             else:
                 _interval(ax, row, y, scale=scale, fmt=marker(row["model"]), color=color(row["model"]))
+                n = f"n={row['n']}\n{row['n_seeds']} seed{'s' * (row['n_seeds'] > 1)}"
+                ax.text(1.01, y, n, transform=ax.get_yaxis_transform(), fontsize=7, va="center")
         ax.axvline(same, color="black", lw=0.8, ls="--")
         ax.set_yticks(range(len(names)), names, fontsize=8)
         ax.set_ylim(len(names) - 0.5, -0.5)
+        if same == 50:
+            ax.set_xlim(-2, 102)
         ax.set_title(panel, fontsize=9)
         ax.set_xlabel(label, fontsize=8)
-    n_seeds = sorted({*table[table.seed == ""].n_seeds})
-    what = "prompts only (one seed)" if n_seeds == [1] else f"prompts and {' or '.join(map(str, n_seeds))} seeds"
-    fig.suptitle(f"{title} (95 % intervals over {what})", fontsize=11)
+    fig.suptitle(f"{title}\n95 % intervals over prompts and seeds; with one seed over prompts only", fontsize=9)
     return fig, table
 
 
