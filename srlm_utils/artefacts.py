@@ -18,7 +18,12 @@ from srlm_utils.errors import DataError, StorageError
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to a temporary name, flush it to disk and move it into place."""
-    data, tmp = text.encode(), path.with_name(f".{path.name}.tmp")
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """As `write_text`."""
+    tmp = path.with_name(f".{path.name}.tmp")
     with named_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -89,8 +94,12 @@ def _finite(value):
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    """Raises `DataError` for a row that holds NaN or infinity."""
-    write_text(path, "".join(_line(row) for row in rows))
+    """Rows as lines, compressed for ``.gz``: the same rows give the same bytes, whatever the time.
+
+    Raises `DataError` for a row that holds NaN or infinity.
+    """
+    data = "".join(_line(row) for row in rows).encode("utf-8")
+    write_bytes(path, gzip.compress(data, 9, mtime=0) if path.suffix == ".gz" else data)
 
 
 def _line(row: dict, end: str = "\n") -> str:

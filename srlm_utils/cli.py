@@ -1,4 +1,4 @@
-"""``srlm run | plan | status | verify | share | compare | push | agree``: the command line.
+"""``srlm run | sweep | plan | status | verify | share | compare | push | agree``: the command line.
 
 Exit codes: 0 done, 1 a step failed or `verify` found a fault, 2 bad input.
 """
@@ -16,7 +16,7 @@ from srlm_utils.paths import RESULTS, resolve, shown
 from srlm_utils.printable import printable, without_secrets
 
 
-def _experiment_args(parser: argparse.ArgumentParser) -> None:
+def _experiment_args(parser: argparse.ArgumentParser, name: str = "--run-name", where: str = "results/") -> None:
     parser.add_argument(
         "params", nargs="+", type=Path, metavar="PARAMS", help="a params file, then overlays; later ones win"
     )
@@ -28,7 +28,8 @@ def _experiment_args(parser: argparse.ArgumentParser) -> None:
         dest="sets",
         help="one parameter, e.g. dpo.beta=0.2 or by_model.M2.dpo.beta=0.05",
     )
-    parser.add_argument("--run-name", default="", help="folder below results/ (default: the params file's name)")
+    what = f"folder below {where} (default: the params file's name)"
+    parser.add_argument(name, default="", dest="run_name", metavar="NAME", help=what)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,6 +41,12 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--from", dest="start", default="", metavar="STEP", help="skip the steps before this one")
     which.add_argument("--only", default="", metavar="STEP", help="run this step alone, e.g. 05_judge@M1")
     run.add_argument("--force", action="store_true", help="run steps even if they are done")
+    sweep = commands.add_parser("sweep", help="run variants with several seeds, and compare them")
+    _experiment_args(sweep, "--name", "results/sweeps/")
+    sweep.add_argument(
+        "--variants", required=True, metavar="A,B", help="overlays of params/variants; default is the base as it is"
+    )
+    sweep.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds of each, from the base's own on")
     show = commands.add_parser("plan", help="list the steps, done or not, and why")
     _experiment_args(show)
     show.add_argument("--tokens", action="store_true", help="tokens that each stage makes, judges and trains")
@@ -83,7 +90,7 @@ def _run_dir(args) -> Path:
     if folder.parent != RESULTS.resolve() or name.startswith("."):
         from srlm_utils.errors import ParamError
 
-        raise ParamError(f"--run-name {name!r}: expected a plain folder name below results/.")
+        raise ParamError(f"run name {name!r}: expected a plain folder name below results/.")
     return folder
 
 
@@ -114,6 +121,24 @@ def _run(args) -> int:
         execute(experiment, _run_dir(args), command, start=args.start, only=args.only, force=args.force)
     except KeyboardInterrupt:  # between two steps
         raise StepFailed(f"interrupted; what was made is kept\n  continue with: {command}") from None
+    return 0
+
+
+def _sweep(args) -> int:
+    from srlm_utils import sweep, sweep_report
+
+    name = _run_dir(args).name
+    words = ["srlm", "sweep", *map(str, args.params), "--variants", args.variants, "--seeds", str(args.seeds)]
+    for s in args.sets:
+        words += ["--set", s]
+    variants = [v.strip() for v in args.variants.split(",")]
+    base = Experiment.load(args.params, args.sets)
+    failed = sweep.run(base, variants, args.seeds, name, shlex.join([*words, "--name", name]))
+    kept = RESULTS / "sweeps" / name
+    if kept.is_dir():
+        print(f"report: {shown(sweep_report.write(kept))}")
+    if failed:
+        raise StepFailed(f"{len(failed)} cells failed: {', '.join(failed)}. The same command tries them again.")
     return 0
 
 
@@ -211,6 +236,7 @@ def _agree(args) -> int:
 
 COMMANDS = {
     "run": _run,
+    "sweep": _sweep,
     "plan": _plan,
     "status": _status,
     "verify": _verify,

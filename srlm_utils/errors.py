@@ -40,6 +40,10 @@ class StepFailed(SrlmError, RuntimeError):
     """A notebook ended with an error that was not about its input; exit code 1."""
 
 
+class Interrupted(StepFailed):
+    """The user stopped a notebook; what comes after it is not begun."""
+
+
 def short(value) -> str:
     """A value as a message shows it, 80 characters at most."""
     text = repr(value)

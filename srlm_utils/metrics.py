@@ -145,6 +145,24 @@ def ratio_difference(ours: tuple, theirs: tuple, *, seed: int = 0) -> dict:
     return out | {"low": low, "high": high}
 
 
+def ratio_over_seeds(num, den, *, share: bool = True) -> dict:
+    """Mean over seeds of sum(num) / sum(den), with a 95 % interval over prompts and seeds; both are (seeds, prompts).
+
+    One seed has `ratio`'s interval, over prompts only. For several, see `resample.seeds_interval`; n is sum(den) over
+    all of them. A prompt that a seed lacks has den 0 there. Seeds without any are left out.
+    """
+    num, den = np.atleast_2d(np.asarray(num, float)), np.atleast_2d(np.asarray(den, float))
+    seeds, prompts = den.sum(1) > 0, den.sum(0) > 0
+    num, den = num[seeds][:, prompts], den[seeds][:, prompts]
+    if len(num) < 2:
+        return ratio(num[0], den[0], share=share) if len(num) else plain(None, 0)
+    value, n = float((num.sum(1) / den.sum(1)).mean()), int(round(den.sum()))
+    if num.shape[1] < 2:
+        return plain(value, n)
+    low, high = resample.seeds_interval(num, den, share=share)
+    return {"value": value, "low": low, "high": high, "n": n}
+
+
 def mean(values, *, share: bool = True, seed: int = 0) -> dict:
     """Mean over prompts with its interval."""
     return ratio(values, np.ones(len(values)), share=share, seed=seed)
@@ -278,10 +296,14 @@ def agreement_gain(ours: list[dict], theirs: list[dict]) -> dict:
     """
     gains, n = [], []
     for a, b in zip(ours, theirs, strict=True):
-        pairs = ordered_pairs(a["ranks"])
-        n.append(len(pairs))
-        gains.append(sum(_credit(a["scores"], *p) - _credit(b["scores"], *p) for p in pairs))
+        n.append(len(ordered_pairs(a["ranks"])))
+        gains.append(credit(a) - credit(b))
     return ratio(gains, n, share=False)
+
+
+def credit(prompt: dict) -> float:
+    """What one prompt's pairs earn a judge together: 1 for each ordered as ranked, half for a tie or no score."""
+    return sum(_credit(prompt["scores"], *p) for p in ordered_pairs(prompt["ranks"]))
 
 
 def _credit(scores: list, better: int, worse: int) -> float:

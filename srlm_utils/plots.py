@@ -521,6 +521,39 @@ def judge_agreement(table: pd.DataFrame):
     return fig, table
 
 
+def variants(table: pd.DataFrame, title: str):
+    """Figures of a sweep's variants with their intervals, a panel each; single seeds as grey dots.
+
+    `table` has panel, name (of a row), model, seed ("" over all), n_seeds, value, low, high, n and unit.
+    """
+    panels, names = list(dict.fromkeys(table.panel)), list(dict.fromkeys(table.name))
+    fig, axes = _panels(len(panels), 3.4, 1.4 + 0.42 * len(names))
+    for ax, panel in zip(axes, panels, strict=True):
+        rows = table[table.panel == panel]
+        scale, label, same = {
+            "share": (100, "win rate, half ties, %", 50),
+            "share difference": (100, "difference, points", 0),
+            "times": (1, "times the opponent's", 1),
+        }[rows.unit.iloc[0]]
+        for row in rows.to_dict("records"):
+            y = names.index(row["name"])
+            if row["seed"]:
+                ax.plot(scale * row["value"], y + 0.22, ".", color="#999999")
+            else:
+                _interval(ax, row, y, scale=scale, fmt=marker(row["model"]), color=color(row["model"]))
+                n = f"n={row['n']}\n{row['n_seeds']} seed{'s' * (row['n_seeds'] > 1)}"
+                ax.text(1.01, y, n, transform=ax.get_yaxis_transform(), fontsize=7, va="center")
+        ax.axvline(same, color="black", lw=0.8, ls="--")
+        ax.set_yticks(range(len(names)), names, fontsize=8)
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        if same == 50:
+            ax.set_xlim(-2, 102)
+        ax.set_title(panel, fontsize=9)
+        ax.set_xlabel(label, fontsize=8)
+    fig.suptitle(f"{title}\n95 % intervals over prompts and seeds; with one seed over prompts only", fontsize=9)
+    return fig, table
+
+
 def _panels(n: int, width: float, height: float):
     """A row of `n` panels, one a judge, that share their y axis where they have the same rows."""
     fig, axes = plt.subplots(1, max(n, 1), figsize=(width * max(n, 1) + 0.8, height), sharey=True, squeeze=False)

@@ -244,11 +244,12 @@ def benchmark_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_html(
-    path: Path, *, title: str, lead: str, sections: list[dict], pairs: list[dict], answers: list[dict], foot: str
+    path: Path, *, title: str, lead: str, sections: list[dict], pairs: list[dict] | None, answers: list[dict], foot: str
 ) -> None:
     """report.html: one file, no script, no outside request; everything a model wrote is escaped.
 
-    A section is {"title", "text", "figure" (PNG path or None), "table" (DataFrame or None)}.
+    A section is {"title", "text", "figure" (PNG path or None), "table" (DataFrame or None)}. `pairs` None leaves that
+    part out.
     """
     filled = [
         {

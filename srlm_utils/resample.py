@@ -21,7 +21,37 @@ def share_interval(num: np.ndarray, den: np.ndarray) -> tuple[float, float]:
         return value * (1 - unseen), value + (1 - value) * unseen
     n = len(num)
     trials = value * (1 - value) * den.sum() ** 2 / ((off**2).sum() * n / (n - 1))
-    z2 = _t(n) ** 2
+    return _wilson(value, trials, _t(n))
+
+
+def seeds_interval(num: np.ndarray, den: np.ndarray, *, share: bool) -> tuple[float, float]:
+    """Interval of the mean over seeds of sum(num) / sum(den); both (seeds, prompts), two of each at least.
+
+    Seeds answer the same prompts, so both are samples: the variance is that of the prompts' means over seeds, divided
+    by their number, plus that of the seeds' figures, divided by theirs. What one seed did on one prompt counts in both:
+    the interval is too wide rather than too narrow. Nothing is drawn, since three seeds are too few to draw
+    from; Student's t with Satterthwaite's degrees of freedom (1946) pays for the few. Shares have Wilson's form.
+    """
+    n_seeds, n_prompts = num.shape
+    totals = den.sum(1, keepdims=True)
+    values = num.sum(1, keepdims=True) / totals
+    off = ((num - values * den) * n_prompts / totals).mean(0)  # what each prompt adds to the mean over seeds
+    parts = np.array([off.var(ddof=1) / n_prompts, values.var(ddof=1) / n_seeds])
+    value, variance = float(values.mean()), float(parts.sum())
+    if variance < 1e-24:
+        if not share:
+            return value, value
+        unseen = unseen_share(den.sum(0))
+        return value * (1 - unseen), value + (1 - value) * unseen
+    t = _t(1 + variance**2 / (parts**2 / (n_prompts - 1, n_seeds - 1)).sum())
+    if not share:
+        half = float(t * variance**0.5)
+        return value - half, value + half
+    return _wilson(value, value * (1 - value) / variance, t)
+
+
+def _wilson(value: float, trials: float, t: float) -> tuple[float, float]:
+    z2 = t**2
     middle = (value + z2 / (2 * trials)) / (1 + z2 / trials)
     half = np.sqrt(z2 * (value * (1 - value) / trials + z2 / (4 * trials**2))) / (1 + z2 / trials)
     return max(float(middle - half), 0.0), min(float(middle + half), 1.0)
@@ -65,7 +95,7 @@ def interval(values: np.ndarray, n: int) -> tuple[float, float]:
     return min(float(low), float(value)), max(float(high), float(value))
 
 
-def _t(n: int) -> float:
+def _t(n: float) -> float:
     """Student's t that 2.5 % of samples of n exceed."""
     from scipy.special import stdtrit
 

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from srlm_utils import errors, field_benchmarks, rendered, tracking
 from srlm_utils.artefacts import named_faults, read_json, write_text
-from srlm_utils.errors import DataError, LockedError, MissingInputError, ParamError, SrlmError, StepFailed
+from srlm_utils.errors import DataError, Interrupted, LockedError, MissingInputError, ParamError, SrlmError, StepFailed
 from srlm_utils.params import Experiment, stage_key
 from srlm_utils.paths import NOTEBOOKS, PROJ_ROOT, shown
 from srlm_utils.plan import Step, list_steps, maker_of, plan, status
@@ -148,7 +148,7 @@ def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
             raise kind(f"{e.evalue}\n  in {where}; {resume}") from None
         raise StepFailed(f"{step.name} failed in {where}: {e.ename}: {e.evalue}\n  {resume}") from None
     except KeyboardInterrupt:
-        raise StepFailed(f"{step.name} was interrupted; what it made is kept\n  {resume}") from None
+        raise Interrupted(f"{step.name} was interrupted; what it made is kept\n  {resume}") from None
     except DeadKernelError:  # papermill marks the cell that ran, and all after it, as completed
         raise StepFailed(
             f"{step.name}: its kernel died in {shown(out)}, where later cells did not run, whatever they say. It was "

@@ -14,7 +14,7 @@ from srlm_utils.tokens import token_table
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-READING = ("00_tour", "11_label")  # opened by people, no step of a run
+READING = ("00_tour", "11_label", "12_compare")  # opened by people, no step of a run
 STAGE_NOTEBOOKS = [n for n in NOTEBOOKS if n.stem not in READING]
 PRESETS = sorted((ROOT / "params").glob("*.yaml"))
 VARIANTS = sorted((ROOT / "params" / "variants").glob("*.yaml"))

@@ -36,7 +36,7 @@ def test_run_all_on_defaults(path, tmp_path, monkeypatch):
         step = "run" if path.stem in ("01_seed_data", "09_report") else "M2" if path.stem == "07_dpo" else None
         assert " done in " in text and "results/scratch" in text
         assert step is None or f"{path.stem}@{step} done" in text
-    if path.stem in ("00_tour", "05_judge", "07_dpo", "09_report"):
+    if path.stem in ("00_tour", "05_judge", "07_dpo", "09_report", "12_compare"):
         assert any("image/png" in o.get("data", {}) for o in outputs)
 
 

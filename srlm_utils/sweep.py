@@ -1,0 +1,186 @@
+"""``srlm sweep``: variants times seeds, one run after another, each step that cells share made once.
+
+A cell is one variant with one seed. It runs in ``results/sweep-<name>/<variant>-<seed>/``, an ordinary run folder, and
+leaves what a comparison needs in ``results/sweeps/<name>/<variant>-<seed>/`` (`cells`), which is kept in git: a cell
+found there is done, on whatever machine.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from srlm_utils import cells, runner
+from srlm_utils.cells import DEFAULT
+from srlm_utils.errors import Interrupted, LockedError, ParamError, SrlmError
+from srlm_utils.params import Experiment, merge, read_yaml
+from srlm_utils.paths import PARAMS, RESULTS, shown
+from srlm_utils.plan import fingerprint, list_steps, plan, status
+from srlm_utils.seeds import load_seeds
+from srlm_utils.tokens import step_cost
+
+
+def experiments(base: Experiment, variants: list[str], n_seeds: int) -> dict[tuple[str, int], Experiment]:
+    """The experiment of every cell (variant, seed), seed by seed; seeds count up from the base's own.
+
+    A variant is an overlay of params/variants, or "default", the base as it is. Raises `ParamError` for any other name
+    and for an overlay that does not fit, before anything runs.
+    """
+    known = sorted(p.stem for p in (PARAMS / "variants").glob("*.yaml"))
+    for name in variants:
+        if name not in (DEFAULT, *known):
+            raise ParamError(f"--variants {name}: no such overlay. Known: {', '.join((DEFAULT, *known))}.")
+    if len({*variants}) < len(variants) or n_seeds < 1:
+        raise ParamError("expected --variants that differ and at least one of --seeds.")
+    overlays = {n: {} if n == DEFAULT else read_yaml(PARAMS / "variants" / f"{n}.yaml") for n in variants}
+    first = base.flat("01_seed_data", "run", "")["seed"]
+    return {
+        (name, seed): Experiment(
+            merge(base.tree, overlays[name], {"common": {"variant": name, "seed": seed}}), f"{base.source}, {name}"
+        )
+        for seed in range(first, first + n_seeds)
+        for name in variants
+    }
+
+
+def run(
+    base: Experiment, variants: list[str], n_seeds: int, name: str, command: str, *, execute: Callable = runner.execute
+) -> list[str]:
+    """Run what is not done of a sweep and report on all of it; the cells that failed, as ``<variant>-<seed>``.
+
+    `execute` is `runner.execute`. Bad input stops it before anything runs; a cell that fails later is said and the rest
+    goes on; the same command tries it again.
+    """
+    queue = experiments(base, variants, n_seeds)
+    work, kept = RESULTS / f"sweep-{name}", RESULTS / "sweeps" / name
+    todo = [key for key, experiment in queue.items() if not is_done(kept / cell_name(*key), experiment)]
+    for key in todo:
+        list_steps(queue[key])
+        load_seeds(queue[key].flat("01_seed_data", "run", "run"))
+    print(f"{name}: {len(queue)} cells, {len(queue) - len(todo)} of them done before", flush=True)
+    work.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(work / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise LockedError(f"{shown(work)} is being run by another process. Wait for it or stop it.") from None
+    try:
+        return _run(queue, todo, work, kept, command, execute)
+    finally:
+        lock.release()
+
+
+def _run(queue: dict, todo: list, work: Path, kept: Path, command: str, execute: Callable) -> list[str]:
+    costs, failed, spent, made = new_costs(queue, todo, work), [], 0.0, 0.0
+    for i, key in enumerate(todo):
+        left = sum(costs[k] for k in todo[i:])
+        estimate = f" · about {runner.minutes(spent / made * left)} left" if made else ""
+        print(f"cell {i + 1}/{len(todo)}: {key[0]}, seed {key[1]}{estimate}", flush=True)
+        folder, started = work / cell_name(*key), time.monotonic()
+        try:
+            shared = adopt(queue[key], folder, sorted(p for p in work.iterdir() if p.is_dir() and p != folder))
+            if shared:
+                print(f"  taken over from other cells: {', '.join(shared)}", flush=True)
+            cost = sum(step_cost(s, queue[key]) for s, _, done, _ in plan(queue[key], folder) if not done)
+            execute(queue[key], folder, command)
+            cells.write(cells.from_run(folder), kept / folder.name)
+            spent, made = spent + time.monotonic() - started, made + cost
+        except Interrupted:
+            raise
+        except SrlmError as e:
+            failed.append(folder.name)
+            print(f"  {folder.name} failed: {type(e).__name__}: {e}", flush=True)
+    return failed
+
+
+def cell_name(variant: str, seed: int) -> str:
+    return f"{variant}-{seed}"
+
+
+def is_done(folder: Path, experiment: Experiment) -> bool:
+    """Whether a cell's results are there; `ParamError` if other parameters made them: they are not overwritten."""
+    if not folder.is_dir():
+        return False
+    made = cells.read(folder).params
+    if made != experiment.tree:
+        old, new = cells.flat_params(made), cells.flat_params(experiment.tree)
+        key = next(k for k in (*new, *old) if old.get(k) != new.get(k))
+        raise ParamError(
+            f"{shown(folder)} was made with other parameters ({key}: {old.get(key)!r} there, {new.get(key)!r} now). "
+            "Give this sweep another --name, or delete that folder."
+        )
+    return True
+
+
+def adopt(experiment: Experiment, run: Path, donors: list[Path]) -> list[str]:
+    """Take over from other run folders each step that is not done in `run` and would be made again just so.
+
+    A step is the same if its parameters and its inputs' hashes are, and the donor still has its outputs as its manifest
+    says: what `plan.status` asks of a step that is done. Steps come in order, so the inputs of later ones are there.
+    Models are hard links (they are only ever replaced whole), all else is copied. Returns the names of these steps.
+    """
+    taken = []
+    for step in list_steps(experiment):
+        params = experiment.flat(step.stage, step.model, str(run))
+        if status(step, params, run)[0] or (run / "steps" / f"{step.name}.work").is_dir():
+            continue
+        try:
+            wanted = fingerprint(step, params, run)
+        except FileNotFoundError:  # an input that this cell has yet to make
+            continue
+        for donor in donors:
+            if status(step, params, donor)[0] and fingerprint(step, params, donor) == wanted:
+                for path in (*step.writes, f"notebooks/{step.name}.ipynb", f"steps/{step.name}.json"):
+                    if (donor / path).exists():
+                        _take(donor / path, run / path)
+                taken.append(step.name)
+                break
+    return taken
+
+
+def _take(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target, copy_function=_link)
+    else:
+        shutil.copy2(source, target)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+
+
+def new_costs(queue: dict, todo: list[tuple[str, int]], work: Path) -> dict[tuple[str, int], float]:
+    """What each cell of `todo` still has to make itself, in the units of `tokens.step_cost`: neither done nor shared
+    with a cell before it."""
+    seen: set[str] = set()
+    for key, experiment in queue.items():
+        made = recipes(experiment)
+        seen |= {made[step.name] for step, _, done, _ in plan(experiment, work / cell_name(*key)) if done}
+    costs = {}
+    for key in todo:
+        made = recipes(queue[key])
+        costs[key] = sum(step_cost(s, queue[key]) for s in list_steps(queue[key]) if made[s.name] not in seen)
+        seen |= {*made.values()}
+    return costs
+
+
+def recipes(experiment: Experiment) -> dict[str, str]:
+    """For each step all that it is made from, down to the seed: equal texts are the same step."""
+    made: dict[str, str] = {}
+    of_file: dict[str, str] = {}
+    for step in list_steps(experiment):
+        params = experiment.flat(step.stage, step.model, "")
+        parts = [step.name, params, sorted({of_file[p] for p in step.reads if p in of_file})]
+        digest = made[step.name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        of_file |= dict.fromkeys(step.writes, digest)
+    return made

@@ -1,0 +1,399 @@
+"""Sweeps: what cells share is made once, what they leave is enough to compare them, and the comparison finds what was
+planted."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from srlm_utils import cells, metrics, sweep, sweep_report
+from srlm_utils.artefacts import describe, read_jsonl, write_json, write_jsonl, write_text
+from srlm_utils.errors import DataError, Interrupted, ParamError, StepFailed
+from srlm_utils.params import Experiment
+from srlm_utils.paths import EXAMPLE
+from srlm_utils.plan import external_inputs, fingerprint, list_steps, status
+from srlm_utils.report import COLUMNS
+from tests.conftest import ROOT, srlm
+
+SMOKE = ROOT / "params/smoke.yaml"
+SHARED = {"01_seed_data@run", "02_sft@SFT", "03_build_eft@SFT", "02_sft@M1", "04_self_instruct@M1", "05_judge@M1"}
+SHARED |= {f"08_evaluate@{m}" for m in ("M0", "SFT", "M1")}
+
+# ---- a runner that makes small files instead of models, each from nothing but its parameters and inputs
+
+
+def fake_step(step, params, run):
+    now = fingerprint(step, params, run)
+    mark = hashlib.sha256(json.dumps([step.name, now], sort_keys=True).encode()).hexdigest()[:12]
+    prompts = [{"prompt_id": f"t{i}", "prompt": f"Question {i}?"} for i in range(4)]
+    replies = [{"reply_id": f"r{k}", "text": "x" * k, "rank": k} for k in range(2)]
+    for name in step.writes:
+        path = run / name
+        if name.endswith("/model"):
+            shutil.rmtree(path, ignore_errors=True)
+            write_text(path / "model.safetensors", mark)
+        elif name == "report":
+            write_text(path / "metrics.csv", ",".join(COLUMNS) + "\n")
+        elif name == "seed/test_prompts.jsonl":
+            write_jsonl(path, prompts)
+        elif name == "seed/ranked_eval.jsonl":
+            write_jsonl(path, [{"prompt_id": "r", "prompt": "R?", "set": "exam", "replies": replies}])
+        elif name.endswith("eval/answers.jsonl"):
+            made = {"text": f"{step.model} says {mark}", "n_tokens": 3, "ended": True}
+            write_jsonl(path, [p | made for p in prompts])
+        elif name.endswith("eval/answer_scores.jsonl"):
+            row = {"judge": "M1", "judge_rev": now["inputs"]["M1/model"][:12], "score": int(mark, 16) / 16**12}
+            write_jsonl(path, [row | {"prompt_id": p["prompt_id"]} for p in prompts])
+        elif name.endswith("eval/judgements.jsonl"):
+            write_jsonl(path, [{"id": f"r/r{k}", "judge_mode": "expected", "score": float(k)} for k in range(2)])
+        elif "/verdicts/" in name:
+            a, b = path.stem.split("_vs_")
+            row = {"model_a": a, "model_b": b, "judge": "M1", "judge_mode": "score", "order": "none", "p_first": 1.0}
+            write_jsonl(path, [row | {"prompt_id": p["prompt_id"]} for p in prompts])
+        else:
+            write_text(path, json.dumps({"mark": mark}) + "\n")
+    inputs = {p: describe(run / p) for p in step.reads}
+    inputs |= {n: describe(p) for n, p in external_inputs(step.stage, params).items()}
+    manifest = {"step": step.name, "params": params, "inputs": inputs, "git": "abc", "seconds": 6.0}
+    write_json(run / "steps" / f"{step.name}.json", manifest | {"outputs": {p: describe(run / p) for p in step.writes}})
+
+
+@pytest.fixture
+def made(monkeypatch, tmp_path):
+    """Steps that were made, as (cell, step), of ``made.run(variants, seeds)``; ``made.fails`` has cells that cannot."""
+
+    class Made(list):
+        fails: dict = {}
+
+        def execute(self, experiment, run, command):
+            if error := self.fails.get(run.name):
+                raise error
+            write_text(run / "params.yaml", json.dumps(experiment.tree))
+            for step in list_steps(experiment):
+                params = experiment.flat(step.stage, step.model, str(run))
+                if not status(step, params, run)[0]:
+                    fake_step(step, params, run)
+                    self.append((run.name, step.name))
+
+        def run(self, variants, n_seeds, sets=()):
+            self.clear()
+            base = Experiment.load([SMOKE], sets)
+            return sweep.run(base, variants, n_seeds, "x", "srlm sweep", execute=self.execute)
+
+    monkeypatch.setattr(sweep, "RESULTS", tmp_path)
+    return Made()
+
+
+def test_what_cells_share_is_made_once_a_seed(made, tmp_path, capsys):
+    assert made.run(["default", "random_pairs"], 2) == []
+    steps = {s.name for s in list_steps(Experiment.load([SMOKE]))}
+    by_cell = {c: {s for cell, s in made if cell == c} for c in ("default-0", "random_pairs-0", "default-1")}
+    assert by_cell["default-0"] == by_cell["default-1"] == steps  # another seed shares nothing
+    assert by_cell["random_pairs-0"] == steps - SHARED
+    assert len(made) == len({*made}) == 2 * (2 * len(steps) - len(SHARED))
+    one, other = (tmp_path / f"sweep-x/{c}/M1/model/model.safetensors" for c in ("default-0", "random_pairs-0"))
+    assert one.samefile(other)
+    assert not (tmp_path / "sweep-x/default-0/M2/model").samefile(tmp_path / "sweep-x/random_pairs-0/M2/model")
+    out = capsys.readouterr().out
+    assert "cell 2/4: random_pairs, seed 0 · about" in out and "taken over from other cells: 01_seed_data@run" in out
+
+
+def test_a_step_of_other_parameters_or_inputs_is_made_again(made, tmp_path):
+    made.run(["default"], 1)
+    made.run(["default", "without_eft"], 1)
+    own = {s for c, s in made if c == "without_eft-0"}
+    assert "02_sft@M1" in own and "05_judge@M1" in own and "08_evaluate@M0" in own  # M1, which judges, is another
+    assert not own & {"01_seed_data@run", "02_sft@SFT"}
+
+
+def test_what_was_changed_by_hand_is_not_taken_over(made, tmp_path):
+    made.run(["default"], 1)
+    write_text(tmp_path / "sweep-x/default-0/SFT/model/model.safetensors", "edited")
+    made.run(["default", "random_pairs"], 1)
+    assert ("random_pairs-0", "02_sft@SFT") in made and ("random_pairs-0", "01_seed_data@run") not in made
+
+
+def test_a_later_command_adds_cells_and_finds_those_of_the_first(made, tmp_path):
+    made.run(["default"], 2)
+    made.run(["longer_wins"], 1)
+    assert {c for c, _ in made} == {"longer_wins-0"} and not {s for _, s in made} & SHARED
+    assert {c.variant for c in cells.read_all(tmp_path / "sweeps/x")} == {"default", "longer_wins"}
+
+
+def test_the_same_command_resumes_on_another_machine(made, tmp_path, capsys):
+    made.fails = {"random_pairs-0": StepFailed("07_dpo@M2 failed"), "random_pairs-1": DataError("a bad row")}
+    assert made.run(["default", "random_pairs"], 2) == ["random_pairs-0", "random_pairs-1"]
+    assert {c for c, _ in made} == {"default-0", "default-1"}  # the rest went on
+    assert "random_pairs-0 failed: StepFailed: 07_dpo@M2 failed" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "sweep-x")  # git carries the results alone
+    made.fails = {}
+    assert made.run(["default", "random_pairs"], 2) == []
+    assert {c for c, _ in made} == {"random_pairs-0", "random_pairs-1"}
+    assert "4 cells, 2 of them done before" in capsys.readouterr().out
+    assert made.run(["default", "random_pairs"], 2) == [] and not made
+
+
+def test_an_interrupted_sweep_stops(made):
+    made.fails = {"default-0": Interrupted("stopped")}
+    with pytest.raises(Interrupted):
+        made.run(["default", "random_pairs"], 1)
+    assert not made
+
+
+def test_results_of_other_parameters_are_not_overwritten(made):
+    made.run(["default"], 1)
+    with pytest.raises(ParamError, match=r"default-0 was made with other parameters \(dpo.beta: None there, 0.3 now\)"):
+        made.run(["default"], 1, ["dpo.beta=0.3"])
+
+
+@pytest.mark.parametrize("variants,n,message", [(["nope"], 1, "no such overlay"), (["default"] * 2, 1, "differ")])
+def test_bad_sweeps(made, variants, n, message):
+    with pytest.raises(ParamError, match=message):
+        made.run(variants, n)
+    assert not made
+
+
+def test_the_command_line_refuses_before_anything_runs():
+    for args in (["--variants", "nope"], ["--variants", "default", "--name", "../x"]):
+        result = srlm("sweep", "params/smoke.yaml", *args)
+        assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr
+
+
+# ---- what a cell holds
+
+
+def test_a_cell_comes_back_as_it_was_and_with_the_same_bytes(tmp_path):
+    cell = cells.from_run(EXAMPLE)
+    for name in ("a", "b"):
+        cells.write(cell, tmp_path / name / "default-0")
+    (again,) = cells.read_all(tmp_path / "a")
+    assert again.answers == cell.answers and again.verdicts == cell.verdicts and again.metrics.equals(cell.metrics)
+    sizes = 0
+    for path in (tmp_path / "a/default-0").iterdir():
+        assert path.read_bytes() == (tmp_path / "b/default-0" / path.name).read_bytes()
+        sizes += path.stat().st_size
+    assert sizes < cells.MAX_BYTES
+
+
+def test_agreement_rows_give_the_runs_own_figure():
+    cell = cells.from_run(EXAMPLE)
+    own = cell.metrics.query("metric == 'agreement_gain' and model == 'M3' and opponent == 'M1'")
+    found = sweep_report.measured(cell, "M3", cell, "M1")
+    assert len(own) == 2
+    for row in own.to_dict("records"):
+        values = found["agreement_gain", row["set"], "", row["judge_mode"]].values()
+        assert sum(c for c, _ in values) / sum(n for _, n in values) == pytest.approx(row["value"])
+
+
+def test_a_large_cell_leaves_out_answers_between_first_and_last(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    cell = planted("default", 0, n=64)
+    for a in cell.answers:
+        a["text"] = rng.bytes(1500).hex()
+    cells.write(cell, tmp_path / "default-0")
+    kept = {a["model"] for a in cells.read(tmp_path / "default-0").answers}
+    assert {"M1", "M3"} <= kept < {"M0", "SFT", "M1", "M2", "M3"} and "are left out" in capsys.readouterr().out
+
+
+# ---- comparisons of cells made by hand
+
+
+def planted(variant, seed, *, n=64, wins=0.5, longer=1, ended=1.0, score=0.0, rev="m1", text="fine", params=None):
+    """M3 wins `wins` of its verdicts against M1, is `longer` times as long, ends `ended` of its answers; the judge
+    gives it `score` points more than a cell of score 0."""
+    ids = [f"t{i:03d}" for i in range(n)]
+    answers, scores, agreement = [], [], []
+    for k, pid in enumerate(ids):
+        for m in ("M0", "SFT", "M1", "M2", "M3"):
+            said = text * 5 * (longer if m == "M3" else 1)
+            ends = m != "M3" or k < ended * n
+            answers.append(
+                {"model": m, "prompt_id": pid, "prompt": f"{pid}?", "text": said, "n_tokens": 5, "ended": ends}
+            )
+            value = k / n + (score if m == "M3" else 0)
+            scores.append({"model": m, "prompt_id": pid, "judge": "M1", "judge_rev": rev, "score": value})
+            who = {"model": m, "set": "exam", "judge_mode": "expected", "prompt_id": pid}
+            agreement.append(who | {"credit": float(k % 2 or m == "M3"), "n_pairs": 1})
+    who = {"model_a": "M3", "model_b": "M1", "judge": "M1", "judge_mode": "score", "order": "none"}
+    verdicts = [who | {"prompt_id": pid, "p_first": float(k < wins * n)} for k, pid in enumerate(ids)]
+    tree = {"common": {"variant": variant, "seed": seed}} | (params or {})
+    return cells.Cell(tree, {"git": "abc"}, pd.DataFrame(columns=COLUMNS), answers, scores, verdicts, agreement)
+
+
+def row(table, variant, against, metric, seed=""):
+    (found,) = table[
+        (table.variant == variant) & (table.against == against) & (table.metric == metric) & (table.seed == seed)
+    ].to_dict("records")
+    return found
+
+
+def test_planted_differences_are_found():
+    table = sweep_report.compare(
+        [
+            planted("default", 0, wins=0.75, score=0.5),
+            planted("random_pairs", 0, wins=0.5),
+            planted("longer_wins", 0, wins=0.1, longer=2, ended=0.5),
+        ]
+    )
+    assert row(table, "default", "default", "win_rate")["verdict"] == "better"
+    assert row(table, "random_pairs", "random_pairs", "win_rate")["verdict"] == "not shown"
+    assert row(table, "longer_wins", "longer_wins", "win_rate")["verdict"] == "worse"
+    assert row(table, "default", "random_pairs", "win_rate")["value"] == 1
+    against = row(table, "longer_wins", "default", "win_rate")
+    assert (against["value"], against["verdict"], against["n"], against["n_seeds"]) == (0, "worse", 64, 1)
+    length = row(table, "longer_wins", "longer_wins", "answer_chars")
+    assert (length["value"], length["verdict"], length["n"]) == (pytest.approx(2), "longer", 64)
+    assert row(table, "longer_wins", "default", "ended_rate")["value"] == -0.5
+    assert row(table, "longer_wins", "default", "ended_rate")["verdict"] == "worse"
+    gain = row(table, "default", "default", "agreement_gain")
+    assert (gain["value"], gain["verdict"]) == (0.5, "better")
+    assert list(dict.fromkeys(table.variant)) == ["default", "random_pairs", "longer_wins"]
+
+
+def test_repetition_counts_against_a_variant():
+    looped = planted("longer_wins", 0, text="the same four words again ")
+    for a in looped.answers:
+        a["text"] = "a b c d e f" if a["model"] != "M3" else a["text"]
+    assert row(sweep_report.compare([looped]), "longer_wins", "longer_wins", "repeated_4grams")["verdict"] == "worse"
+
+
+def test_seeds_are_a_sample_too():
+    apart = [planted("default", s, wins=w) for s, w in ((0, 0.9), (1, 0.45), (2, 0.75))]
+    table = sweep_report.compare(apart)
+    whole = row(table, "default", "default", "win_rate")
+    assert whole["value"] == pytest.approx(0.7, abs=0.01) and whole["n_seeds"] == 3 and whole["n"] == 3 * 64
+    assert whole["verdict"] == "not shown" and whole["low"] < 0.4  # one lucky seed is no finding
+    assert [row(table, "default", "default", "win_rate", str(s))["verdict"] for s in range(3)][0] == "better"
+    alike = sweep_report.compare([planted("default", s, wins=0.7) for s in range(3)])
+    assert row(alike, "default", "default", "win_rate")["verdict"] == "better"
+
+
+@pytest.mark.parametrize("n_seeds,n_prompts,seed_sd", [(3, 64, 0.0), (3, 64, 0.08), (3, 256, 0.05), (2, 64, 0.05)])
+def test_intervals_over_prompts_and_seeds_cover(n_seeds, n_prompts, seed_sd):
+    """Win rates of 0.6 whose prompts favour one side in all seeds, and whose seeds differ."""
+    rng, hits, wide = np.random.default_rng(0), [], []
+    for _ in range(2000):
+        p = 0.6 + rng.normal(0, seed_sd, (n_seeds, 1)) + rng.uniform(-0.25, 0.25, (1, n_prompts))
+        y = (rng.random((n_seeds, n_prompts)) < p).astype(float)
+        f = metrics.ratio_over_seeds(y, np.ones_like(y))
+        hits.append(f["low"] <= 0.6 <= f["high"])
+        wide.append(f["high"] - f["low"])
+    assert np.mean(hits) >= 0.93, np.mean(hits)
+    if seed_sd == 0 and n_seeds == 3:
+        assert np.mean(wide) < 0.27  # one seed alone has 0.24
+
+
+def test_without_a_judge_of_the_same_weights_nobody_says_who_wins():
+    found = [planted("default", 0, rev="one"), planted("longer_wins", 0, rev="another", score=1)]
+    table = sweep_report.compare(found)
+    assert not len(table[(table.against != table.variant) & (table.metric == "win_rate")])
+    said = sweep_report.verdicts_table(table)
+    assert said[said.compared.str.contains("of default")].verdict.tolist() == ["nobody to say"]
+
+
+def test_other_prompts_under_the_same_id_are_no_pair():
+    one, other = planted("default", 0), planted("longer_wins", 0)
+    for a in other.answers[: 5 * 32]:
+        a["prompt"] = "another"
+    table = sweep_report.compare([one, other])
+    assert row(table, "longer_wins", "default", "ended_rate")["n"] == 32
+
+
+def test_the_report_is_one_escaped_file(tmp_path):
+    evil = "<script>alert(1)</script><img src=x>"
+    for cell in (
+        *(planted("default", s, text=evil, params={"dpo": {"beta": 0.1}}) for s in (0, 1)),
+        planted("longer_wins", 0, params={"dpo": {"beta": 0.1}, "build_pairs": {"pair_rule": evil}}),
+    ):
+        cells.write(cell, tmp_path / f"{cell.variant}-{cell.seed}")
+    html = sweep_report.write(tmp_path).read_text()
+    assert "<script" not in html and "src=x" not in html.replace("&lt;img src=x&gt;", "")
+    assert "over prompts only (one seed)" in html and "over prompts and 2 seeds" in html
+    assert "build_pairs.pair_rule" in html and "dpo.beta" not in html and "Candidates and the pair" not in html
+    table = pd.read_csv(tmp_path / "comparison.csv", keep_default_na=False, na_values={"value": ""})
+    assert list(table.columns) == sweep_report.COLUMNS
+    figures = {p.name for p in (tmp_path / "figures").iterdir()}
+    assert {"win_rates_m1.png", "win_rates_m1.csv", "answers_control.png", "agreement_m1.png"} <= figures
+    assert len(cells.read_all(tmp_path)) == 3  # what the report left is no cell
+
+
+def test_instructions_a_program_can_verify_travel_with_the_answers():
+    cell = planted("default", 0, n=8)
+    for k, a in enumerate(cell.answers):
+        a |= {"n_instructions": 2, "n_followed": 2 if a["model"] == "M3" else k % 2}
+    found = row(sweep_report.compare([cell]), "default", "default", "instruction_strict_accuracy")
+    assert found["verdict"] == "better" and found["n"] == 16
+
+
+@pytest.mark.parametrize(
+    "file,content,message",
+    [
+        ("params.yaml", "common: [1", "cannot be read"),
+        ("params.yaml", "common: {seed: many}", "common.seed is 'many'"),
+        ("params.yaml", "- 1", "expected sections"),
+        ("params.yaml", "common: {variant: other, seed: 0}", "is of other, seed 0"),
+        ("cell.json", "[]", "expected an object"),
+        ("metrics.csv", "a,b\n1,2\n", "found columns a, b"),
+        ("metrics.csv", "", "not a table"),
+        ("answers.jsonl.gz", "no gzip", "cannot be unpacked"),
+        ("verdicts.jsonl.gz", None, "no verdicts.jsonl.gz"),
+    ],
+)
+def test_damaged_cells_say_what_is_wrong(tmp_path, file, content, message):
+    cells.write(planted("default", 0, n=2), tmp_path / "default-0")
+    path = tmp_path / "default-0" / file
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        cells.read_all(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name,change",
+    [
+        ("verdicts", {"p_first": 7}),
+        ("answers", {"text": None}),
+        ("scores", {"score": "high"}),
+        ("agreement", {"n_pairs": 0}),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, name, change):
+    cells.write(planted("default", 0, n=2), tmp_path / "default-0")
+    path = tmp_path / "default-0" / f"{name}.jsonl.gz"
+    rows = read_jsonl(path)
+    rows[1] |= change
+    write_jsonl(path, rows)
+    with pytest.raises(DataError, match=f"row 2: {next(iter(change))}"):
+        cells.read_all(tmp_path)
+
+
+def test_a_folder_without_cells_is_no_sweep(tmp_path):
+    with pytest.raises(DataError, match="no finished cell"):
+        cells.read_all(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_real_sweep_of_two_variants():
+    name = "test-sweep"
+    folders = [ROOT / f"results/sweep-{name}", ROOT / f"results/sweeps/{name}"]
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    sets = ["--set", "common.iterations=2"]
+    args = ["sweep", str(Path("params/smoke.yaml")), *sets, "--variants", "default,random_pairs", "--name", name]
+    try:
+        result = srlm(*args)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "taken over from other cells: 01_seed_data@run, 02_sft@SFT" in result.stdout
+        one, other = cells.read_all(folders[1])
+        assert one.about["weights"]["M1"] == other.about["weights"]["M1"]
+        assert one.about["weights"]["M2"] != other.about["weights"]["M2"]
+        table = sweep_report.compare([one, other])
+        assert {"M1"} == {*table[(table.variant != table.against) & (table.metric == "win_rate")].judge}
+        assert (folders[1] / "report.html").is_file()
+        assert "2 of them done before" in srlm(*args).stdout
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
