@@ -550,7 +550,7 @@ def variants(table: pd.DataFrame, title: str):
             ax.set_xlim(-2, 102)
         ax.set_title(panel, fontsize=9)
         ax.set_xlabel(label, fontsize=8)
-    fig.suptitle(f"{title}\n95 % intervals over prompts and seeds; with one seed over prompts only", fontsize=9)
+    fig.suptitle(f"{title}\n95 % intervals over prompts and seeds;\nwith one seed over prompts only", fontsize=9)
     return fig, table
 
 
