@@ -31,8 +31,8 @@ def code(nb):
     return [c for c in nb.cells if c.cell_type == "code"]
 
 
-def test_the_twelve_notebooks_are_there():
-    assert [n.stem[:2] for n in NOTEBOOKS] == [f"{i:02d}" for i in range(12)]
+def test_the_notebooks_are_there():
+    assert [n.stem[:2] for n in NOTEBOOKS] == [f"{i:02d}" for i in range(13)]
     assert {stage_key(n.stem) for n in STAGE_NOTEBOOKS} == set(STAGES)
 
 
