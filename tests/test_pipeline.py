@@ -239,7 +239,8 @@ def test_variants_laid_over_each_other_run_to_their_end():
         assert len(judged) == len(candidates) and {j["judge"] for j in judged} == {"M1"}
         assert any(abs(j["implicit"]) > 0.1 for j in judged if j["implicit"] is not None)
         dpo, pairs = steps["07_dpo@M3"], {m: read_jsonl(run / m / "aift/pairs.jsonl") for m in ("M1", "M2")}
-        assert {"M2/model", "M2/aift/pairs.jsonl", "M1/aift/pairs.jsonl"} == set(dpo["inputs"])
+        learned_from = {name for name in dpo["inputs"] if name.endswith("pairs.jsonl")}
+        assert learned_from == {"M2/aift/pairs.jsonl", "M1/aift/pairs.jsonl"} and "M2/model" in dpo["inputs"]
         n_old = round(len(pairs["M1"]) / 2)
         assert dpo["figures"]["n_pairs"] == len(pairs["M2"]) + n_old > n_old > 0
         total = len(pairs["M2"]) * pairs["M2"][0]["consistency"] + n_old * pairs["M1"][0]["consistency"]
