@@ -8,7 +8,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from srlm_utils import chat, evaluate, judge, sampling
 from srlm_utils.artefacts import read_jsonl
-from srlm_utils.engine import Engine
+from srlm_utils.engine import Engine, pick_dtype
 from srlm_utils.plan import seed_path
 from srlm_utils.seed_model import fetch
 
@@ -42,10 +42,24 @@ def plain_scores(engine, items):
     return out
 
 
-def test_scores_with_shared_prefixes_are_those_of_full_prompts(full):
-    items = evaluate.ranked_items(read_jsonl(seed_path("onpolicy_eval"))[:10])
-    plain = plain_scores(full, items)
+@pytest.fixture(scope="module")
+def items():
+    return evaluate.ranked_items(read_jsonl(seed_path("onpolicy_eval"))[:10])
+
+
+@pytest.fixture(scope="module")
+def plain(full, items):
+    return plain_scores(full, items)
+
+
+def test_scores_with_shared_prefixes_are_those_of_full_prompts(full, items, plain):
     assert scores(full, items) == pytest.approx(plain, abs=1e-4)
+
+
+@pytest.mark.skipif(
+    pick_dtype("auto", "cpu") != "bfloat16", reason="this processor emulates bfloat16, a quarter of an hour for this"
+)
+def test_bfloat16_moves_scores_no_further_when_prefixes_are_shared(items, plain):
     half = engine_of("bfloat16")
     shared, alone = scores(half, items), plain_scores(half, items)
 
