@@ -12,7 +12,7 @@ import pytest
 from srlm_utils.artefacts import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
-READING = ("00_tour", "11_label")  # no step of a run, no model: tests/test_tour.py runs them, too
+READING = ("00_tour", "11_label", "12_compare")  # opened by people, no step of a run
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
