@@ -146,7 +146,7 @@ def _evaluation(model: str, rows: list[dict]) -> str:
     }
     seen = dict.fromkeys(r["metric"] for r in rows)
     meanings = "\n".join(f"- `{m}`: {metrics.METRICS[m][1]}" for m in seen)
-    return f"In brackets 95 % intervals from resampling prompts.\n\n{_table(table)}\n\n{meanings}"
+    return f"In brackets 95 % intervals over prompts.\n\n{_table(table)}\n\n{meanings}"
 
 
 def at_training(step, start: str, data: dict[str, int], figures: dict) -> str:

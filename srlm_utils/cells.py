@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from srlm_utils import evaluate, metrics
-from srlm_utils.artefacts import read_json, read_jsonl, write_json, write_jsonl, write_text
+from srlm_utils.artefacts import read_json, read_jsonl, replace_folder, write_json, write_jsonl, write_text
 from srlm_utils.errors import DataError, MissingInputError
 from srlm_utils.instructions import followed
 from srlm_utils.params import model_names
@@ -161,8 +161,7 @@ def write(cell: Cell, folder: Path) -> None:
         write_jsonl(tmp / "answers.jsonl.gz", answers)
     if left_out:
         print(f"  {shown(folder)}: answers of {', '.join(left_out)} are left out, to stay under {MAX_BYTES:,} bytes")
-    shutil.rmtree(folder, ignore_errors=True)
-    tmp.rename(folder)
+    replace_folder(tmp, folder)
 
 
 def read(folder: Path) -> Cell:

@@ -135,25 +135,13 @@ def exam(step, engine) -> dict[str, dict]:
 
 def examine(engine, ranked: list[dict], progress=lambda n: None) -> dict[str, dict]:
     """How a scoring judge orders ranked replies: figures by name (`metrics.METRICS`); n is pairs."""
-    items = [
-        {"id": f"{row['prompt_id']}/{r['reply_id']}", "prompt": row["prompt"], "response": r["text"]}
-        for row in ranked
-        for r in row["replies"]
-    ]
-    scores: dict[str, float] = {}
+    from srlm_utils import evaluate  # which imports this module
+
+    judged, items = [], evaluate.ranked_items(ranked)
     for batch in judge.expected_scores(engine, rubric(), items, max_response_tokens=MAX_RESPONSE_TOKENS):
-        scores |= {r["id"]: r["score"] for r in batch}
+        judged += batch
         progress(len(batch))
-    figures = metrics.agreement(
-        [
-            {
-                "ranks": [r["rank"] for r in row["replies"]],
-                "lengths": [len(r["text"]) for r in row["replies"]],
-                "scores": [scores[f"{row['prompt_id']}/{r['reply_id']}"] for r in row["replies"]],
-            }
-            for row in ranked
-        ]
-    )
+    figures = metrics.agreement(evaluate.scored_prompts(ranked, judged))
     names = {
         "exam_accuracy": "pairwise_accuracy_half_ties",
         "exam_tie_rate": "tie_rate",
