@@ -1,7 +1,8 @@
 """The outside judge: another base model, taught to score by data that no model of a run learns from.
 
-A judge out of the run marks its own homework. This one is Gemma 3 270M, fine-tuned on `judge_train.jsonl` to give each
-reply the score and the order that a reader gave it. It scores answers one by one, so none stands first. It is made
+A judge out of the run marks its own homework. This one is Gemma 3 270M, fine-tuned on `judge_train.jsonl` (written
+replies) and `judge_onpolicy.jsonl` (answers of the embedded seed model) to give each the score and the order that a
+reader gave it. It scores answers one by one, so none stands first. It is made
 once, kept in the cache, and sits an exam: how often it orders the replies of the bundled ranked sets as they are
 ranked. Those figures stand beside every win rate that it decides. Asked for verdicts on two answers at once, a model of
 this size takes the first one, whatever it is taught (LOG.md).
@@ -17,12 +18,12 @@ from types import SimpleNamespace
 from srlm_utils import eft, judge, metrics, seed_model
 from srlm_utils.artefacts import read_json, read_jsonl, write_json
 from srlm_utils.paths import PROMPTS, SEED_DATA, cache_dir
-from srlm_utils.plan import OUTSIDE
+from srlm_utils.plan import OUTSIDE, OUTSIDE_LESSONS, seed_path
 
 NAME = OUTSIDE
 BASE = "gemma-3-270m"
 RUBRIC = "short"
-LESSONS = SEED_DATA / "judge_train.jsonl"
+LESSONS = [seed_path(name) for name in OUTSIDE_LESSONS]
 EXAMS = ("onpolicy_eval", "ranked_eval")
 MAX_RESPONSE_TOKENS = 320  # of an exam's reply, as in the quickstart
 RECIPE = {
@@ -48,8 +49,8 @@ RECIPE = {
 
 def version() -> str:
     """12 digits that change with anything the judge is made from: base, lessons, question and recipe."""
-    parts = [seed_model.EMBEDDED[BASE].gguf_sha256, LESSONS.read_text(), (PROMPTS / f"{RUBRIC}.jinja").read_text()]
-    parts.append(inspect.getsource(coarsened))
+    parts = [seed_model.EMBEDDED[BASE].gguf_sha256, (PROMPTS / f"{RUBRIC}.jinja").read_text()]
+    parts += [*(path.read_text(encoding="utf-8") for path in LESSONS), inspect.getsource(coarsened)]
     return hashlib.sha256(json.dumps([*parts, RECIPE]).encode()).hexdigest()[:12]
 
 
@@ -67,7 +68,8 @@ def fetch(step) -> str:
     def make(folder: Path) -> None:
         print("the outside judge is made once: on a CPU from several minutes to most of an hour", flush=True)
         work = cache_dir() / "models" / f".{NAME}-{version()}.work"
-        train_judge(step, seed_model.fetch(BASE)["path"], read_jsonl(LESSONS), work, folder)
+        ranked = [row for path in LESSONS for row in read_jsonl(path)]
+        train_judge(step, seed_model.fetch(BASE)["path"], ranked, work, folder)
 
     return str(seed_model.cached(NAME, version(), make))
 
@@ -89,12 +91,16 @@ def train_judge(step, base: str, ranked: list[dict], work: Path, folder: Path, *
 
 
 def coarsened(ranked: list[dict], seed: int) -> list[dict]:
-    """Each prompt with two more replies, plainly worse than its own and ranked behind them: coarse lessons before fine
-    ones. Two of four kinds, by a seeded draw: a reply to another prompt and the prompt itself (score 0), the best reply
-    ending in a loop and the best reply broken off (score 1)."""
+    """Each prompt whose best reply is good (a score of 4 or 5) with two more replies, plainly worse than its own and
+    ranked behind them: coarse lessons before fine ones. Two of four kinds, by a seeded draw: a reply to another prompt
+    and the prompt itself (score 0), the best reply ending in a loop and the best reply broken off (score 1)."""
     rng, out = random.Random(seed), []
     for row in ranked:
-        good = min(row["replies"], key=lambda r: r["rank"])["text"]
+        best = min(row["replies"], key=lambda r: r["rank"])
+        if best["score"] < 4:  # most of the sampled ones are as bad as what would be made of them
+            out.append(row)
+            continue
+        good = best["text"]
         other = rng.choice([r for r in ranked if r is not row] or [row])
         loop = rng.choice([s for s in good.replace("\n", " ").split(". ") if s])
         made = [

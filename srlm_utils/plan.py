@@ -14,6 +14,7 @@ from srlm_utils.params import STAGES, Experiment, model_names, stage_key
 from srlm_utils.paths import PROMPTS, SEED_DATA, resolve
 
 OUTSIDE = "outside"  # the judge that is no model of a run (outside.py)
+OUTSIDE_LESSONS = ("judge_train", "judge_onpolicy")  # seed files that it alone learns from: written, sampled replies
 VALID = "seed/valid_prompts.jsonl"  # what checkpoints answer
 SEED_FILES = ("ift", "ranked_train", "ranked_eval", "valid_prompts", "test_prompts")
 
@@ -253,13 +254,13 @@ def external_inputs(stage: str, params: dict) -> dict[str, Path]:
         if mode == "human":
             files[f"win_judges:{judge}"] = resolve(judge)
         if judge == OUTSIDE:
-            files["win_judges:outside"] = SEED_DATA / "judge_train.jsonl"
+            files |= {f"win_judges:outside:{name}": seed_path(name) for name in OUTSIDE_LESSONS}
     if params.get("select_steps"):
         judge, mode = parse_win_judge(params["select_judge"])
         if mode == "score" and judge != OUTSIDE:
             files[f"select_rubric:{params['select_rubric']}"] = rubric_path(params["select_rubric"])
         if judge == OUTSIDE:
-            files["select_judge:outside"] = SEED_DATA / "judge_train.jsonl"
+            files |= {f"select_judge:outside:{name}": seed_path(name) for name in OUTSIDE_LESSONS}
     if (judge := params.get("judge_model", "")) and not is_model_name(judge) and resolve(judge).is_dir():
         files[f"judge_model:{judge}"] = resolve(judge)
     if "rubric" in params:

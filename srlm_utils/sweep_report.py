@@ -11,6 +11,7 @@ import pandas as pd
 
 from srlm_utils import cells, measures, metrics, plots, report
 from srlm_utils.cells import DEFAULT, Cell
+from srlm_utils.params import model_names
 from srlm_utils.step import git_revision
 from srlm_utils.verdicts import from_scores, judge_label
 
@@ -53,6 +54,19 @@ def compare(found: list[Cell]) -> pd.DataFrame:
             sides = {s: measured(a, a.last, b, b.last) for s, (a, b) in both.items()}
             opponent = next(iter(variants[control].values())).last
             rows += _rows(sides, variant=name, model=last, against=control, opponent=opponent)
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def ladder(found: list[Cell]) -> pd.DataFrame:
+    """Round by round within each variant, in the columns of `compare`: each model against the one before from M1 on, and
+    the last against M0 and SFT."""
+    rows = []
+    for name, of_seed in by_variant(found).items():
+        models = model_names(next(iter(of_seed.values())).params.get("common", {}).get("iterations", 3))
+        steps = [*zip(models[3:], models[2:-1], strict=True), *((models[-1], o) for o in ("M0", "SFT"))]
+        for model, opponent in steps:
+            sides = {s: measured(c, model, c, opponent) for s, c in of_seed.items()}
+            rows += _rows(sides, variant=name, model=model, against=name, opponent=opponent)
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -144,7 +158,7 @@ def over(n_seeds: int) -> str:
 def verdicts_table(table: pd.DataFrame) -> pd.DataFrame:
     """Who is better, plainly: a row a comparison and judge; where no judge can say, a row says so."""
     out, whole = [], table[table.seed == ""]
-    for (variant, against), rows in whole.groupby(["variant", "against"], sort=False):
+    for (variant, against, *_), rows in whole.groupby(["variant", "against", "model", "opponent"], sort=False):
         first = rows.iloc[0]
         who = {"variant": variant, "compared": f"{first.model} with " + ("its own " if against == variant else "")}
         who["compared"] += first.opponent + ("" if against == variant else f" of {against}")
@@ -257,7 +271,9 @@ def write(sweep: Path) -> Path:
     found = cells.read_all(sweep)
     table, sections = compare(found), []
     plots.use_style()
-    table.to_csv(sweep / "comparison.csv", index=False, lineterminator="\n")
+    climbed = ladder(found)
+    everything = pd.concat([table, climbed], ignore_index=True).drop_duplicates()
+    everything.to_csv(sweep / "comparison.csv", index=False, lineterminator="\n")
     sections.append({"title": "Verdicts", "text": METHOD, "table": verdicts_table(table)})
     for title, text, name, names in (
         (
@@ -290,6 +306,8 @@ def write(sweep: Path) -> Path:
                 path = sweep / "figures" / f"{file}.png"
                 kind = facts[(facts.index.get_level_values(0) == facts.index.get_level_values(1)) == inside]
                 sections.append({"title": f"{title[:-1]}, {where}?", "text": text, "figure": path, "table": kind})
+    text = "Each model against the one before it, and the last one against those that the loop began with."
+    sections.append({"title": "Round by round", "text": text, "table": verdicts_table(climbed)})
     differ = differences(found)
     if len(differ):
         sections.append({"title": "What differs", "text": "– is the kit's default.", "table": differ})

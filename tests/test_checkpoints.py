@@ -342,7 +342,8 @@ def test_what_a_step_reads_and_writes():
     assert step.writes == (*off.writes, "M2/selection.csv", "M2/selection_answers.jsonl")
     outside = e.flat("07_dpo", "M2", "")
     assert [*plan.external_inputs("07_dpo", outside)] == ["select_rubric:short"]
-    assert [*plan.external_inputs("07_dpo", outside | {"select_judge": "outside:score"})] == ["select_judge:outside"]
+    files = plan.external_inputs("07_dpo", outside | {"select_judge": "outside:score"})
+    assert [*files] == ["select_judge:outside:judge_train", "select_judge:outside:judge_onpolicy"]
     assert not plan.external_inputs("07_dpo", outside | {"select_steps": 0})
     assert plan.sft_files("SFT", True) == ("seed/ift.jsonl",)  # no validation prompt is trained on
     assert plan.sft_files("M1", True) == ("seed/ift.jsonl", "SFT/eft/train.jsonl")

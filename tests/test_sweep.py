@@ -397,3 +397,25 @@ def test_a_real_sweep_of_two_variants():
     finally:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_each_round_is_set_against_the_one_before(tmp_path):
+    cell = planted("default", 0)
+    who = {"judge": "M1", "judge_mode": "score", "order": "none"}
+    for a, b, wins in (("M2", "M1", 0.8), ("M3", "M2", 0.5), ("M3", "M0", 0.9), ("M3", "SFT", 0.1), ("M2", "M0", 0.9)):
+        cell.verdicts.extend(
+            who | {"model_a": a, "model_b": b, "prompt_id": f"t{k:03d}", "p_first": float(k < wins * 64)}
+            for k in range(64)
+        )
+    table = sweep_report.ladder([cell])
+    won = table[table.metric == "win_rate"]
+    assert [*zip(won.model, won.opponent, won.verdict, strict=True)] == [
+        ("M2", "M1", "better"),
+        ("M3", "M2", "not shown"),
+        ("M3", "M0", "better"),
+        ("M3", "SFT", "worse"),
+    ]
+    cells.write(cell, tmp_path / "default-0")
+    assert "M2 with its own M1" in sweep_report.write(tmp_path).read_text()
+    kept = pd.read_csv(tmp_path / "comparison.csv", keep_default_na=False)
+    assert len(kept[(kept.metric == "win_rate")]) == 5  # and M3 against M1
