@@ -58,8 +58,8 @@ def compare(found: list[Cell]) -> pd.DataFrame:
 
 
 def ladder(found: list[Cell]) -> pd.DataFrame:
-    """Round by round within each variant, in the columns of `compare`: each model against the one before from M1 on, and
-    the last against M0 and SFT."""
+    """Round by round within each variant, in the columns of `compare`: each model after M1 against the one before it,
+    and the last against M0 and SFT."""
     rows = []
     for name, of_seed in by_variant(found).items():
         models = model_names(next(iter(of_seed.values())).params.get("common", {}).get("iterations", 3))

@@ -147,7 +147,9 @@ def test_it_is_made_once(monkeypatch, tmp_path):
 
     monkeypatch.setattr(outside, "train_judge", teach)
     folders = {outside.fetch(fake_step()) for _ in range(2)}
-    assert len(folders) == 1 and made == [("/models/gemma-3-270m", sum(len(read_jsonl(path)) for path in outside.LESSONS))]
+    assert len(folders) == 1 and made == [
+        ("/models/gemma-3-270m", sum(len(read_jsonl(path)) for path in outside.LESSONS))
+    ]
 
 
 def test_no_lesson_is_an_exam_question():
