@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -147,7 +146,7 @@ def rows_of(kind, tok):
 
 HOW = {
     "sft": {"rank_weight": 1.0, "micro_batch_size": 8, "train_batch_size": 16},
-    "dpo": {"nll_weight": 0.5, "micro_batch_size": 3, "train_batch_size": 6},
+    "dpo": {"nll_weight": 0.5, "micro_batch_size": 4, "train_batch_size": 8},
 }
 
 
