@@ -1,7 +1,7 @@
 """One process of a training that a notebook launched: python -m srlm_utils.launched <work>/launched/job.json
 
 Started by `accelerate launch` (`trainings.Launched`), once for each device. It trains on the rows beside the job file,
-and the first process writes the model there. It ends when the kernel that asked for it is gone.
+and the first process writes the models there. It ends when the kernel that asked for it is gone.
 """
 
 import os
@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
+from transformers import TrainerCallback
 
 from srlm_utils.artefacts import read_json, read_jsonl, replace_folder, write_json
 from srlm_utils.errors import SrlmError
@@ -53,9 +54,8 @@ def _end_with(kernel: dict) -> None:
 
 def _run(job: dict, folder: Path) -> None:
     from transformers import TrainingArguments
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    from srlm_utils import engine, ranks, spread_dpo, train, trainings
+    from srlm_utils import checkpoints, engine, ranks, spread_dpo, train, trainings
 
     p, source, work = SimpleNamespace(**job["params"]), job["source"], folder.parent
     cpu = engine.pick_device(p.device) == "cpu"
@@ -65,8 +65,6 @@ def _run(job: dict, folder: Path) -> None:
     known = TrainingArguments(output_dir=str(folder), use_cpu=cpu, bf16=bf16, ddp_timeout=7200)
     first, world = known.process_index == 0, known.world_size
     say = _Said(folder / "said.txt", first)
-    if cpu and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        _shard_on_cpu()
     rows = read_jsonl(folder / "rows.jsonl")
     model, tokenizer = train.load(params=p, **source, four_bit=p.load_in_4bit, place=False)
     if job["kind"] == "sft":
@@ -79,44 +77,44 @@ def _run(job: dict, folder: Path) -> None:
     say(f"{world} process{'es' * (world > 1)}, {how}, on {trainer.args.device.type}")
     if last := train.last_checkpoint(work / "checkpoints"):
         say(f"continuing from step {train.step_of(last)}")
-    trainer.add_callback(_losses(say))
-    log = train.train(trainer, _Step(folder, first))
-    weights = ranks.trained_weights(trainer)
-    if first:
-        unset_hf_deepspeed_config()  # this one is loaded whole
-        model = train.whole(source, p, weights)
-    else:
-        for _ in weights:  # it takes all of them to gather one
-            pass
-    trainer.accelerator.wait_for_everyone()
-    if first:
-        say("saving the model")
+    del model  # Trainer has it
+
+    def write(n: int, total: int) -> None:
+        """The model after a step that the kernel will compare, or the last."""
+        if n != total and not (p.select_steps and n % p.select_steps == 0) or (folder / f"models/{n}").exists():
+            return
+        weights = ranks.trained_weights(trainer)
+        if not first:
+            for _ in weights:  # it takes all processes to gather one
+                pass
+            return
+        say(f"writing the model of step {n}")
         tmp = folder / ".model.tmp"
         shutil.rmtree(tmp, ignore_errors=True)
-        train.save_weights(model, tmp, p, trainings.base_name(source, p))
-        replace_folder(tmp, folder / "model")
+        with ranks.loading_whole(), checkpoints.untouched_randomness():
+            train.save_weights(train.whole(source, p, weights), tmp, p, trainings.base_name(source, p))
+        tokenizer.save_pretrained(tmp)
+        (folder / "models").mkdir(exist_ok=True)
+        replace_folder(tmp, folder / f"models/{n}")
+
+    trainer.add_callback(_EachStep(say, write))
+    log = train.train(trainer, _Step(folder, first))
+    if first:
         write_json(folder / "log.json", log.to_dict("records"))
     trainer.accelerator.end_training()
 
 
-def _shard_on_cpu() -> None:
-    """Have accelerate shard although there is no GPU: it would train whole copies instead, and not say so."""
-    from accelerate import PartialState
-    from accelerate.utils import DistributedType
+class _EachStep(TrainerCallback):
+    def __init__(self, say, write):
+        self.say, self.write = say, write
 
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    def on_step_end(self, args, state, control, **kwargs):
+        self.write(state.global_step, state.max_steps)  # before the trainer's checkpoint of this step
 
-
-def _losses(say):
-    from transformers import TrainerCallback
-
-    class Losses(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            every = -(-state.max_steps // SAID)
-            if "loss" in (logs or {}) and (state.global_step % every == 0 or state.global_step == state.max_steps):
-                say(f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4f}")
-
-    return Losses()
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        every = -(-state.max_steps // SAID)
+        if "loss" in (logs or {}) and (state.global_step % every == 0 or state.global_step == state.max_steps):
+            self.say(f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4f}")
 
 
 class _Said:

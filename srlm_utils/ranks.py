@@ -15,8 +15,13 @@ filled up to m with micro-batches of weight 0, since all processes must call the
 get the weight m / n. Figures in the log are averaged over the same micro-batches, in `AcrossRanks.log`.
 """
 
+import contextlib
+import os
+
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 
 from srlm_utils.errors import ParamError
 
@@ -40,6 +45,12 @@ def spread(batches: list, accumulation: int, world: int) -> tuple[list, list[flo
 class AcrossRanks:
     """A trl trainer whose figures are lists with one number a micro-batch, of this process's micro-batches alone."""
 
+    def create_accelerator_and_postprocess(self) -> None:
+        # without a GPU accelerate would train whole copies of a model that it was asked to shard, and not say so
+        if self.args.use_cpu and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Average over the micro-batches of all processes, as trl would over those of one.
 
@@ -57,6 +68,22 @@ class AcrossRanks:
             for name in [name for name, values in self._metrics["train"].items() if not values]:
                 del self._metrics["train"][name]
         super().log(logs, start_time)
+
+
+@contextlib.contextmanager
+def loading_whole():
+    """What is loaded inside is one model in this process, whatever shards those of the training."""
+    from transformers.integrations import deepspeed
+
+    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    env = {name: os.environ.pop(name) for name in names if name in os.environ}
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        os.environ.update(env)
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def trained_weights(trainer):

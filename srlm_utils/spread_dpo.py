@@ -75,7 +75,7 @@ class SpreadDPOTrainer(ranks.AcrossRanks, train.TokenisedDPOTrainer):
         if not weight:  # only here so that all processes call the model equally often
             for name, values in figures.items():
                 del values[before.get(name, 0) :]
-            self._total_train_tokens = tokens
+            self._total_train_tokens, figures["num_tokens"] = tokens, [tokens]
         return weight * loss
 
     def read_reference(self) -> None:

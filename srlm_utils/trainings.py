@@ -6,9 +6,9 @@
 
 With `launch`, the path of an accelerate config, the kernel holds no model. It writes the tokenised rows to
 ``<work>/launched/``, starts `srlm_utils.launched` on them and waits. There it finds what the processes tell:
-``said.txt`` for the reader, ``at.json`` for the progress bar, ``ranks/<n>.log`` with all else, and at the end
-``model/`` and ``log.json``. Checkpoints are the trainer's, in the step's work folder as ever, so running the cell again
-continues.
+``said.txt`` for the reader, ``at.json`` for the progress bar, ``ranks/<n>.log`` with all else, ``models/<step>/`` of
+the last step and of those that are to be compared, and at the end ``log.json``. Checkpoints are the trainer's, in the
+step's work folder as ever, so running the cell again continues.
 """
 
 import contextlib
@@ -60,11 +60,6 @@ def check(params: dict) -> None:
     if not params.get("launch"):
         return
     n = read_config(params["launch"])["num_processes"]
-    if params["select_steps"]:
-        raise ParamError(
-            f"select_steps = {params['select_steps']}: checkpoints are compared in the kernel, where the model of a "
-            "launched training is not. Take select_steps: 0, or launch: ''."
-        )
     step = params["train_batch_size"] // min(params["micro_batch_size"], params["train_batch_size"])
     if step % n:
         raise ParamError(
@@ -126,7 +121,7 @@ class Launched:
     """A training in processes of its own; the methods of `Here`."""
 
     def __init__(self, kind: str, step, source: dict, tokenizer, rows: list[dict], consistency: float):
-        self.step, self.tokenizer, self.folder = step, tokenizer, step.work / "launched"
+        self.step, self.source, self.tokenizer, self.folder = step, source, tokenizer, step.work / "launched"
         self.config = read_config(step.params.launch)
         self.log, self._n_said = self.folder / "log.json", 0
         _end_orphans(self.folder)
@@ -148,7 +143,22 @@ class Launched:
                 (self.folder / name).unlink(missing_ok=True)
             shutil.rmtree(self.folder / "ranks", ignore_errors=True)
             self._launch()
+        written = sorted(int(path.name) for path in (self.folder / "models").iterdir())
+        for n in (0, *written) if selection else ():
+            self._compare(selection, n)
+        self.model = self.folder / f"models/{selection.kept if selection else written[-1]}"
         return pd.DataFrame(read_json(self.log))
+
+    def _compare(self, selection, n: int) -> None:
+        """As `checkpoints.AtSteps`, but when all is trained: the devices are free then."""
+        from srlm_utils.engine import Engine
+
+        if any(r["step"] == n for r in selection.rows):
+            return
+        p = self.step.params
+        source = {"folder": str(self.folder / f"models/{n}"), "trust_remote_code": p.trust_remote_code}
+        engine = Engine(**(source if n else self.source), device=p.device, dtype=p.dtype)
+        selection.compare(n, engine.model, engine.tokenizer, keep=False)
 
     def save(self, folder: Path, card: str) -> None:
         """As `Here.save`: the processes wrote the weights."""
@@ -156,7 +166,7 @@ class Launched:
 
         tmp = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(tmp, ignore_errors=True)
-        shutil.copytree(self.folder / "model", tmp)  # the step's work folder goes when the step is done
+        shutil.copytree(self.model, tmp)  # the step's work folder goes when the step is done
         train.add_card(tmp, folder, self.tokenizer, card)
 
     def command(self, machine: int = 0) -> list[str]:
