@@ -97,7 +97,7 @@ def trained_weights(trainer):
     for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
         if not p.requires_grad:
             continue
-        if hasattr(p, "ds_id"):
+        if trainer.is_deepspeed_enabled:
             from deepspeed.utils import safe_get_full_fp32_param
 
             whole = safe_get_full_fp32_param(p)

@@ -6,6 +6,7 @@ what is trained on is what was sampled, to the token. Only the assistant's token
 
 import contextlib
 import copy
+import importlib.util
 import math
 import random
 import shutil
@@ -73,6 +74,11 @@ def _four_bit(params, dtype: torch.dtype) -> BitsAndBytesConfig:
     """How the base is quantised (Dettmers et al. 2023). Stored in the type it computes in: FSDP shards no other."""
     if pick_device(params.device) == "cpu":
         raise ParamError("load_in_4bit = True needs a CUDA GPU; load_in_4bit: false trains the same adapters without.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ParamError(
+            "load_in_4bit = True: the package bitsandbytes is not installed. .venv/bin/pip install -c constraints.txt "
+            "-e '.[qlora]' brings it."
+        )
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -104,8 +104,9 @@ class Here:
         from srlm_utils import train
 
         p = self.step.params
-        if p.load_in_4bit:
-            tmp = self.step.work / "model"
+        if p.load_in_4bit:  # the adapters are added to the weights that were quantised, not to what became of them
+            tmp = folder.with_name(f".{folder.name}.tmp")
+            shutil.rmtree(tmp, ignore_errors=True)
             weights = train.ranks.trained_weights(self.trainer)
             train.save_weights(train.whole(self.source, p, weights), tmp, p, base_name(self.source, p))
             return train.add_card(tmp, folder, self.tokenizer, card)
