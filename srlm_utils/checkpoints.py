@@ -68,9 +68,10 @@ class Selection:
         """The optimizer step whose weights are the model's."""
         return best(self.rows)
 
-    def compare(self, n: int, model, tokenizer) -> None:
+    def compare(self, n: int, model, tokenizer, *, keep: bool = True) -> None:
         """Compare the answers of `model`, after `n` optimizer steps, with those of the comparison before, and keep its
-        trainable weights if it is the best so far. Nothing is done that an earlier attempt did."""
+        trainable weights if it is the best so far and they are not kept elsewhere (`keep`). Nothing is done that an
+        earlier attempt did."""
         if any(r["step"] == n for r in self.rows):
             return
         answers = self._made(f"{n}-answers.jsonl", lambda: self._answers(model, tokenizer))
@@ -87,7 +88,7 @@ class Selection:
         row = {"step": n, "compared_with": before, "win_rate": figures["win_rate"]["value"]}
         row |= {k: figures["win_rate"][k] for k in ("low", "high", "n")}
         row["ties"] = round(figures["tie"]["value"] * row["n"])
-        if best([*self.rows, row]) == n:
+        if keep and best([*self.rows, row]) == n:
             self._save(n, model)
         write_json(self.folder / f"{n}.json", row)
         self.rows.append(row)

@@ -135,7 +135,7 @@ def micro_batches(packed: list[dict], size: int, epochs: int, seed: int) -> list
 
 
 class Collator:
-    """Tensors of one micro-batch; a dataset row is {"sequences": indices into `packed`}."""
+    """Tensors of one micro-batch; a dataset row is {"sequences": indices into `packed`, "weight": its loss's}."""
 
     def __init__(self, packed: list[dict], dtype: torch.dtype):
         self.packed, self.dtype = packed, dtype
@@ -149,4 +149,4 @@ class Collator:
         if all(s["parents"] == list(range(-1, len(s["parents"]) - 1)) for s in chosen):
             # nothing branches: models whose attention is not plain make their own mask
             batch["attention_mask"] = (torch.arange(targets.shape[1]) < torch.tensor(lengths)[:, None]).long()
-        return batch | {"sequences": row["sequences"], "lengths": lengths}
+        return batch | {"sequences": row["sequences"], "lengths": lengths, "weight": row["weight"]}

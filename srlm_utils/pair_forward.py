@@ -6,14 +6,25 @@ through the vocabulary. The figures are the same (tests/test_pair_forward.py).
 """
 
 import contextlib
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
 
 from srlm_utils import packing
 
 SCORED = 256  # answer tokens at a time
+
+
+@dataclass
+class Figures(ModelOutput):
+    """What trl asks of answer tokens, each (rows, tokens - 1). In another container FSDP sees no gradients."""
+
+    log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
 
 
 def share_prompts(model, kept=None) -> None:
@@ -32,7 +43,7 @@ def share_prompts(model, kept=None) -> None:
     model.forward = forward
 
 
-def _forward_pairs(forward, kept, input_ids, attention_mask, labels, **kwargs) -> SimpleNamespace:
+def _forward_pairs(forward, kept, input_ids, attention_mask, labels, **kwargs) -> Figures:
     n, device = len(input_ids) // 2, input_ids.device
     starts = (labels != packing.NO_TARGET).int().argmax(-1).tolist()
     real = attention_mask.bool()
@@ -70,7 +81,7 @@ def _forward_pairs(forward, kept, input_ids, attention_mask, labels, **kwargs) -
     ]
     figures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     size = (2 * n, labels.shape[1] - 1)
-    return SimpleNamespace(
+    return Figures(
         **{
             name: v.new_zeros(size).index_put((torch.tensor(row), torch.tensor(column)), v)
             for name, v in figures.items()

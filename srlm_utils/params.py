@@ -91,6 +91,9 @@ class _Train(_Judged):
     micro_batch_size: int = Field(4, ge=1)  # rows a forward pass; judgements of one prompt share what they can
     max_length: int = Field(512, ge=16)  # tokens; longer rows are dropped and counted
     gradient_checkpointing: bool = False
+    load_in_4bit: bool = False  # QLoRA: the frozen base in 4 bits, on CUDA alone
+    keep_adapters: bool = False  # beside the merged weights, in <model>/model/adapter
+    launch: str = ""  # an accelerate config, such as params/accelerate/fsdp2_8gpu.yaml; "" trains in the kernel
     save_steps: int = Field(50, ge=0)
     report_to: Tracker = "none"  # the log is in training_log.csv, whatever is chosen
     select_steps: int = Field(0, ge=0)  # between compared checkpoints, of which the best is kept; 0 keeps the last step

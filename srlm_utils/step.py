@@ -24,7 +24,7 @@ from types import SimpleNamespace
 
 from filelock import FileLock, Timeout
 
-from srlm_utils import resources, seed_model, tracking
+from srlm_utils import resources, seed_model, tracking, trainings
 from srlm_utils.artefacts import RowLog, describe, named_faults, read_json, read_jsonl, write_json, write_text
 from srlm_utils.errors import DataError, LockedError, MissingInputError, ParamError
 from srlm_utils.params import STAGES, Experiment, check, stage_key
@@ -279,6 +279,7 @@ def begin_step(stage: str, namespace: dict) -> StepRun:
             "multiple_choice or the path of a .jinja file."
         )
     tracking.check(values.get("report_to", "none"))
+    trainings.check(values)
     step = StepRun(stage, values)
     step.begin()
     return step

@@ -5,21 +5,25 @@ what is trained on is what was sampled, to the token. Only the assistant's token
 """
 
 import contextlib
+import copy
+import importlib.util
 import math
 import random
 import shutil
 import warnings
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from peft import get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from srlm_utils import attention, chat, frozen, judge, packing, tracking
+from srlm_utils import attention, chat, frozen, judge, packing, ranks, tracking
 from srlm_utils.artefacts import replace_folder, write_text
 from srlm_utils.engine import keep_memory, pick_device, pick_dtype
 from srlm_utils.errors import DataError, ModelError, ParamError, StepFailed
@@ -30,25 +34,58 @@ from srlm_utils.resources import check_weights
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated", category=FutureWarning)
 
 
-def load(folder: str, params, *, chat_template: str = "", trust_remote_code: bool = False):
+def load(
+    folder: str,
+    params,
+    *,
+    chat_template: str = "",
+    trust_remote_code: bool = False,
+    four_bit: bool = False,
+    place: bool = True,
+):
     """(model, tokenizer) to train. LoRA keeps the base in `params.dtype`; full training uses float32
-    weights, since bfloat16 weights would round small updates away."""
+    weights, since bfloat16 weights would round small updates away.
+
+    `four_bit` is QLoRA: the base in 4 bits (NF4, its constants quantised too). Raises `ParamError` without CUDA.
+    `place` False leaves the model where it was loaded, for what shards it.
+    """
     tokenizer = chat.load_tokenizer(folder, chat_template=chat_template, trust_remote_code=trust_remote_code)
     device = pick_device(params.device)
     if device == "cpu":
         keep_memory()
     dtype = getattr(torch, pick_dtype(params.dtype, device)) if params.lora_r else torch.float32
     check_weights(folder)
+    how = {"quantization_config": _four_bit(params, dtype)} if four_bit else {}
+    if four_bit:
+        place, how["device_map"] = False, {"": torch.cuda.current_device()}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **how
         )
     except (OSError, ValueError) as e:
         raise ModelError(f"{folder}: the model could not be loaded ({str(e).splitlines()[0]}).") from e
     attention.use(model)
     if params.dropout and not params.lora_r and hasattr(model.config, "attention_dropout"):
         model.config.attention_dropout = params.dropout
-    return model.to(device), tokenizer
+    return model.to(device) if place else model, tokenizer
+
+
+def _four_bit(params, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How the base is quantised (Dettmers et al. 2023). Stored in the type it computes in: FSDP shards no other."""
+    if pick_device(params.device) == "cpu":
+        raise ParamError("load_in_4bit = True needs a CUDA GPU; load_in_4bit: false trains the same adapters without.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ParamError(
+            "load_in_4bit = True: the package bitsandbytes is not installed. .venv/bin/pip install -c constraints.txt "
+            "-e '.[qlora]' brings it."
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )
 
 
 # ---- rows -> token ids
@@ -120,7 +157,7 @@ def batch_order(lengths: list[int], batch_size: int, epochs: int, seed: int) -> 
 # ---- trainers
 
 
-def _batch_sizes(params) -> tuple[int, int]:
+def batch_sizes(params) -> tuple[int, int]:
     """(rows a micro-batch, micro-batches an optimizer step)."""
     micro = min(params.micro_batch_size, params.train_batch_size)
     if params.train_batch_size % micro:
@@ -128,7 +165,8 @@ def _batch_sizes(params) -> tuple[int, int]:
     return micro, params.train_batch_size // micro
 
 
-def _common_args(params, work: Path, *, per_device: int, accumulation: int, n_items: int) -> dict:
+def common_args(params, work: Path, *, per_device: int, accumulation: int, n_items: int, world: int = 1) -> dict:
+    """`accumulation` counts the micro-batches of a step on all `world` processes."""
     device = pick_device(params.device)
     steps = math.ceil(n_items / (per_device * accumulation))
     return dict(
@@ -136,7 +174,8 @@ def _common_args(params, work: Path, *, per_device: int, accumulation: int, n_it
         num_train_epochs=1,  # the batch order holds all epochs
         train_sampling_strategy="sequential",
         per_device_train_batch_size=per_device,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=accumulation // world,
+        average_tokens_across_devices=False,  # see `ranks`
         learning_rate=params.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr": min(params.final_learning_rate, params.learning_rate)},
@@ -196,7 +235,7 @@ def lora_config(model, params):
 RANK_SHARPNESS = 2.0
 
 
-class PackedSFTTrainer(SFTTrainer):
+class PackedSFTTrainer(ranks.AcrossRanks, SFTTrainer):
     """SFTTrainer whose dataset rows are micro-batches of packed sequences.
 
     The loss of a micro-batch is the mean cross-entropy of its text tokens plus that of its score digits
@@ -213,17 +252,17 @@ class PackedSFTTrainer(SFTTrainer):
         return dataset
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        targets, ranks = inputs.pop("targets"), inputs.pop("ranks")
-        rows = inputs.pop("sequences"), inputs.pop("lengths")
+        targets, order = inputs.pop("targets"), inputs.pop("ranks")
+        rows, share = (inputs.pop("sequences"), inputs.pop("lengths")), inputs.pop("weight")
         at = targets != packing.NO_TARGET  # only these are projected through the vocabulary
         with self.kept.reading(*rows) if self.kept else contextlib.nullcontext():
             outputs = model(**inputs, use_cache=False, logits_to_keep=at)
         logits, sequence = outputs.logits.view(-1, outputs.logits.shape[-1]), at.nonzero()[:, 0]
-        losses = supervised_losses(logits, targets[at], ranks[at], sequence, self.score_ids, self.rank_weight)
-        for name, value in losses.items():
+        losses = supervised_losses(logits, targets[at], order[at], sequence, self.score_ids, self.rank_weight)
+        for name, value in losses.items() if share else ():
             self._metrics["train"][name].append(value.item())
         weight = {"text_loss": 1.0, "score_loss": 1.0, "rank_loss": self.rank_weight}
-        loss = sum(weight[name] * value for name, value in losses.items() if name in weight)
+        loss = share * sum(weight[name] * value for name, value in losses.items() if name in weight)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -274,27 +313,30 @@ def _check_ranking(rows: list[dict], micro: int, share: bool, rank_weight: float
     raise ParamError(f"rank_weight = {rank_weight:g}: {wrong}")
 
 
-def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path) -> PackedSFTTrainer:
+def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path, world: int = 1) -> PackedSFTTrainer:
     """trl's SFTTrainer on tokenised rows: cross-entropy on the assistant's tokens, and the ranking loss.
+
+    `world` processes share the micro-batches of a step (`ranks`).
 
     Replies share what they have in common, and are compared, within a micro-batch. So with `rank_weight` a
     micro-batch must hold all judgements of a prompt: its replies times the EFT formats.
     """
     share = attention.plain(model.config, params.max_length)
-    micro, accumulation = _batch_sizes(params)
+    micro, accumulation = batch_sizes(params)
     if params.rank_weight:
         _check_ranking(rows, micro, share, params.rank_weight)
     packed = packing.sequences(rows, micro, share=share)
     batches = packing.micro_batches(packed, micro, params.epochs, params.seed)
+    batches, weights = ranks.spread(batches, accumulation, world)
     args = SFTConfig(
-        **_common_args(params, work, per_device=1, accumulation=accumulation, n_items=len(batches)),
+        **common_args(params, work, per_device=1, accumulation=accumulation, n_items=len(batches), world=world),
         remove_unused_columns=False,
     )
     _one_device(args)
     trainer = PackedSFTTrainer(
         model=model,
         args=args,
-        train_dataset=Dataset.from_dict({"sequences": batches}),
+        train_dataset=Dataset.from_dict({"sequences": batches, "weight": weights}),
         data_collator=packing.Collator(packed, torch.bfloat16 if args.bf16 else torch.float32),
         processing_class=tokenizer,
         peft_config=lora_config(model, params),
@@ -354,9 +396,9 @@ def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path, consiste
     lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
     n_tokens = sum(len(ids) for r in rows for ids in r.values())
     order = batch_order(lengths, params.train_batch_size, params.epochs, params.seed)
-    micro, accumulation = _batch_sizes(params)
+    micro, accumulation = batch_sizes(params)
     args = DPOConfig(
-        **_common_args(params, work, per_device=micro, accumulation=accumulation, n_items=len(order)),
+        **common_args(params, work, per_device=micro, accumulation=accumulation, n_items=len(order)),
         beta=params.beta,
         **weighed_losses(consistency, params.nll_weight),
         precompute_ref_log_probs=True,
@@ -393,7 +435,7 @@ class _Report(TrainerCallback):
         for name in ("loss", "grad_norm"):
             value = (logs or {}).get(name)
             if value is not None and not math.isfinite(float(value)):
-                size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+                size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
                 rows = self.row_ids[(state.global_step - 1) * size : state.global_step * size]
                 ids = ", ".join(dict.fromkeys(i for batch in rows for i in batch))
                 raise StepFailed(
@@ -413,22 +455,35 @@ def train(trainer, step, selection=None) -> pd.DataFrame:
     trainer.remove_callback(PrinterCallback)
     total = math.ceil(
         len(trainer.train_dataset)
-        / (trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps)
+        / (
+            trainer.args.per_device_train_batch_size
+            * trainer.args.gradient_accumulation_steps
+            * trainer.args.world_size
+        )
     )
-    out = Path(trainer.args.output_dir)
-    last = get_last_checkpoint(str(out)) if out.is_dir() else None
-    if last:
-        print(f"continuing from step {last.rpartition('-')[2]} of {total}")
+    last = last_checkpoint(Path(trainer.args.output_dir))
+    if last and trainer.is_world_process_zero():
+        print(f"continuing from step {step_of(last)} of {total}", flush=True)
     with step.progress(total, "steps") as progress:
         trainer.add_callback(_Report(progress, trainer.row_ids))
         if selection:
             from srlm_utils import checkpoints
 
             trainer.add_callback(checkpoints.AtSteps(selection, trainer))
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     if selection:
         selection.restore(checkpoints.plain_model(trainer))
     return pd.DataFrame([r for r in trainer.state.log_history if "loss" in r])
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint: the state of the trainer is what is written last."""
+    return max((p.parent for p in folder.glob("checkpoint-*/trainer_state.json")), key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps behind a checkpoint."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def round_to_bfloat16(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -445,8 +500,12 @@ def round_to_bfloat16(x: torch.Tensor, generator: torch.Generator) -> torch.Tens
 
 
 def merged(trainer, dtype: str, seed: int):
-    """The trained model as a plain one: adapters added to the weights in float32, then rounded once."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    """The trained model as a plain one (`plain`)."""
+    return plain(trainer.accelerator.unwrap_model(trainer.model), dtype, seed)
+
+
+def plain(model, dtype: str, seed: int):
+    """`model` without adapters: they are added to the weights in float32, which are then rounded once."""
     if hasattr(model, "merge_and_unload"):
         model = model.float().merge_and_unload()
     model = model.float()
@@ -461,15 +520,54 @@ def merged(trainer, dtype: str, seed: int):
     return model.to(getattr(torch, dtype))
 
 
-def save(trainer, tokenizer, folder: Path, params, card: str) -> None:
+def save(trainer, tokenizer, folder: Path, params, card: str, adapter_of: str = "") -> None:
     """Write model, tokenizer and model card to `folder`, which appears whole or not at all.
 
     Every later use loads just these weights, in the same dtype: sampling, judging, and training the
-    next model see the same policy.
+    next model see the same policy. `adapter_of`, the name of the base, also keeps the adapters (`save_adapter`).
     """
     tmp = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)
-    merged(trainer, pick_dtype(params.dtype, params.device), params.seed).save_pretrained(tmp)
+    save_weights(trainer.accelerator.unwrap_model(trainer.model), tmp, params, adapter_of)
+    add_card(tmp, folder, tokenizer, card)
+
+
+def save_weights(model, folder: Path, params, adapter_of: str = "") -> None:
+    """A trained model as a plain one in the dtype of the run, with `adapter_of` its adapters beside it."""
+    if adapter_of:
+        save_adapter(model, folder / "adapter", adapter_of)
+    plain(model, pick_dtype(params.dtype, params.device), params.seed).save_pretrained(folder)
+
+
+def whole(source: dict, params, weights):
+    """The model of `source` (`StepRun.model_source`) in main memory, in float32, with the `weights` that were trained.
+
+    They are (name, tensor) (`ranks.trained_weights`); where `params` has adapters, theirs alone. So what is merged
+    and saved does not depend on how the model was sharded or quantised.
+    """
+    plainly = SimpleNamespace(**vars(params) | {"device": "cpu", "dtype": "float32"})
+    model, _ = load(params=plainly, **source)
+    if config := lora_config(model, plainly):
+        model = get_peft_model(model, config)
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in weights:
+            own[name].copy_(tensor)
+    return model
+
+
+def add_card(tmp: Path, folder: Path, tokenizer, card: str) -> None:
+    """Complete the weights in `tmp` with tokenizer and model card, and have them appear as `folder`."""
     tokenizer.save_pretrained(tmp)
     write_text(tmp / "README.md", card)
     replace_folder(tmp, folder)
+
+
+def save_adapter(model, folder: Path, base: str) -> None:
+    """The adapters of a peft `model` in peft's own form, not rounded; `base` is what they belong on."""
+    folder.mkdir(parents=True)
+    config = copy.copy(model.peft_config["default"])
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(folder)
+    weights = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(model).items()}
+    save_file(weights, folder / "adapter_model.safetensors")

@@ -1,0 +1,149 @@
+"""DPO on several processes: as `train.dpo_trainer`, but the reference is read by the model that trains, in its parts.
+
+trl reads the reference before the model is sharded, which a large one does not survive, and under FSDP it loads a
+second model for it where all weights train. Here it is read when the model stands on its devices and no step has been
+taken: the policy is the reference then, adapters included, since they begin as nothing. So no second model is held. It
+is kept in a file of the work folder: an attempt that continues reads it from there, when the policy is another.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import DPOConfig
+from trl.trainer import dpo_trainer as trl_dpo
+
+from srlm_utils import attention, ranks, train
+from srlm_utils.artefacts import read_json, write_json
+from srlm_utils.errors import StepFailed
+from srlm_utils.pair_forward import share_prompts
+
+
+class _NoSecondModel(TrainerCallback):
+    """Between the two halves of trl's constructor: what it asks of FSDP there is whether to load a reference model."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_init_end(self, args, state, control, **kwargs):
+        self.trainer.is_fsdp_enabled = False
+
+
+class _ReferenceFirst(TrainerCallback):
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.read_reference()
+
+
+class SpreadDPOTrainer(ranks.AcrossRanks, train.TokenisedDPOTrainer):
+    """DPOTrainer whose dataset rows are micro-batches: {"pairs": indices into `rows`, "weight": of its loss}."""
+
+    def __init__(self, *args, rows: list[dict], micro: int, kept: Path, **kwargs):
+        self.rows, self.micro, self.file, self.reference = rows, micro, kept, None
+        hashed, trl_dpo.hash_module = trl_dpo.hash_module, lambda _: ""  # of all weights, for a cache that is not used
+        try:
+            super().__init__(*args, callbacks=[_NoSecondModel(self)], keep=lambda _: None, **kwargs)
+        finally:
+            trl_dpo.hash_module = hashed
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+        self.collate, self.data_collator = self.data_collator, self._batch
+        # figures are averaged in `log`: the last micro-batch may be shorter than those of the other processes, and
+        # tensors of several lengths cannot be gathered
+        self.accelerator.gather = self.accelerator.gather_for_metrics = lambda x: x
+        self.add_callback(_ReferenceFirst(self))
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        if self.share:
+            share_prompts(self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model)
+        return dataset
+
+    def _batch(self, rows: list[dict]) -> dict:
+        (row,) = rows
+        named = ("ref_chosen_logps", "ref_rejected_logps")
+        pairs = [self.rows[i] | dict(zip(named, self.reference[i], strict=True)) for i in row["pairs"]]
+        return self.collate(pairs) | {"weight": row["weight"]}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        weight, figures = inputs.pop("weight"), self._metrics["train"]
+        before, tokens = {name: len(values) for name, values in figures.items()}, self._total_train_tokens
+        loss = super().compute_loss(model, inputs)
+        if not weight:  # only here so that all processes call the model equally often
+            for name, values in figures.items():
+                del values[before.get(name, 0) :]
+            self._total_train_tokens, figures["num_tokens"] = tokens, [tokens]
+        return weight * loss
+
+    def read_reference(self) -> None:
+        """Have each process read its share of the pairs, and all of them know the result."""
+        if not self.file.exists():
+            if self.state.global_step:
+                raise StepFailed(f"{self.file.name} is missing beside a checkpoint of step {self.state.global_step}.")
+            found: list = [None] * self.args.world_size
+            if self.args.world_size > 1:
+                dist.all_gather_object(found, self._own_reference())
+            else:
+                found = [self._own_reference()]
+            of_row = {i: figures for part in found for i, figures in part.items()}
+            if self.is_world_process_zero():
+                write_json(self.file, [of_row[i] for i in range(len(self.rows))])
+            self.accelerator.wait_for_everyone()
+        self.reference = read_json(self.file)
+
+    def _own_reference(self) -> dict[int, list[float]]:
+        size, world, rank = self.micro, self.args.world_size, self.args.process_index
+        parts = [range(i, min(i + size, len(self.rows))) for i in range(0, len(self.rows), size)]
+        model, out = self.model_wrapped, {}
+        model.eval()
+        for k in range(math.ceil(len(parts) / world)):
+            at = k * world + rank
+            part = parts[min(at, len(parts) - 1)]  # all processes call the model equally often
+            inputs = self._prepare_inputs(self.collate([self.rows[i] for i in part]))
+            mask = inputs.pop("completion_mask")
+            labels = inputs["input_ids"].masked_fill(mask == 0, -100)
+            with torch.no_grad():
+                scored = model(**inputs, use_cache=False, labels=labels, fused_lm_head=True).log_probs
+            chosen, rejected = scored[:, -(mask.shape[1] - 1) :].sum(1).chunk(2)
+            if at < len(parts):
+                out |= {i: [c.item(), r.item()] for i, c, r in zip(part, chosen, rejected, strict=True)}
+        return out
+
+
+def trainer(
+    model, tokenizer, rows: list[dict], params, work: Path, world: int, reference: Path, consistency: float = 1.0
+) -> SpreadDPOTrainer:
+    """`train.dpo_trainer` for `world` processes: the same rows in the same order.
+
+    The file `reference` gets [[log-probability of the chosen answer, of the rejected one], ...] by row.
+    """
+    ids, rows = [r.get("id", "?") for r in rows], [{k: r[k] for k in r if k != "id"} for r in rows]
+    lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
+    order = train.batch_order(lengths, params.train_batch_size, params.epochs, params.seed)
+    micro, accumulation = train.batch_sizes(params)
+    batches = [order[i : i + micro] for i in range(0, len(order), micro)]
+    batches, weights = ranks.spread(batches, accumulation, world)
+    args = DPOConfig(
+        **train.common_args(params, work, per_device=1, accumulation=accumulation, n_items=len(batches), world=world),
+        beta=params.beta,
+        **train.weighed_losses(consistency, params.nll_weight),
+        precompute_ref_log_probs=True,
+        disable_dropout=not params.dropout,
+        remove_unused_columns=False,
+    )
+    out = SpreadDPOTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_dict({"pairs": batches, "weight": weights}),
+        processing_class=tokenizer,
+        peft_config=train.lora_config(model, params),
+        share=attention.plain(model.config, 2 * params.max_length),
+        rows=rows,
+        micro=micro,
+        kept=reference,
+    )
+    out.row_ids = [[ids[i] for i in batch] for batch in batches]
+    return out
