@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from srlm_utils import errors, field_benchmarks, rendered, tracking
+from srlm_utils import errors, field_benchmarks, rendered, serve, tracking
 from srlm_utils.artefacts import named_faults, read_json, write_text
 from srlm_utils.errors import DataError, Interrupted, LockedError, MissingInputError, ParamError, SrlmError, StepFailed
 from srlm_utils.params import Experiment, stage_key
@@ -34,7 +34,9 @@ def execute(
     for step in steps:
         if step.stage == "10_benchmarks":
             field_benchmarks.load(experiment.flat(step.stage, step.model, "run"))
-        tracking.check(experiment.flat(step.stage, step.model, "run").get("report_to", "none"))
+        params = experiment.flat(step.stage, step.model, "run")
+        tracking.check(params.get("report_to", "none"))
+        serve.check(params)
     names = [s.name for s in steps]
     for option in (start, only):
         if option and option not in names:
