@@ -42,11 +42,11 @@ def check(params: dict) -> None:
 def words_of(command: str, **values) -> list[str]:
     """A ``serve_command`` as words for the system, no shell in between; `ParamError` for one that cannot be used."""
     try:
-        words = [word.format(**values) for word in shlex.split(command)]
-    except (ValueError, LookupError, AttributeError) as e:
-        raise ParamError(
-            f"serve_command = {command!r}: {type(e).__name__}: {e}. It may hold {{model}}, {{port}} and {{index}}."
-        ) from None
+        words = shlex.split(command)
+    except ValueError as e:
+        raise ParamError(f"serve_command = {command!r}: {e}.") from None
+    for name, value in values.items():  # other braces are left alone: JSON among the options
+        words = [word.replace(f"{{{name}}}", str(value)) for word in words]
     if "{model}" not in command or "{port}" not in command:
         raise ParamError(f"serve_command = {command!r}: expected {{model}} and {{port}} in it.")
     if any(word.startswith("--api-key") for word in words):
