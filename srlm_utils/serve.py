@@ -27,8 +27,8 @@ def check(params: dict) -> None:
     engine, urls, command = (params.get(k) for k in ("engine", "server_urls", "serve_command"))
     if engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ParamError(
-            "engine = 'vllm': the package vllm is not installed in this environment. Install it (extra `vllm`), or "
-            "keep it in an environment of its own and set engine: server with a serve_command."
+            "engine = 'vllm': the package vllm is not installed in this environment. Install it if its transformers "
+            "is the kit's; else keep it in an environment of its own and set engine: server with a serve_command."
         )
     if engine == "server":
         for url in urls:

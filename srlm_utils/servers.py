@@ -54,6 +54,7 @@ class Servers(VllmEngine):
         super().__init__(folder, **source)
         self.meant, self.names, self.urls, self.command, self.logs = meant, names, urls, command, logs
         self.texts, self.version = batch_size or TEXTS, ""
+        self._clients: dict = {}  # by address: they keep connections
 
     def _ask(self, asked):
         if not asked:
@@ -78,7 +79,7 @@ class Servers(VllmEngine):
         for server in servers:
             if not server.up:
                 print(f"not asked: {server.why}")
-        self.version = next(s for s in servers if s.up).version()
+        self.version = self.version or next(s for s in servers if s.up).version()
         return [s for s in servers if not s.other]
 
 
@@ -97,9 +98,10 @@ class _Server:
         from openai import OpenAI  # slow to import
 
         self.url, self.process, self._engine = serve.address(url), process, engine
-        self._client = OpenAI(
-            api_key=os.environ.get(KEY) or "none", base_url=self.url, timeout=TIMEOUT_S, max_retries=0
-        )
+        if self.url not in engine._clients:
+            key = os.environ.get(KEY) or "none"
+            engine._clients[self.url] = OpenAI(api_key=key, base_url=self.url, timeout=TIMEOUT_S, max_retries=0)
+        self._client = engine._clients[self.url]
         self.model, self.up, self.other, self.why = "", False, False, ""
         self.sought = False  # a thread waits for it to come back
 
@@ -218,22 +220,23 @@ class _Share:
     """The requests of one call, and the threads that bring them to servers, `parallel` for each."""
 
     def __init__(self, servers: list[_Server], asked: list[tuple[str, list[int], dict]], parallel: int):
-        self.servers, self.parallel = servers, parallel
+        self.servers = servers
+        self.parallel = min(parallel, -(-len(asked) // len(servers)))  # a few requests go to all servers, too
         self.waiting = deque(_Item(*request) for request in asked)
-        self.n_left = len(self.waiting)
+        self.n_left = self.n = len(self.waiting)
         self.done: queue.SimpleQueue = queue.SimpleQueue()  # (key, reply), or the error that ends it all
         self.changed = threading.Condition()  # guards `waiting`, `n_left`, `ended` and each server's `up`
         self.ended = threading.Event()
 
     def replies(self) -> Iterator[tuple[str, Reply]]:
         for server in self.servers:
-            for _ in range(min(self.parallel, self.n_left)):
+            for _ in range(self.parallel):
                 # no pool: what hangs must not keep the kernel from ending
                 threading.Thread(target=self._work, args=(server,), daemon=True).start()
             if not server.up:
                 threading.Thread(target=self._seek, args=(server,), daemon=True).start()
         try:
-            for _ in range(self.n_left):
+            for _ in range(self.n):
                 found = self.done.get()
                 if isinstance(found, Exception):
                     raise found

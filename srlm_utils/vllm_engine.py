@@ -2,8 +2,8 @@
 
 What is asked and how the answers are read stands here once; `Vllm` asks a model in this process, `servers.Servers`
 those behind addresses. Prompts go out as token ids and texts come back as token ids, so that chat template, stop rules
-and decoding are those of every other engine. vLLM 0.23 or newer: older ones cannot tell the log-probability of chosen
-tokens (``logprob_token_ids``).
+and decoding are those of every other engine. vLLM must tell the log-probabilities of chosen tokens
+(``logprob_token_ids``; 0.32 does).
 """
 
 import gc

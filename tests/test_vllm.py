@@ -7,12 +7,12 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import urllib.request
 
+import psutil
 import pytest
 
 from srlm_utils import serve
@@ -97,17 +97,12 @@ def test_two_servers_share_the_work_and_one_of_them_is_killed(folder, theirs, co
         for batch in unowned.generate(more, **kw):
             got |= {s.key: s for s in batch}
             if len(got) == 8:
-                for pid in of_group(serve.start(command, folder, urls, tmp_path)[0]._guard.pid):
-                    os.kill(pid, signal.SIGKILL)
+                guard = psutil.Process(serve.start(command, folder, urls, tmp_path)[0]._guard.pid)
+                for process in guard.children(recursive=True):
+                    process.kill()
         assert got.keys() == {f"{key}-{i}" for key, _ in more for i in range(2)}
     finally:
         serve.stop()
-
-
-def of_group(guard):
-    """Processes of a guard's group, without itself."""
-    found = subprocess.run(["pgrep", "-g", str(guard)], capture_output=True, text=True).stdout.split()
-    return [int(pid) for pid in found if int(pid) != guard]
 
 
 IN_PROCESS = """
@@ -154,7 +149,7 @@ def test_the_loop_killed_in_the_middle_and_restarted(command):
         assert not verify(run).findings
         for step in ("04_self_instruct@M1", "05_judge@M2", "08_evaluate@M3"):
             assert read_json(run / f"steps/{step}.json")["versions"]["vllm"]
-        left = subprocess.run(["pgrep", "-f", f"{run}/"], capture_output=True, text=True).stdout
+        left = [p for p in psutil.process_iter(["cmdline"]) if str(run) in " ".join(p.info["cmdline"] or [])]
         assert not left, "a server outlived its step"
     finally:
         shutil.rmtree(run, ignore_errors=True)
