@@ -1,12 +1,15 @@
 """Generation and scoring behind servers: what comes is what transformers gives, whatever happens to a server."""
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -14,11 +17,15 @@ import pytest
 
 from srlm_utils import judge, serve, servers
 from srlm_utils.answers import write_answers
-from srlm_utils.artefacts import RowLog, read_jsonl
+from srlm_utils.artefacts import RowLog, read_json, read_jsonl, sha256
 from srlm_utils.errors import ModelError, ParamError
+from srlm_utils.params import PLACE, Experiment
+from srlm_utils.plan import fingerprint, make_step
 from srlm_utils.servers import Servers
+from srlm_utils.step import StepRun
+from srlm_utils.verify import verify
 from tests import vllm_server
-from tests.conftest import ROOT
+from tests.conftest import ROOT, srlm
 from tests.test_engine import PROMPTS, generate, requests
 
 MORE = [f"{p} ({i})" for i in range(4) for p in PROMPTS]
@@ -311,8 +318,6 @@ def stopped():
 
 
 def test_a_command_starts_servers_that_end_when_another_model_is_asked(tiny, engine, tmp_path, stopped):
-    import shutil
-
     shutil.copytree(tiny, tmp_path / "other")
     one = behind(tiny, command=COMMAND, logs=tmp_path)
     other = behind(str(tmp_path / "other"), command=COMMAND, logs=tmp_path)
@@ -389,3 +394,61 @@ def test_what_cannot_be_asked_is_said_before_anything_starts(params, says):
         serve.check({"engine": "server", "server_urls": [], "serve_command": ""} | params)
     serve.check({"engine": "transformers"} | params)
     serve.check({"beta": 0.1})
+
+
+# ---- steps
+
+
+@pytest.fixture
+def judging(tmp_path):
+    """A run with what 05_judge@M1 reads, and its parameters."""
+    for name in ("M1/model/model.safetensors", "M1/aift/prompts.jsonl", "M1/aift/candidates.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "M0").mkdir()
+    (tmp_path / "M0/model.json").write_text('{"name": "meta-llama/Llama-2-70b-hf", "chat_template": ""}')
+    return Experiment({}).flat("05_judge", "M1", str(tmp_path))
+
+
+def test_where_a_model_runs_makes_nothing_stale_but_what_runs_it_does(judging):
+    run, now = Path(judging["run_dir"]), {}
+    moved = {"server_urls": ["http://b:1/v1"], "serve_command": "x", "tensor_parallel_size": 8}
+    moved |= {"gpu_memory_utilization": 0.5}
+    assert set(moved) == set(PLACE)
+    for engine, where in (("server", {"server_urls": ["http://a:1/v1"]}), ("server", moved), ("vllm", moved)):
+        params = judging | {"engine": engine} | where
+        now.setdefault(engine, []).append(fingerprint(make_step("05_judge", "M1", params), params, run))
+    assert now["server"][0] == now["server"][1] != now["vllm"][0]
+
+
+def test_a_step_knows_its_models_by_their_weights(judging):
+    step = StepRun("05_judge", judging)
+    (name,) = step._served_names("M1")
+    assert name == f"M1-{sha256(step.run / 'M1/model')[:12]}"
+    assert step._served_names("M0")[1:] == ["meta-llama/Llama-2-70b-hf"]
+    assert step._served_names("mistralai/Mistral-7B-v0.1") == ["mistralai/Mistral-7B-v0.1"]
+
+
+@pytest.mark.slow
+def test_the_whole_loop_behind_servers_that_each_step_starts(smoke):
+    run = smoke.with_name("test-servers")
+    shutil.rmtree(run, ignore_errors=True)
+    args = ["params/smoke.yaml", "--run-name", run.name, "--set", "common.engine=server"]
+    try:
+        result = srlm("run", *args, "--set", f"common.serve_command={COMMAND}", timeout=1100)
+        assert result.returncode == 0, result.stdout + result.stderr
+        for model in ("M0", "SFT", "M1"):  # they are those of the other run; sampled texts are not
+            ours, theirs = (expected(folder / model / "eval/judgements.jsonl") for folder in (run, smoke))
+            assert ours == pytest.approx(theirs, abs=1e-3)
+        assert read_json(run / "steps/05_judge@M2.json")["versions"]["vllm"] == "0.test"
+        assert not verify(run).findings
+        left = [p for p in psutil.process_iter(["cmdline"]) if "vllm_server.py" in " ".join(p.info["cmdline"] or [])]
+        assert not left
+        plan = srlm("plan", *args, "--set", "common.server_urls=[http://elsewhere:8000/v1]").stdout
+        assert re.search(r"(\d+) of \1 steps done", plan), plan
+    finally:
+        shutil.rmtree(run, ignore_errors=True)
+
+
+def expected(path):
+    return {r["id"]: r["score"] for r in read_jsonl(path) if r["judge_mode"] == "expected"}
