@@ -161,7 +161,7 @@ class Engine:
                 return sample(logits, u, temperature, top_p)
             except FloatingPointError:
                 bad = (~torch.isfinite(logits).all(-1)).tolist()
-                raise _no_numbers("logits", [key for key, is_bad in zip(keys, bad, strict=True) if is_bad]) from None
+                raise no_numbers("logits", [key for key, is_bad in zip(keys, bad, strict=True) if is_bad]) from None
 
         if attention.plain(self.model.config, longest):
             yield from self._continuous(requests, n, size, texts, draw)
@@ -278,7 +278,7 @@ class Engine:
             mass = probs.sum(-1)
             if not bool(torch.isfinite(mass).all()):
                 bad = (~torch.isfinite(mass)).tolist()
-                raise _no_numbers("logits", [requests[i][0] for i, is_bad in zip(numbers, bad, strict=True) if is_bad])
+                raise no_numbers("logits", [requests[i][0] for i, is_bad in zip(numbers, bad, strict=True) if is_bad])
             # where all are so unlikely that they are 0 in float32, the logits still tell them apart
             shares = torch.where(mass[:, None] > 0, probs / mass[:, None], logits[:, choices].float().softmax(-1))
             shares = shares.tolist()
@@ -316,7 +316,7 @@ class Engine:
             rows = []
             for key, _, text in batch:
                 if not all(map(math.isfinite, found[: len(text)])):
-                    raise _no_numbers("log-probabilities", [key])
+                    raise no_numbers("log-probabilities", [key])
                 rows.append((key, found[: len(text)]))
                 found = found[len(text) :]
             yield rows
@@ -340,7 +340,7 @@ class Engine:
         return ids, mask
 
 
-def _no_numbers(what: str, keys: list[str]) -> StepFailed:
+def no_numbers(what: str, keys: list[str]) -> StepFailed:
     return StepFailed(
         f"the model's {what} hold NaN or infinity for {', '.join(keys[:16])}. Its weights are damaged, or too large "
         "for dtype float16: take bfloat16 or float32, or look at the training log of the model."

@@ -16,6 +16,8 @@ from srlm_utils.errors import ParamError
 
 JudgeMode = Literal["sampled", "expected", "sampled_expected"]
 PairRule = Literal["score", "length_control", "random", "longer", "shorter"]
+# where a model runs, as opposed to what it computes: none of these makes a step stale
+PLACE = ("server_urls", "serve_command", "tensor_parallel_size", "gpu_memory_utilization")
 Tracker = Literal["none", "tensorboard", "trackio", "wandb", "mlflow"]
 
 
@@ -43,6 +45,16 @@ class _ModelStep(Step):
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bfloat16 where the hardware has it
     batch_size: int = Field(0, ge=0)  # texts sampled at once; 0 takes as many as fit
     trust_remote_code: bool = False
+
+
+class _Generating(_ModelStep):
+    """Steps whose models write or judge, on transformers or vLLM. What trains a model is transformers alone."""
+
+    engine: Literal["transformers", "vllm", "server"] = "transformers"  # vllm: in the kernel; server: behind addresses
+    server_urls: list[str] = []  # of vLLM servers that share the work, such as http://node1:8000/v1
+    serve_command: str = ""  # starts a server for the step; holds {model} and {port}, and {index} where there are many
+    tensor_parallel_size: int = Field(1, ge=1)  # GPUs that share a model, of engine vllm
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)  # of each GPU's memory, of engine vllm
 
 
 class _Judged(_ModelStep):
@@ -115,7 +127,7 @@ class Dpo(_Train):
     replay: float = Field(0.0, ge=0, le=1)  # share of each earlier round's pairs that is learned from again
 
 
-class BuildEft(_ModelStep):
+class BuildEft(_Generating):
     rubric: str = "short"  # a template of srlm_utils/prompts, or a path to your own
     formats: list[Literal["justify_first", "score_first"]] = ["justify_first", "score_first"]
     n_samples: int = Field(4, ge=1)
@@ -128,7 +140,7 @@ class BuildEft(_ModelStep):
     max_modal_share: float = Field(0.4, gt=0, le=1)
 
 
-class SelfInstruct(_ModelStep):
+class SelfInstruct(_Generating):
     prompt_model: str = ""  # "" is the model in training
     n_prompts: int = Field(100, ge=1)
     n_seed_demos: int = Field(6, ge=1)
@@ -147,7 +159,7 @@ class SelfInstruct(_ModelStep):
     max_new_tokens: int = Field(160, ge=1)
 
 
-class Judge(_ModelStep):
+class Judge(_Generating):
     judge_model: str = ""  # "" is the model in training
     meta_judge: bool = False  # whether the model compares its own judgements, for pairs to learn judging from
     implicit_reference: str = ""  # an earlier model: candidates also get their implicit reward; "" is none
@@ -175,7 +187,7 @@ class BuildPairs(Step):
     min_pair_yield: float = Field(0.3, ge=0, le=1)
 
 
-class Evaluate(_Judged):
+class Evaluate(_Generating, _Judged):
     max_rows: int = Field(0, ge=0)  # ranked prompts, and test prompts
     rubric: str = "short"
     judge_modes: list[JudgeMode] = ["expected", "sampled"]
@@ -198,7 +210,7 @@ class Report(Step):
     benchmarked: list[str] = []  # models with a 10_benchmarks step
 
 
-class Benchmarks(_Judged):
+class Benchmarks(_Generating, _Judged):
     """Benchmarks of the field: a step of a run only where one of them is asked for (`asks_benchmarks`)."""
 
     max_rows: int = Field(0, ge=0)  # instructions, and questions

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from srlm_utils.artefacts import read_json, sha256
 from srlm_utils.errors import DataError, ParamError
-from srlm_utils.params import STAGES, Experiment, model_names, stage_key
+from srlm_utils.params import PLACE, STAGES, Experiment, model_names, stage_key
 from srlm_utils.paths import PROMPTS, SEED_DATA, resolve
 
 OUTSIDE = "outside"  # the judge that is no model of a run (outside.py)
@@ -289,12 +289,11 @@ def rubric_path(name: str) -> Path:
 def fingerprint(step: Step, params: dict, run: Path) -> dict:
     """What decides whether a step's outputs are still valid: parameters and input hashes.
 
-    Raises FileNotFoundError if an input is missing. The run folder's own place does not count, so a
-    run can be moved.
+    Raises FileNotFoundError if an input is missing. Places do not count, so a run can be moved, and its models too.
     """
     inputs = {p: sha256(run / p) for p in step.reads}
     inputs |= {name: sha256(path) for name, path in external_inputs(step.stage, params).items()}
-    return {"params": {k: v for k, v in params.items() if k != "run_dir"}, "inputs": inputs}
+    return {"params": {k: v for k, v in params.items() if k not in ("run_dir", *PLACE)}, "inputs": inputs}
 
 
 def status(step: Step, params: dict, run: Path) -> tuple[bool, str]:

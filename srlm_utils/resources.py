@@ -112,7 +112,8 @@ def check(name: str, stage: str, params: dict, run: Path, model: Path | None) ->
         raise ResourceError(
             f"{name} needs {_gb(disk)} of disk in {run}, and {_gb(free)} are free. Free some, or move the run{advice}."
         )
-    if not n or params.get("device") not in ("auto", "cpu") or _has_gpu():
+    elsewhere = params.get("engine") == "server"
+    if not n or elsewhere or params.get("device") not in ("auto", "cpu") or _has_gpu():
         return
     free = free_memory()
     if memory > free:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from srlm_utils import errors, field_benchmarks, rendered, tracking, trainings
+from srlm_utils import errors, field_benchmarks, rendered, serve, tracking, trainings
 from srlm_utils.artefacts import named_faults, read_json, write_text
 from srlm_utils.errors import DataError, Interrupted, LockedError, MissingInputError, ParamError, SrlmError, StepFailed
 from srlm_utils.params import Experiment, stage_key
@@ -37,6 +37,7 @@ def execute(
         flat = experiment.flat(step.stage, step.model, "run")
         tracking.check(flat.get("report_to", "none"))
         trainings.check(flat)
+        serve.check(flat)
     names = [s.name for s in steps]
     for option in (start, only):
         if option and option not in names:

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 
 from filelock import FileLock, Timeout
 
-from srlm_utils import resources, seed_model, tracking, trainings
+from srlm_utils import resources, seed_model, serve, tracking, trainings
 from srlm_utils.artefacts import RowLog, describe, named_faults, read_json, read_jsonl, write_json, write_text
 from srlm_utils.errors import DataError, LockedError, MissingInputError, ParamError
 from srlm_utils.params import STAGES, Experiment, check, stage_key
@@ -58,6 +58,7 @@ class StepRun:
         self.work = self.run / "steps" / f"{self.name}.work"
         self.started = time.time()
         self._borrowed: set[str] = set()
+        self._engines: list = []  # those of vLLM, whose version the manifest names
 
     # ---- files
 
@@ -110,11 +111,54 @@ class StepRun:
         return {"folder": info["path"], "chat_template": info["chat_template"], **trust}
 
     def engine(self, model: str):
-        """`Engine` of a model with this step's device, dtype and batch size."""
-        from srlm_utils.engine import Engine
+        """What generates and scores with a model: `Engine`, or what the step's `engine` names, with its parameters."""
+        p, source = self.params, self.model_source(model)
+        kind = vars(p).get("engine", "transformers")  # steps that train have no other
+        if kind == "transformers":
+            from srlm_utils.engine import Engine
 
-        p = self.params
-        return Engine(**self.model_source(model), device=p.device, dtype=p.dtype, batch_size=p.batch_size)
+            return Engine(**source, device=p.device, dtype=p.dtype, batch_size=p.batch_size)
+        if kind == "vllm":
+            from srlm_utils.vllm_engine import Vllm
+
+            found = Vllm(
+                **source,
+                dtype=p.dtype,
+                batch_size=p.batch_size,
+                tensor_parallel_size=p.tensor_parallel_size,
+                gpu_memory_utilization=p.gpu_memory_utilization,
+            )
+        else:
+            from srlm_utils.servers import Servers
+
+            found = Servers(
+                **source,
+                meant=model,
+                names=self._served_names(model),
+                urls=p.server_urls,
+                command=p.serve_command,
+                logs=self.work,
+                batch_size=p.batch_size,
+            )
+        self._engines.append(found)
+        return found
+
+    def release(self) -> None:
+        """End this step's servers and let go of what vLLM holds; asking an engine again brings them back."""
+        serve.stop()
+        if self._engines:
+            from srlm_utils import vllm_engine
+
+            vllm_engine.release()
+
+    def _served_names(self, model: str) -> list[str]:
+        """Names that say which weights a server serves: ``M1-<12 digits of their sha256>``; a hub id is one itself."""
+        if not is_model_name(model) and model != OUTSIDE:
+            return [model]
+        names = [f"{model}-{self.model_revision(model)}"]
+        if model == "M0" and (name := read_json(self.input(weights("M0")))["name"]):
+            names.append(name)
+        return names
 
     def tokenizer(self, model: str):
         """The tokenizer of a model, with the chat template that the run gave it."""
@@ -207,6 +251,7 @@ class StepRun:
             if not (self.scratch and p.endswith("/model") and not (self.run / p).exists())
         }
         inputs |= {name: describe(path) for name, path in externals.items()}
+        vllm = sorted({e.version for e in self._engines} - {""})
         write_json(
             self.manifest_path,
             {
@@ -215,13 +260,14 @@ class StepRun:
                 "inputs": inputs,
                 "outputs": {p: describe(self.run / p) for p in self.declared.writes},
                 "figures": figures,
-                "versions": versions(),
+                "versions": versions() | ({"vllm": ", ".join(vllm)} if vllm else {}),
                 "git": git_revision(),
                 "started": time.strftime("%FT%TZ", time.gmtime(self.started)),
                 "seconds": round(time.time() - self.started, 1),
                 "peak_memory_gb": round(_peak_memory_gb(), 2),
             },
         )
+        self.release()
         shutil.rmtree(self.work, ignore_errors=True)
         lock = _held.pop(str(self.run / "steps" / f"{self.name}.lock"), None)
         if lock:
@@ -280,6 +326,7 @@ def begin_step(stage: str, namespace: dict) -> StepRun:
         )
     tracking.check(values.get("report_to", "none"))
     trainings.check(values)
+    serve.check(values)
     step = StepRun(stage, values)
     step.begin()
     return step

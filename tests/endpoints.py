@@ -28,8 +28,8 @@ class Endpoint(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, script):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, script, port=0):
+        super().__init__(("127.0.0.1", port), Handler)
         self.script, self.lock = script, threading.Lock()
         self.tried, self.answered, self.bodies, self.keys, self.times = Counter(), Counter(), [], [], []
         self.busy = self.peak = self.n_answered = 0
