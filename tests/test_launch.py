@@ -2,12 +2,14 @@
 
 import copy
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -19,6 +21,7 @@ from srlm_utils.artefacts import read_json
 from srlm_utils.errors import ParamError, StepFailed
 from srlm_utils.params import Experiment
 from srlm_utils.paths import PARAMS
+from tests.conftest import srlm
 from tests.test_packing import judgements
 from tests.test_train import ANSWERS, PAIRS, FakeStep, params
 
@@ -283,3 +286,29 @@ def test_adapters_that_are_kept_are_what_was_merged(tiny, tmp_path):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=name)
             moved += float((theirs - start[name]).norm())
         assert moved > 0.1
+
+
+@pytest.mark.slow
+def test_a_run_launches_a_training_and_compares_its_checkpoints(smoke):
+    runs = [smoke.with_name(f"test-launch-{name}") for name in ("here", "there")]
+    try:
+        for run in runs:
+            shutil.rmtree(run, ignore_errors=True)
+            shutil.copytree(smoke, run)
+            (run / "steps/07_dpo@M2.json").unlink()
+            shutil.rmtree(run / "M2/model")
+            args = ["run", "params/smoke.yaml", "--only", "07_dpo@M2", "--run-name", run.name]
+            sets = ["dpo.train_batch_size=4", "dpo.micro_batch_size=2", "dpo.epochs=4"]
+            sets += ["dpo.launch=params/accelerate/cpu_ddp.yaml"] if run is runs[1] else []
+            result = srlm(*args, *(x for s in sets for x in ("--set", s)), timeout=1100)
+            assert result.returncode == 0, result.stdout + result.stderr
+        here, there = (pd.read_csv(run / "M2/training_log.csv") for run in runs)
+        assert there.loss.tolist() == pytest.approx(here.loss.tolist(), abs=1e-4)
+        here, there = (pd.read_csv(run / "M2/selection.csv") for run in runs)
+        assert there.step.tolist() == here.step.tolist() and there.kept.sum() == 1
+        text = (runs[1] / "notebooks/07_dpo@M2.ipynb").read_text()
+        assert "2 processes, MULTI_CPU, on cpu" in text and "it/s" not in text
+        assert not [p for p in runs[1].rglob("*") if p.name.endswith((".tmp", ".work"))]
+    finally:
+        for run in runs:
+            shutil.rmtree(run, ignore_errors=True)
