@@ -266,6 +266,16 @@ def test_a_killed_process_is_named_and_the_training_continues(tiny, tmp_path, co
 
 
 @pytest.mark.slow
+def test_log_probabilities_are_not_rounded_where_the_model_is_in_bfloat16(tiny, tmp_path):
+    """accelerate's FSDP rounds what leaves a model: margins of small updates would be steps of a quarter."""
+    how = {"dtype": "bfloat16", "launch": "params/accelerate/cpu_fsdp2.yaml", "epochs": 2}
+    training, log, _ = trained(tiny, tmp_path, "dpo", **how)
+    figures = torch.tensor(training.reference().to_numpy() * 1.0)
+    assert (figures != figures.bfloat16()).float().mean() > 0.9
+    assert log["rewards/margins"].iloc[0] == pytest.approx(0, abs=1e-3) and log["rewards/margins"].iloc[-1] > 0.05
+
+
+@pytest.mark.slow
 def test_an_error_of_the_kit_comes_through_as_it_is(tiny, tmp_path):
     how = {"launch": "params/accelerate/cpu_ddp.yaml", "learning_rate": 1e30, "lora_r": 0}
     with pytest.raises(StepFailed, match=r"became (nan|inf) at step \d+, on rows"):
