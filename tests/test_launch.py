@@ -294,7 +294,7 @@ def test_adapters_that_are_kept_are_what_was_merged(tiny, tmp_path):
         moved = 0.0
         for (name, ours), theirs in zip(model.named_parameters(), saved.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=name)
-            moved += float((theirs - start[name]).norm())
+            moved += float((theirs.detach() - start[name]).norm())
         assert moved > 0.1
 
 
