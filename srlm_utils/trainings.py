@@ -12,6 +12,7 @@ step's work folder as ever, so running the cell again continues.
 """
 
 import contextlib
+import importlib.util
 import os
 import re
 import shutil
@@ -59,7 +60,13 @@ def check(params: dict) -> None:
         raise ParamError("keep_adapters = True, but lora_r = 0 trains all weights: there are no adapters to keep.")
     if not params.get("launch"):
         return
-    n = read_config(params["launch"])["num_processes"]
+    config = read_config(params["launch"])
+    if config.get("distributed_type") == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
+        raise ParamError(
+            f"launch = {params['launch']!r}: the package deepspeed is not installed. .venv/bin/pip install "
+            "-c constraints.txt -e '.[deepspeed]' brings it; the fsdp2 configs need nothing more."
+        )
+    n = config["num_processes"]
     step = params["train_batch_size"] // min(params["micro_batch_size"], params["train_batch_size"])
     if step % n:
         raise ParamError(

@@ -85,6 +85,13 @@ def test_what_cannot_be_launched_is_refused_before_anything_runs(values, says):
     trainings.check(Experiment({}).flat("01_seed_data", "run", "run"))
 
 
+def test_what_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(trainings.importlib.util, "find_spec", lambda name: None)
+    launch = {"launch": "params/accelerate/deepspeed_zero3_8gpu.yaml", "train_batch_size": 8, "micro_batch_size": 1}
+    with pytest.raises(ParamError, match=r"deepspeed is not installed.*\[deepspeed\]"):
+        trainings.check(Experiment({"common": launch}).flat("02_sft", "M1", "run"))
+
+
 def test_fsdp1_is_refused(tmp_path):
     path = tmp_path / "one.yaml"
     path.write_text("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 1}\n")
