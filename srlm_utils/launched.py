@@ -25,7 +25,7 @@ def main(path: str) -> None:
     job, folder, rank = read_json(Path(path)), Path(path).parent, int(os.environ.get("RANK", 0))
     ranks = folder / "ranks"
     ranks.mkdir(exist_ok=True)
-    log = os.open(ranks / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(ranks / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):  # whatever writes there, Python or not
         os.dup2(log, stream)
     me = psutil.Process()

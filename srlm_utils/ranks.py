@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from srlm_utils.errors import ParamError
 
@@ -50,6 +51,13 @@ class AcrossRanks:
         if self.args.use_cpu and os.environ.get("ACCELERATE_USE_FSDP") == "true":
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and (policy := plugin.mixed_precision_policy):
+            # accelerate would also round what leaves the model, where the log-probability of a whole answer is no more
+            # than a quarter of a nat exact in bfloat16, and gradients before they are added up
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=policy.param_dtype, reduce_dtype=torch.float32, output_dtype=torch.float32
+            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Average over the micro-batches of all processes, as trl would over those of one.

@@ -134,6 +134,7 @@ def trainer(
         disable_dropout=not params.dropout,
         remove_unused_columns=False,
     )
+    train._one_device(args)
     out = SpreadDPOTrainer(
         model=model,
         args=args,

@@ -12,6 +12,7 @@ step's work folder as ever, so running the cell again continues.
 """
 
 import contextlib
+import importlib.util
 import os
 import re
 import shutil
@@ -59,7 +60,13 @@ def check(params: dict) -> None:
         raise ParamError("keep_adapters = True, but lora_r = 0 trains all weights: there are no adapters to keep.")
     if not params.get("launch"):
         return
-    n = read_config(params["launch"])["num_processes"]
+    config = read_config(params["launch"])
+    if config.get("distributed_type") == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
+        raise ParamError(
+            f"launch = {params['launch']!r}: the package deepspeed is not installed. .venv/bin/pip install "
+            "-c constraints.txt -e '.[deepspeed]' brings it; the fsdp2 configs need nothing more."
+        )
+    n = config["num_processes"]
     step = params["train_batch_size"] // min(params["micro_batch_size"], params["train_batch_size"])
     if step % n:
         raise ParamError(
@@ -124,7 +131,7 @@ class Launched:
     def __init__(self, kind: str, step, source: dict, tokenizer, rows: list[dict], consistency: float):
         self.step, self.source, self.tokenizer, self.folder = step, source, tokenizer, step.work / "launched"
         self.config = read_config(step.params.launch)
-        self.log, self._n_said = self.folder / "log.json", 0
+        self.log = self.folder / "log.json"
         _end_orphans(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_jsonl(self.folder / "rows.jsonl", rows)
@@ -140,6 +147,7 @@ class Launched:
     def run(self, selection=None) -> pd.DataFrame:
         """As `Here.run`. Raises `StepFailed` with the last lines of the process that failed, or its own error."""
         if not self.log.exists():
+            self._n_said = 0
             for name in ("said.txt", "at.json"):
                 (self.folder / name).unlink(missing_ok=True)
             shutil.rmtree(self.folder / "ranks", ignore_errors=True)
@@ -167,7 +175,7 @@ class Launched:
 
         tmp = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(tmp, ignore_errors=True)
-        shutil.copytree(self.model, tmp)  # the step's work folder goes when the step is done
+        shutil.copytree(self.model, tmp, copy_function=_link)  # the step's work folder goes when the step is done
         train.add_card(tmp, folder, self.tokenizer, card)
 
     def command(self, machine: int = 0) -> list[str]:
@@ -260,6 +268,14 @@ class Launched:
             f"{self.step.name}: {what}. Its last lines:\n{tail}\n  All of them: {shown(self.folder / 'ranks')}. "
             f"Running this cell again continues {again}."
         )
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file of many gigabytes, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def failed(said: str) -> tuple[int, int] | None:

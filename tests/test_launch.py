@@ -2,12 +2,14 @@
 
 import copy
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -19,6 +21,7 @@ from srlm_utils.artefacts import read_json
 from srlm_utils.errors import ParamError, StepFailed
 from srlm_utils.params import Experiment
 from srlm_utils.paths import PARAMS
+from tests.conftest import srlm
 from tests.test_packing import judgements
 from tests.test_train import ANSWERS, PAIRS, FakeStep, params
 
@@ -80,6 +83,13 @@ def test_what_cannot_be_launched_is_refused_before_anything_runs(values, says):
             trainings.check(flat)
     trainings.check(Experiment({}).flat("02_sft", "M1", "run"))
     trainings.check(Experiment({}).flat("01_seed_data", "run", "run"))
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(trainings.importlib.util, "find_spec", lambda name: None)
+    launch = {"launch": "params/accelerate/deepspeed_zero3_8gpu.yaml", "train_batch_size": 8, "micro_batch_size": 1}
+    with pytest.raises(ParamError, match=r"deepspeed is not installed.*\[deepspeed\]"):
+        trainings.check(Experiment({"common": launch}).flat("02_sft", "M1", "run"))
 
 
 def test_fsdp1_is_refused(tmp_path):
@@ -263,6 +273,16 @@ def test_a_killed_process_is_named_and_the_training_continues(tiny, tmp_path, co
 
 
 @pytest.mark.slow
+def test_log_probabilities_are_not_rounded_where_the_model_is_in_bfloat16(tiny, tmp_path):
+    """accelerate's FSDP rounds what leaves a model: margins of small updates would be steps of a quarter."""
+    how = {"dtype": "bfloat16", "launch": "params/accelerate/cpu_fsdp2.yaml", "epochs": 2}
+    training, log, _ = trained(tiny, tmp_path, "dpo", **how)
+    figures = torch.tensor(training.reference().to_numpy() * 1.0)
+    assert (figures != figures.bfloat16()).float().mean() > 0.9
+    assert log["rewards/margins"].iloc[0] == pytest.approx(0, abs=1e-3) and log["rewards/margins"].iloc[-1] > 0.05
+
+
+@pytest.mark.slow
 def test_an_error_of_the_kit_comes_through_as_it_is(tiny, tmp_path):
     how = {"launch": "params/accelerate/cpu_ddp.yaml", "learning_rate": 1e30, "lora_r": 0}
     with pytest.raises(StepFailed, match=r"became (nan|inf) at step \d+, on rows"):
@@ -281,5 +301,31 @@ def test_adapters_that_are_kept_are_what_was_merged(tiny, tmp_path):
         moved = 0.0
         for (name, ours), theirs in zip(model.named_parameters(), saved.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=name)
-            moved += float((theirs - start[name]).norm())
+            moved += float((theirs.detach() - start[name]).norm())
         assert moved > 0.1
+
+
+@pytest.mark.slow
+def test_a_run_launches_a_training_and_compares_its_checkpoints(smoke):
+    runs = [smoke.with_name(f"test-launch-{name}") for name in ("here", "there")]
+    try:
+        for run in runs:
+            shutil.rmtree(run, ignore_errors=True)
+            shutil.copytree(smoke, run)
+            (run / "steps/07_dpo@M2.json").unlink()
+            shutil.rmtree(run / "M2/model")
+            args = ["run", "params/smoke.yaml", "--only", "07_dpo@M2", "--run-name", run.name]
+            sets = ["dpo.train_batch_size=4", "dpo.micro_batch_size=2", "dpo.epochs=4"]
+            sets += ["dpo.launch=params/accelerate/cpu_ddp.yaml"] if run is runs[1] else []
+            result = srlm(*args, *(x for s in sets for x in ("--set", s)), timeout=1100)
+            assert result.returncode == 0, result.stdout + result.stderr
+        here, there = (pd.read_csv(run / "M2/training_log.csv") for run in runs)
+        assert there.loss.tolist() == pytest.approx(here.loss.tolist(), abs=1e-4)
+        here, there = (pd.read_csv(run / "M2/selection.csv") for run in runs)
+        assert there.step.tolist() == here.step.tolist() and there.kept.sum() == 1
+        text = (runs[1] / "notebooks/07_dpo@M2.ipynb").read_text()
+        assert "2 processes, MULTI_CPU, on cpu" in text and "it/s" not in text
+        assert not [p for p in runs[1].rglob("*") if p.name.endswith((".tmp", ".work"))]
+    finally:
+        for run in runs:
+            shutil.rmtree(run, ignore_errors=True)
