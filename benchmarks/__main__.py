@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import generation, judging, loop, measure, training
+from benchmarks import generation, judging, loop, measure, scale, training
 from srlm_utils import step
 from srlm_utils.artefacts import read_json, write_json
 from srlm_utils.engine import pick_device, pick_dtype
@@ -21,6 +21,7 @@ PARTS = {
     "judging": judging.rows,
     "training": training.rows,
     "loop": lambda _: loop.rows(),
+    "scale": scale.rows,
 }
 
 

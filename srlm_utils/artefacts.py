@@ -8,12 +8,14 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 from srlm_utils.errors import DataError, StorageError
+
+PIECE = 4_000_000  # characters of rows that are written at a time
 
 
 def write_text(path: Path, text: str) -> None:
@@ -23,14 +25,19 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """As `write_text`."""
+    _write_whole(path, [data])
+
+
+def _write_whole(path: Path, pieces: Iterable[bytes]) -> None:
     tmp = path.with_name(f".{path.name}.tmp")
     with named_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            _write(fd, data)
+            for piece in pieces:
+                _write(fd, piece)
             os.fsync(fd)
-        except OSError:
+        except (OSError, DataError):
             tmp.unlink(missing_ok=True)  # a full disk needs its bytes back
             raise
         finally:
@@ -98,8 +105,22 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
 
     Raises `DataError` for a row that holds NaN or infinity.
     """
-    data = "".join(_line(row) for row in rows).encode("utf-8")
-    write_bytes(path, gzip.compress(data, 9, mtime=0) if path.suffix == ".gz" else data)
+    pieces = _pieces(rows)
+    if path.suffix == ".gz":
+        pieces = [gzip.compress(b"".join(pieces), 9, mtime=0)]
+    _write_whole(path, pieces)
+
+
+def _pieces(rows: Iterable[dict]) -> Iterator[bytes]:
+    """Rows as lines, a few megabytes at a time: judgements of a large round are as much text as memory may hold."""
+    lines, size = [], 0
+    for row in rows:
+        lines.append(_line(row))
+        size += len(lines[-1])
+        if size > PIECE:
+            yield "".join(lines).encode()
+            lines, size = [], 0
+    yield "".join(lines).encode()
 
 
 def _line(row: dict, end: str = "\n") -> str:
@@ -136,16 +157,20 @@ def read_json(path: Path):
 
 def read_jsonl(path: Path) -> list[dict]:
     """Rows of a JSONL file, also ``.gz``. Blank lines are skipped; anything but one object a line is a `DataError`."""
+    rows, start, i = [], 0, 0
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
+            # lines of bytes: JSON strings may hold U+2028 and its like, which are no line ends here
+            for i, data in enumerate(f, 1):
+                line = data.decode("utf-8-sig" if i == 1 else "utf-8")
+                if line.strip():
+                    rows.append(parse_row(line, f"{path}:{i}"))
+                start += len(data)
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise DataError(f"{path}: cannot be unpacked ({e}). Fetch or make the file again.") from e
     except UnicodeDecodeError as e:
-        line = e.object[: e.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8 (byte {e.start}). Save the file as UTF-8.") from e
-    # not splitlines(): JSON strings may hold U+2028 and its like, which are no line ends here
-    return [parse_row(line, f"{path}:{i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        raise DataError(f"{path}:{i}: not UTF-8 (byte {start + e.start}). Save the file as UTF-8.") from e
+    return rows
 
 
 def parse_row(line: str, where: str) -> dict:

@@ -1,4 +1,4 @@
-"""``srlm run | sweep | plan | status | verify | share | compare | push | agree``: the command line.
+"""``srlm run | sweep | plan | estimate | status | verify | share | compare | push | agree``: the command line.
 
 Exit codes: 0 done, 1 a step failed or `verify` found a fault, 2 bad input.
 """
@@ -50,6 +50,10 @@ def parser() -> argparse.ArgumentParser:
     show = commands.add_parser("plan", help="list the steps, done or not, and why")
     _experiment_args(show)
     show.add_argument("--tokens", action="store_true", help="tokens that each stage makes, judges and trains")
+    guess = commands.add_parser("estimate", help="hours, memory and disk that a run will take; nothing is run")
+    _experiment_args(guess)
+    guess.add_argument("--gpus", type=int, default=1, metavar="N", help="how many (default: 1)")
+    guess.add_argument("--gpu", default="h100", choices=["h100", "a100", "cpu"], help="of which kind (default: h100)")
     status = commands.add_parser("status", help="what a run folder holds")
     status.add_argument("run", type=Path, metavar="RUN", help="e.g. results/quickstart")
     verify = commands.add_parser("verify", help="check a run folder: hashes, ids, references, leaks")
@@ -158,6 +162,13 @@ def _plan(args) -> int:
     return 0
 
 
+def _estimate(args) -> int:
+    from srlm_utils.estimate import DEVICES, report
+
+    print(report(Experiment.load(args.params, args.sets), args.gpus, DEVICES[args.gpu]))
+    return 0
+
+
 def _run_folder(path: Path) -> Path:
     run = resolve(path)
     if not (run / "steps").is_dir():
@@ -238,6 +249,7 @@ COMMANDS = {
     "run": _run,
     "sweep": _sweep,
     "plan": _plan,
+    "estimate": _estimate,
     "status": _status,
     "verify": _verify,
     "share": _share,

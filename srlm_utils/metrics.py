@@ -125,8 +125,8 @@ def ratio(num, den, *, share: bool = True, seed: int = 0) -> dict:
     if share and (num >= 0).all() and (num <= den).all():
         low, high = resample.share_interval(num, den)
     else:
-        weights = resample.weights(len(num), N_BOOTSTRAP, seed)
-        low, high = resample.interval((weights @ num) / (weights @ den), len(num))
+        sums = resample.totals(np.stack([num, den], 1), N_BOOTSTRAP, seed)
+        low, high = resample.interval(sums[:, 0] / sums[:, 1], len(num))
     return {"value": value, "low": low, "high": high, "n": n}
 
 
@@ -138,9 +138,9 @@ def ratio_difference(ours: tuple, theirs: tuple, *, seed: int = 0) -> dict:
     out = plain(float(a.sum() / b.sum() - c.sum() / d.sum()), len(a))
     if len(a) < 2:
         return out
-    weights = resample.weights(len(a), N_BOOTSTRAP, seed)
+    sums = resample.totals(np.stack([a, b, c, d], 1), N_BOOTSTRAP, seed).T
     with np.errstate(invalid="ignore", divide="ignore"):  # a draw without rows of one side is left out
-        values = (weights @ a) / (weights @ b) - (weights @ c) / (weights @ d)
+        values = sums[0] / sums[1] - sums[2] / sums[3]
     low, high = resample.interval(values, len(a))
     return out | {"low": low, "high": high}
 
@@ -274,9 +274,16 @@ def beyond_length(prompts: list[list[tuple[float, float]]], *, n_draws: int = 10
     if len(prompts) < 2 or not spread.all():
         return plain(None, len(gaps))
     x, owner = gaps / spread, np.repeat(np.arange(len(prompts)), [len(pairs) for pairs in prompts])
-    weights = resample.weights(len(prompts), n_draws, seed)[:, owner]
+    rows = resample.weights(len(prompts), n_draws, seed, width=len(x))
+    a = np.vstack([_logistic(x, weights[:, owner]) for weights in rows])
+    low, high = resample.interval(a[:, 0], len(prompts))
+    return {"value": float(a[0, 0]), "low": low, "high": high, "n": len(gaps)}
+
+
+def _logistic(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Coefficients (models, 2) of logistic models of the better reply, one a row of `weights` (models, rows)."""
     a, products = np.zeros((len(weights), 2)), np.einsum("ni,nj->nij", x, x).reshape(len(x), 4)
-    for _ in range(50):  # Newton's steps, for all draws at once
+    for _ in range(50):  # Newton's steps, for all models at once
         p = 1 / (1 + np.exp(-np.clip(a @ x.T, -30, 30)))
         gradient = (weights * (1 - p)) @ x - a / 100
         hessian = ((weights * p * (1 - p)) @ products).reshape(-1, 2, 2) + np.eye(2) / 100
@@ -284,8 +291,7 @@ def beyond_length(prompts: list[list[tuple[float, float]]], *, n_draws: int = 10
         a += step
         if np.abs(step).max() < 1e-8:
             break
-    low, high = resample.interval(a[:, 0], len(prompts))
-    return {"value": float(a[0, 0]), "low": low, "high": high, "n": len(gaps)}
+    return a
 
 
 def agreement_gain(ours: list[dict], theirs: list[dict]) -> dict:

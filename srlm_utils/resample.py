@@ -4,6 +4,8 @@ Which method a figure has was decided by simulation (LOG.md): plain percentile i
 where prompts are few or results lopsided.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 
@@ -65,22 +67,49 @@ def unseen_share(den: np.ndarray) -> float:
     return float(1 - 0.05 ** ((den**2).sum() / den.sum() ** 2))
 
 
-def weights(n: int, n_draws: int, seed: int) -> np.ndarray:
-    """How often each of n prompts counts (1 + n + n_draws, n): in the sample, without each of them, in each draw."""
-    drawn = np.random.default_rng(seed).integers(n, size=(n_draws, n)) + n * np.arange(n_draws)[:, None]
-    draws = np.bincount(drawn.ravel(), minlength=n_draws * n).reshape(n_draws, n)  # 5 times as fast as multinomial
-    return np.vstack([np.ones((1, n)), 1 - np.eye(n), draws])
+GROUPS = 1000  # what is left out at most: of more prompts, a random group each time
+AT_ONCE = 4_000_000  # numbers held in memory at a time, about
+
+
+def n_left_out(n: int) -> int:
+    """How many times some of n prompts are left out: each by itself, or as many groups as there are at most."""
+    return min(n, GROUPS)
+
+
+def weights(n: int, n_draws: int, seed: int, width: int = 0) -> Iterator[np.ndarray]:
+    """How often each of n prompts counts: in the sample, without some of them, in each draw; (rows, n) at a time.
+
+    1 + `n_left_out` + n_draws rows in all; `width` is how many numbers a caller makes of a row, if not n. Memory hardly
+    grows with n, and time as n does. Left out are at most `GROUPS` random groups: they measure a statistic's skewness
+    as single prompts do, because what independent prompts add to its third moment and to its variance adds up.
+    """
+    at_once, n_groups = max(1, AT_ONCE // (width or n)), n_left_out(n)
+    group = np.arange(n) if n == n_groups else np.random.default_rng([seed, 1]).permutation(n) % n_groups
+    yield np.ones((1, n))
+    for i in range(0, n_groups, at_once):
+        yield (group != np.arange(i, min(i + at_once, n_groups))[:, None]).astype(float)
+    rng = np.random.default_rng(seed)
+    for i in range(0, n_draws, at_once):
+        k = min(at_once, n_draws - i)
+        drawn = rng.integers(n, size=(k, n)) + n * np.arange(k)[:, None]
+        draws = np.bincount(drawn.ravel(), minlength=k * n)  # 5 times as fast as multinomial
+        yield draws.reshape(k, n).astype(float)
+
+
+def totals(columns: np.ndarray, n_draws: int, seed: int) -> np.ndarray:
+    """Sums of (prompts, columns) by the rows of `weights`: (1 + n_left_out + n_draws, columns)."""
+    return np.vstack([w @ columns for w in weights(len(columns), n_draws, seed)])
 
 
 def interval(values: np.ndarray, n: int) -> tuple[float, float]:
     """BCa interval (Efron 1987) of a statistic of n prompts, from its values on the rows of `weights`.
 
-    Bias from the draws (those that equal the value count half), acceleration from leaving out each prompt; Student's t
+    Bias from the draws (those that equal the value count half), acceleration from leaving out prompts; Student's t
     times the root of n / (n - 1) for the normal quantile (Hesterberg 2015). Undefined values are left out.
     """
     from scipy.special import ndtr, ndtri  # not needed to import the package
 
-    value, without, draws = values[0], values[1 : n + 1], values[n + 1 :]
+    value, without, draws = values[0], values[1 : n_left_out(n) + 1], values[n_left_out(n) + 1 :]
     without, draws = without[~np.isnan(without)], np.sort(draws[~np.isnan(draws)])
     if not len(draws):
         return float(value), float(value)

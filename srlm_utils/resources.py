@@ -124,7 +124,7 @@ def check(name: str, stage: str, params: dict, run: Path, model: Path | None) ->
         print(f"WARNING: {name} may need {_gb(memory + batches)} of memory, and {_gb(free)} are free: lower {by}.")
 
 
-def _config(model: Path) -> tuple[int, int, int, int]:
+def config(model: Path) -> tuple[int, int, int, int]:
     """(layers, width, width of the feed-forward part, vocabulary) of a model."""
     try:
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
@@ -136,14 +136,14 @@ def _config(model: Path) -> tuple[int, int, int, int]:
 
 def _batches(model: Path, params: dict, item: int) -> float:
     """Bytes that the activations of one micro-batch take, about; a third of them where they are computed twice."""
-    layers, width, inner, vocabulary = _config(model)
+    layers, width, inner, vocabulary = config(model)
     token = layers * (8 * width + 3 * inner) * item / (3 if params["gradient_checkpointing"] else 1) + 12 * vocabulary
     return params["micro_batch_size"] * params["max_length"] * token
 
 
 def _texts(model: Path, params: dict, item: int) -> float:
     """Bytes that the texts sampled at once take, about; 0 where the engine takes what fits."""
-    layers, width, _, vocabulary = _config(model)
+    layers, width, _, vocabulary = config(model)
     length = params.get("max_new_tokens", params.get("judge_max_new_tokens", 0))
     return params.get("batch_size", 0) * (2 * layers * width * length * item + 16 * vocabulary)
 

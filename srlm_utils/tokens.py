@@ -141,14 +141,15 @@ def token_table(experiment: Experiment) -> str:
             row[k] += v
     lines = [f"{'stage':<18}{'generated':>14}{'judged':>14}{'trained':>14}"]
     lines += [
-        f"{stage:<18}" + "".join(f"{_short(v):>14}" for v in row.values())
+        f"{stage:<18}" + "".join(f"{short(v):>14}" for v in row.values())
         for stage, row in sorted(total.items())
         if any(row.values())
     ]
     return "\n".join(lines)
 
 
-def _short(n: int) -> str:
+def short(n: int) -> str:
+    """A number of tokens as tables show it."""
     if n < 1e6:
         return "-" if not n else "< 1 k" if n < 500 else f"{n / 1e3:.0f} k"
     return f"{n / 1e9:.2f} G" if n >= 1e9 else f"{n / 1e6:.2f} M"

@@ -53,7 +53,7 @@ def length_controlled(results, gaps, *, n_draws: int = 1000, seed: int = 0) -> d
     if scale == 0 or len({*y}) < 2:
         return mean(y)
     x = np.stack([np.ones(len(y)), np.tanh(gaps / scale)], 1)
-    theta = _logistic(x, y, resample.weights(len(y), n_draws, seed))[:, 0]
+    theta = np.concatenate([_logistic(x, y, rows)[:, 0] for rows in resample.weights(len(y), n_draws, seed)])
     return _figure(1 / (1 + np.exp(-theta)), len(y), len(y))
 
 
@@ -78,10 +78,9 @@ def bradley_terry(
     for d, (_, _, results) in enumerate(duels):
         for pid, result in results.items():
             wins[where[pid], d], fought[where[pid], d] = result, 1
-    weights = resample.weights(len(prompts), n_draws, seed)
     x = np.array([[float(m == a) - float(m == b) for m in others] for a, b, _ in duels])
-    total = weights @ fought
-    rate = np.divide(weights @ wins, total, out=np.full(total.shape, 0.5), where=total > 0)
+    total, won = np.hsplit(resample.totals(np.hstack([fought, wins]), n_draws, seed), 2)
+    rate = np.divide(won, total, out=np.full(total.shape, 0.5), where=total > 0)
     # draws of a comparison that one side won throughout show no doubt: the last row has its exact bound instead
     unseen = np.array([resample.unseen_share(f[f > 0]) if f.any() else 0.0 for f in fought.T])
     bound = np.where((rate[0] == 0) | (rate[0] == 1), np.clip(rate[0], unseen, 1 - unseen), rate[0])
@@ -145,8 +144,7 @@ def kappa(a: dict[Hashable, float], b: dict[Hashable, float], *, n_draws: int = 
     counts = np.zeros((len(prompts), 3, 3))
     for k in shared:
         counts[where[k[-1] if isinstance(k, tuple) else k], int(2 * a[k]), int(2 * b[k])] += 1
-    weights = resample.weights(len(prompts), n_draws, seed)
-    tables = (weights @ counts.reshape(len(prompts), 9)).reshape(-1, 3, 3)
+    tables = resample.totals(counts.reshape(len(prompts), 9), n_draws, seed).reshape(-1, 3, 3)
     tables /= tables.sum((1, 2), keepdims=True)
     agree, chance = np.trace(tables, axis1=1, axis2=2), np.einsum("di,di->d", tables.sum(1), tables.sum(2))
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -2,6 +2,7 @@ import errno
 import json
 import math
 import os
+import tracemalloc
 
 import pytest
 
@@ -262,3 +263,33 @@ def test_a_limit_cuts_but_every_row_is_checked(tmp_path):
     artefacts.write_jsonl(path, [*rows, {}])
     with pytest.raises(DataError, match="row 4"):
         load_rows(path, IftRow, 2)
+
+
+def test_rows_are_read_and_written_line_by_line(tmp_path, monkeypatch):
+    """A large round's judgements are a gigabyte of text: memory holds its rows, and not the file three times beside."""
+    rows = [{"id": i, "text": f"{i} " * 2000} for i in range(2000)]
+    size = sum(len(r["text"]) for r in rows)
+    monkeypatch.setattr(artefacts, "PIECE", size // 50)
+    tracemalloc.start()
+    try:
+        artefacts.write_jsonl(tmp_path / "r.jsonl", rows)
+        assert tracemalloc.get_traced_memory()[1] < size / 4
+        tracemalloc.reset_peak()
+        found = artefacts.read_jsonl(tmp_path / "r.jsonl")
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * size
+    finally:
+        tracemalloc.stop()
+    assert found == rows and len((tmp_path / "r.jsonl").read_text().splitlines()) == 2000
+
+
+def test_a_bad_row_far_behind_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(artefacts, "PIECE", 10)
+    with pytest.raises(DataError, match="row 7"):
+        artefacts.write_jsonl(tmp_path / "r.jsonl", [{"id": i, "x": float("nan") if i == 7 else 0.0} for i in range(9)])
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_line_and_byte_that_is_not_utf8(tmp_path):
+    (tmp_path / "r.jsonl").write_bytes(b'{"a": 1}\n{"a": "\xe9"}\n')
+    with pytest.raises(DataError, match=r"r\.jsonl:2: not UTF-8 \(byte 16\)"):
+        artefacts.read_jsonl(tmp_path / "r.jsonl")
