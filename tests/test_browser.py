@@ -5,34 +5,15 @@ Screenshots of the first pages land in results/test-browser, wide and narrow, li
 
 import functools
 import http.server
-import json
-import shutil
 import threading
 
 import pytest
 
 from srlm_utils import compare, share
-from srlm_utils.paths import EXAMPLE, RESULTS
+from srlm_utils.paths import EXAMPLE
+from tests.chromium import VIEWS, look, requested, shoot
 
 pytestmark = pytest.mark.browser
-SHOTS = RESULTS / "test-browser"
-WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("no Chromium with its driver here (Debian: apt-get install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +28,6 @@ def pages(folder):
     """The shared folder, and beside it the example compared with itself."""
     compare.compare([EXAMPLE, EXAMPLE], folder.with_name("compared"))
     return folder
-
-
-def requested(browser) -> list[str]:
-    """Addresses asked for since the last call."""
-    events = [json.loads(row["message"])["message"] for row in browser.get_log("performance")]
-    return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
 
 
 def walk(browser, start: str, root: str) -> set[str]:
@@ -123,15 +98,10 @@ def contrast(browser, selector: str) -> float:
     ],
 )
 def test_pages_fit_a_phone_and_are_readable_in_the_dark(browser, pages, page):
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    for width in WIDTHS:
-        for scheme in SCHEMES:
-            size = {"width": width, "height": 1600, "deviceScaleFactor": 1, "mobile": False}
-            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-            media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-            browser.get((pages.parent / page).as_uri())
-            wide = browser.execute_script("return document.documentElement.scrollWidth")
-            assert wide <= width, f"{page} at {width} pixels scrolls sideways ({wide})"
-            assert all(contrast(browser, s) > 4.5 for s in ("h1", "p", "a")), (page, scheme)
-            browser.save_screenshot(str(SHOTS / f"{page.replace('/', '_')}-{width}-{scheme}.png"))
+    for width, scheme in VIEWS:
+        look(browser, width, scheme, 1600)
+        browser.get((pages.parent / page).as_uri())
+        wide = browser.execute_script("return document.documentElement.scrollWidth")
+        assert wide <= width, f"{page} at {width} pixels scrolls sideways ({wide})"
+        assert all(contrast(browser, s) > 4.5 for s in ("h1", "p", "a")), (page, scheme)
+        shoot(browser, f"{page.replace('/', '_')}-{width}-{scheme}")
