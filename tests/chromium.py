@@ -18,7 +18,7 @@ def look(browser, width: int = 1280, scheme: str = "light", height: int = 1000) 
 
 
 def shoot(browser, name: str) -> None:
-    """Save what the window shows (webdriver's own screenshots give up after ten seconds, too few for a busy machine)."""
+    """Save what the window shows. Webdriver's own screenshots give up after ten seconds: too few on a busy machine."""
     SHOTS.mkdir(parents=True, exist_ok=True)
     picture = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})
     (SHOTS / f"{name}.png").write_bytes(base64.b64decode(picture["data"]))

@@ -1,6 +1,6 @@
 """Notebooks in JupyterLab as `make lab` opens it: menus, figures, labelling by keys, a page that is loaded again.
 
-It runs on a copy of the kit, since people leave rows and saved notebooks behind. Screenshots land in results/test-browser.
+It runs on a copy of the kit, since people leave rows and saved notebooks behind. Screenshots: results/test-browser.
 """
 
 import json
@@ -174,7 +174,8 @@ def test_ten_pairs_by_keys_then_a_reload(lab):
     lab.run_all()
 
     def labelled(n):
-        lab.until(f"{n} labelled", lambda: f"{n} of 50 labelled by reader-1" in lab.js("return document.body.innerText"))
+        words = f"{n} of 50 labelled by reader-1"
+        lab.until(words, lambda: words in lab.js("return document.body.innerText"))
 
     labelled(0)
     shown = "return document.querySelector('.jp-OutputArea .widget-html:nth-child(2)').innerText"
