@@ -46,8 +46,10 @@ class Lab:
         raise AssertionError(f"{what} did not come within {timeout} s: results/test-browser/failed.png")
 
     def open(self, name: str) -> None:
+        """A notebook by its address; the tour by the address that the server prints."""
         # a workspace each: no tabs of the notebook before
-        self.browser.get(f"{self.url}lab/workspaces/{name}/tree/notebooks/{name}.ipynb?token={self.token}")
+        path = "" if name == "00_tour" else f"lab/workspaces/{name}/tree/notebooks/{name}.ipynb"
+        self.browser.get(f"{self.url}{path}?token={self.token}")
         self.ready(name)
 
     def ready(self, name: str) -> None:
@@ -163,8 +165,11 @@ def test_restart_and_run_all(lab, name, figures):
     assert faults(lab.browser) == [] and lab.outside() == []
 
 
-def test_stages_write_to_scratch(lab):
-    """Behind 06_build_pairs above."""
+def test_stages_write_to_scratch_which_the_file_browser_shows(lab):
+    """Behind 06_build_pairs above; the server's root is the repository, not the notebooks' folder."""
+    listing = """return jupyterapp.serviceManager.contents.get('results/scratch/M1/aift')
+        .then(folder => folder.content.map(file => file.name))"""
+    assert "pairs.jsonl" in lab.js(listing)
     assert len(read_jsonl(lab.root / "results/scratch/M1/aift/pairs.jsonl")) == 50
 
 
