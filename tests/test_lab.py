@@ -35,7 +35,7 @@ class Lab:
     def js(self, script: str, *args):
         return self.browser.execute_script(script, *args)
 
-    def until(self, what: str, condition, timeout: float = 300):
+    def until(self, what: str, condition, timeout: float = 1000):
         """The first true value of `condition`; a failed test says what was waited for and shows the screen."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:
