@@ -1,7 +1,7 @@
 # make run    the whole loop on a small real model (CPU is enough): about 30 minutes on 2 cores with AVX512-BF16
 # make test   the tests, but for those of make test-long: kills by the dozen, 100,000 fuzzed rows;
 #             make test-browser those that open pages in headless Chromium, where it is installed
-# make lab    JupyterLab on the tour
+# make lab    JupyterLab on the tour; its file browser has the repository, its terminals have srlm
 # make bench  how fast this machine is, against transformers and trl: benchmarks/latest.json (about 15 minutes;
 #             QUICKSTART=1 runs the quickstart for it, otherwise the last run's manifests are read)
 #
@@ -35,7 +35,8 @@ test-browser: $(READY)
 	$(BIN)/python -m pytest -m browser -rs
 
 lab: $(READY)
-	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_tour.ipynb
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) \
+		--LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb
 
 bench: $(READY)
 	QUICKSTART=$(QUICKSTART) $(BIN)/python -m benchmarks $(ARGS)

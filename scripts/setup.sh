@@ -7,6 +7,7 @@ python=${PYTHON:-python3}
     echo "Python 3.11 or newer is needed; found $("$python" --version). Try: make PYTHON=python3.12 ..." >&2
     exit 2
 }
+echo "Installing into $venv what is not there yet: 1.9 GB, a few minutes, once." >&2
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip="$venv/bin/python -m pip --disable-pip-version-check"
 

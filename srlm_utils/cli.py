@@ -117,8 +117,8 @@ def _run(args) -> int:
     words = ["srlm", "run", *map(str, args.params)]
     for s in args.sets:
         words += ["--set", s]
-    if args.run_name:
-        words += ["--run-name", args.run_name]
+    for option, value in (("--run-name", args.run_name), ("--from", args.start), ("--only", args.only)):
+        words += [option, value] if value else []
     command = shlex.join(words)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end a run in the same way
     try:

@@ -52,6 +52,23 @@ def smoke():
     shutil.rmtree(run, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium, whose console and requests can be read."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("no Chromium with its driver here (Debian: apt-get install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
 @pytest.fixture
 def endpoint(monkeypatch, tmp_path):
     """Makes endpoints; the key is set, waits are short, the cache is a folder of the test."""

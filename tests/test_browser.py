@@ -1,64 +1,61 @@
-"""Shared pages in a real browser: every link, from disk and from a static server; nothing leaves, nothing is cut off.
+"""Shared pages, comparisons, reports in a browser: every link, from disk and from a static server; nothing leaves,
+nothing is cut off.
 
 Screenshots of the first pages land in results/test-browser, wide and narrow, light and dark: look at them.
 """
 
 import functools
 import http.server
-import json
 import shutil
 import threading
 
 import pytest
 
 from srlm_utils import compare, share
-from srlm_utils.paths import EXAMPLE, RESULTS
+from srlm_utils.artefacts import read_json, write_json
+from srlm_utils.paths import EXAMPLE
+from tests.chromium import VIEWS, look, requested, shoot
 
 pytestmark = pytest.mark.browser
-SHOTS = RESULTS / "test-browser"
-WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
 
 
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("no Chromium with its driver here (Debian: apt-get install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
+STARTS = ("shared/index.html", "compared/index.html", "report/report.html")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    out = tmp_path_factory.mktemp("share") / "pages"
-    share.share(EXAMPLE, out)
+    """The example's shared pages, its report, and its comparison with a copy that says it had another beta."""
+    out = tmp_path_factory.mktemp("pages")
+    share.share(EXAMPLE, out / "shared")
+    shutil.copytree(EXAMPLE / "report", out / "report")
+    other = tmp_path_factory.mktemp("runs") / "beta03"
+    shutil.copytree(EXAMPLE, other, ignore=shutil.ignore_patterns("share", "notebooks"))
+    manifest = read_json(other / "steps/07_dpo@M2.json")
+    manifest["params"] |= {"beta": 0.3}
+    write_json(other / "steps/07_dpo@M2.json", manifest)
+    compare.compare([EXAMPLE, other], out / "compared")
     return out
 
 
 @pytest.fixture(scope="module")
-def pages(folder):
-    """The shared folder, and beside it the example compared with itself."""
-    compare.compare([EXAMPLE, EXAMPLE], folder.with_name("compared"))
-    return folder
+def server(folder):
+    """Address of a static server of `folder`."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
-def requested(browser) -> list[str]:
-    """Addresses asked for since the last call."""
-    events = [json.loads(row["message"])["message"] for row in browser.get_log("performance")]
-    return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-
-
-def walk(browser, start: str, root: str) -> set[str]:
-    """Open every page that can be reached from `start` by links below `root`; the pages that were opened."""
+def walk(browser, start: str) -> set[str]:
+    """Open every page that can be reached from `start` by links within its folder; the pages that were opened."""
+    root = start.rpartition("/")[0] + "/"
     todo, seen = [start], set()
-    requested(browser)
+    requested(browser), browser.get_log("browser")  # of the test before
     while todo:
         url = todo.pop()
         seen.add(url)
@@ -69,34 +66,22 @@ def walk(browser, start: str, root: str) -> set[str]:
         links = browser.execute_script(
             "return [...document.links].filter(a => !a.hasAttribute('download')).map(a => a.href)"
         )
-        for link in {link.partition("#")[0] for link in links}:
-            if link.startswith("file:") or link.startswith(root):
-                assert link.startswith(root), f"{url} links to {link}, outside the folder"
-                todo += [link] if link not in seen and link not in todo else []
+        for link in links:
+            page, _, anchor = link.partition("#")
+            if anchor and page == url:
+                assert browser.execute_script("return document.getElementById(arguments[0])", anchor), link
+            if page.startswith(("file:", root)):
+                assert page.startswith(root), f"{url} links to {page}, outside the folder"
+                todo += [page] if page not in seen and page not in todo else []
     return seen
 
 
-def test_every_link_from_disk(browser, folder):
-    seen = walk(browser, (folder / "index.html").as_uri(), folder.as_uri())
-    assert len(seen) == len(list(folder.rglob("*.html")))
-
-
-def test_a_comparison_from_disk(browser, pages):
-    compared = pages.with_name("compared")
-    assert walk(browser, (compared / "index.html").as_uri(), compared.as_uri()) == {(compared / "index.html").as_uri()}
-
-
-def test_every_link_from_a_static_server(browser, folder):
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    handler = functools.partial(Quiet, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        root = f"http://127.0.0.1:{server.server_port}/"
-        assert len(walk(browser, f"{root}index.html", root)) == len(list(folder.rglob("*.html")))
-        server.shutdown()
+@pytest.mark.parametrize("where", ["disk", "server"])
+@pytest.mark.parametrize("start", STARTS)
+def test_every_link(browser, folder, server, start, where):
+    seen = walk(browser, f"{folder.as_uri() if where == 'disk' else server}/{start}")
+    pages = {url for url in seen if url.endswith(".html")}
+    assert len(pages) == len(list((folder / start).parent.rglob("*.html")))
 
 
 def contrast(browser, selector: str) -> float:
@@ -115,23 +100,18 @@ def contrast(browser, selector: str) -> float:
 @pytest.mark.parametrize(
     "page",
     [
-        "pages/index.html",
-        "pages/notebooks/02_sft@M1.html",
-        "pages/notebooks/08_evaluate@M1.html",
-        "pages/models/M3.html",
-        "compared/index.html",
+        *STARTS,
+        "shared/notebooks/02_sft@M1.html",
+        "shared/notebooks/08_evaluate@M1.html",
+        "shared/models/M3.html",
     ],
 )
-def test_pages_fit_a_phone_and_are_readable_in_the_dark(browser, pages, page):
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    for width in WIDTHS:
-        for scheme in SCHEMES:
-            size = {"width": width, "height": 1600, "deviceScaleFactor": 1, "mobile": False}
-            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-            media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-            browser.get((pages.parent / page).as_uri())
-            wide = browser.execute_script("return document.documentElement.scrollWidth")
-            assert wide <= width, f"{page} at {width} pixels scrolls sideways ({wide})"
-            assert all(contrast(browser, s) > 4.5 for s in ("h1", "p", "a")), (page, scheme)
-            browser.save_screenshot(str(SHOTS / f"{page.replace('/', '_')}-{width}-{scheme}.png"))
+def test_pages_fit_a_phone_and_are_readable_in_the_dark(browser, folder, page):
+    for width, scheme in VIEWS:
+        look(browser, width, scheme, 1600)
+        browser.get((folder / page).as_uri())
+        wide = browser.execute_script("return document.documentElement.scrollWidth")
+        assert wide <= width, f"{page} at {width} pixels scrolls sideways ({wide})"
+        words = [s for s in ("h1", "p", "a") if browser.find_elements("css selector", s)]
+        assert words[:2] == ["h1", "p"] and all(contrast(browser, s) > 4.5 for s in words), (page, scheme)
+        shoot(browser, f"{page.replace('/', '_')}-{width}-{scheme}")

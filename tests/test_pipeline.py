@@ -497,6 +497,15 @@ def test_a_seed_model_without_tokenizer_stops_the_run(tiny, tmp_path):
     assert "no tokenizer_config.json" in result.stderr
 
 
+def test_what_goes_on_with_one_step_names_that_step(monkeypatch):
+    from srlm_utils import cli, runner
+
+    told = []
+    monkeypatch.setattr(runner, "execute", lambda experiment, run, command, **options: told.append(command))
+    words = ["run", "params/smoke.yaml", "--run-name", "test-one", "--only", "05_judge@M1"]
+    assert cli.main(words) == 0 and told == [" ".join(["srlm", *words])]
+
+
 def test_two_runs_of_one_folder(smoke):
     from filelock import FileLock
 
