@@ -151,6 +151,8 @@ def step_cost(step: Step, experiment: Experiment, n_devices: int, device: Device
     loads = _models_loaded(key, p)
     seconds += device.start + loads * (weights / device.load + device.engine_start * vllm)
     memory = _training_memory(size, p, key, width, weights) if training else _sampling_memory(size, p, width, weights)
+    if training and p["select_steps"]:  # checkpoints answer, and are judged, on one device
+        memory = max(memory, _sampling_memory(size, p, 1, weights))
     return Cost(step, made, copies * width, seconds, memory + (resources.PYTHON if device is CPU else CUDA))
 
 
@@ -295,6 +297,8 @@ def _advice(cost: Cost, experiment: Experiment) -> str:
     p, key = experiment.flat(cost.step.stage, cost.step.model, ""), stage_key(cost.step.stage)
     if key not in ("sft", "dpo"):
         return "Share the model among devices (tensor_parallel_size)."
+    if p["select_steps"] and p.get("launch"):
+        return f"Comparing checkpoints loads whole models: {key}.select_steps = 0 does without."
     if not p["lora_r"]:
         return f"Take more devices with {key}.launch, or set {key}.lora_r to train adapters."
     return f"Lower {key}.micro_batch_size or {key}.max_length, or set {key}.gradient_checkpointing."
