@@ -8,11 +8,13 @@ import functools
 import http.server
 import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 
-from srlm_utils import compare, share
-from srlm_utils.artefacts import read_json, write_json
+import srlm_utils
+from srlm_utils import compare, report, share
+from srlm_utils.artefacts import read_json, read_jsonl, write_json
 from srlm_utils.paths import EXAMPLE
 from tests.chromium import VIEWS, look, requested, shoot
 
@@ -22,12 +24,23 @@ pytestmark = pytest.mark.browser
 STARTS = ("shared/index.html", "compared/index.html", "report/report.html")
 
 
+def write_report(to) -> None:
+    """The example's report as it is written today: its figures, a table, what models wrote."""
+    step = SimpleNamespace(rows=lambda path: read_jsonl(EXAMPLE / path), params=SimpleNamespace(iterations=3))
+    table = report.wide(srlm_utils.open_run(EXAMPLE).metrics(), report.ANSWERS)
+    figures = sorted((EXAMPLE / "report/figures").glob("*.png"))
+    sections = [{"title": p.stem, "text": "A figure and a table.", "figure": p, "table": table} for p in figures]
+    pairs, answers = report.example_pairs(step, 3), report.example_answers(step, 3)
+    words = {"title": "Self-rewarding run: example", "lead": "Rates and intervals.", "foot": "Kit revision unknown."}
+    report.write_html(to, sections=sections, pairs=pairs, answers=answers, **words)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The example's shared pages, its report, and its comparison with a copy that says it had another beta."""
     out = tmp_path_factory.mktemp("pages")
     share.share(EXAMPLE, out / "shared")
-    shutil.copytree(EXAMPLE / "report", out / "report")
+    write_report(out / "report/report.html")
     other = tmp_path_factory.mktemp("runs") / "beta03"
     shutil.copytree(EXAMPLE, other, ignore=shutil.ignore_patterns("share", "notebooks"))
     manifest = read_json(other / "steps/07_dpo@M2.json")
