@@ -137,7 +137,7 @@ class _Server:
         while not self.look():
             if self.has_ended() or self.other or time.monotonic() - started > START_S:
                 raise ModelError(self.why)
-            time.sleep(0.5)
+            time.sleep(1)
         if (seconds := time.monotonic() - started) > 1:
             print(f"{self._engine.meant} is served at {self.url} after {seconds:.0f} s")
 
