@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from srlm_utils import chat, evaluate, judge, metrics, outside, plan, verdicts
+from srlm_utils import chat, context, evaluate, judge, metrics, outside, plan, verdicts
 from srlm_utils.artefacts import read_json, read_jsonl, write_json, write_jsonl
 from srlm_utils.engine import Engine
 
@@ -61,6 +61,9 @@ class Selection:
             step.model_source(self.judge)  # fetched, or made, now and not in the midst of training
         prompts = step.rows(plan.VALID)
         self.prompts = {r["prompt_id"]: r["prompt"] for r in prompts[: p.select_prompts or len(prompts)]}
+        start = step.model_source(plan.init_model(p.model))  # whose context its successor's is
+        asked = [{"prompt_id": pid, "prompt": text} for pid, text in self.prompts.items()]
+        context.check(start, asked, p.select_max_new_tokens, "select_max_new_tokens")
         self.rows = sorted((read_json(f) for f in self.folder.glob("*.json")), key=lambda r: r["step"])
 
     @property

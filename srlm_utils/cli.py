@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from srlm_utils.errors import MissingInputError, SrlmError, StepFailed
+from srlm_utils.errors import SrlmError, StepFailed
 from srlm_utils.params import Experiment, JudgeMode
-from srlm_utils.paths import RESULTS, resolve, shown
+from srlm_utils.paths import RESULTS, run_folder, shown
 from srlm_utils.printable import printable, without_secrets
 
 
@@ -169,19 +169,10 @@ def _estimate(args) -> int:
     return 0
 
 
-def _run_folder(path: Path) -> Path:
-    run = resolve(path)
-    if not (run / "steps").is_dir():
-        raise MissingInputError(
-            f"{path}: no run here (no steps/ folder). Expected a folder such as results/quickstart."
-        )
-    return run
-
-
 def _status(args) -> int:
     from srlm_utils.runner import stale_steps, status_rows
 
-    run = _run_folder(args.run)
+    run = run_folder(args.run)
     rows, damaged = status_rows(run)
     for r in rows:
         figures = ", ".join(f"{k} {v}" for k, v in r["figures"].items())
@@ -201,7 +192,7 @@ def _status(args) -> int:
 def _verify(args) -> int:
     from srlm_utils.verify import verify
 
-    found = verify(_run_folder(args.run))
+    found = verify(args.run)
     for note in found.notes:
         print(f"note: {note}")
     for finding in found.findings:
@@ -213,7 +204,7 @@ def _verify(args) -> int:
 def _share(args) -> int:
     from srlm_utils.share import share
 
-    run = _run_folder(args.run)
+    run = run_folder(args.run)
     out = args.out.resolve() if args.out else run / "share"
     files = share(run, out)
     print(f"{shown(out / 'index.html')}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB")
@@ -223,7 +214,7 @@ def _share(args) -> int:
 def _push(args) -> int:
     from srlm_utils.hub import push
 
-    for address in push(_run_folder(args.run), args.model, args.repo, data=args.data):
+    for address in push(run_folder(args.run), args.model, args.repo, data=args.data):
         print(address)
     return 0
 
@@ -231,7 +222,7 @@ def _push(args) -> int:
 def _compare(args) -> int:
     from srlm_utils.compare import compare
 
-    runs = [_run_folder(run) for run in args.runs]
+    runs = [run_folder(run) for run in args.runs]
     out = args.out.resolve() if args.out else RESULTS / "_".join(["compare", *(run.name for run in runs)])
     compare(runs, out)
     print(shown(out / "index.html"))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from srlm_utils import evaluate, measures, metrics, pages, plots, rendered
-from srlm_utils.artefacts import read_json, read_jsonl, write_text
+from srlm_utils.artefacts import read_json, read_jsonl, replace_folder, write_text
 from srlm_utils.cards import recorded
 from srlm_utils.errors import DataError, MissingInputError
 from srlm_utils.paths import shown
@@ -97,8 +97,7 @@ def compare(runs: list[Path], out: Path) -> None:
         ("params.csv", settings.to_csv(index=False)),
     ):
         write_text(tmp / name, rendered.forget_machine(text, private))
-    shutil.rmtree(out, ignore_errors=True)
-    tmp.rename(out)
+    replace_folder(tmp, out)
 
 
 def _names(runs: list[Path]) -> list[str]:

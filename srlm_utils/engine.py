@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import math
 import time
 from collections.abc import Iterator
@@ -9,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from srlm_utils import attention, chat
-from srlm_utils.errors import ModelError, StepFailed
+from srlm_utils import attention, chat, context
+from srlm_utils.errors import ModelError, ResourceError, StepFailed
 from srlm_utils.prefill import BATCH_TOKENS, read
-from srlm_utils.resources import check_weights, free_memory
+from srlm_utils.resources import check_weights, free_memory, out_of_memory, too_large
 from srlm_utils.sampling import sample, uniforms
 from srlm_utils.slots import Slots, blocks
 
@@ -65,8 +66,9 @@ class Engine:
     """A model and its tokenizer, loaded for generation and scoring.
 
     What prompts read together begin with alike is read once (`prefill`): the rubric of many judgements, the prompt of
-    four answers. Batches are continuous: where a text has ended, the next one starts. `batch_size` texts are sampled
-    at once; 0 takes as many as fit into half of the free memory, up to `MAX_BATCH`.
+    four answers. Batches are continuous: where a text has ended, the next one starts. `batch_size` texts are sampled,
+    or prompts read, at once; 0 samples as many as fit into half of the free memory, up to `MAX_BATCH`. Where memory
+    runs out all the same, `batch_size` is halved and what was not done yet is done again.
 
     Each sample asks for the same random numbers whatever the batch size (`sampling.uniforms`). Logits differ by
     rounding between batch shapes, so a seed repeats exactly for the same requests and batch size; for others all but
@@ -110,6 +112,8 @@ class Engine:
                 f"{folder}: the model could not be loaded ({str(e).splitlines()[0]}). Expected "
                 "a transformers causal language model with safetensors weights."
             ) from e
+        except (RuntimeError, MemoryError) as e:
+            raise (too_large(folder) if out_of_memory(e) else e) from None
         attention.use(model)
         self._hold(model, tokenizer, device, batch_size)
 
@@ -125,6 +129,8 @@ class Engine:
 
     def _hold(self, model, tokenizer, device: str, batch_size: int) -> None:
         self.model, self.tokenizer, self.device, self.batch_size = model, tokenizer, device, batch_size
+        self.context = context.of_config(model.config.to_dict())  # tokens that it attends to, 0 if nobody knows
+        self._at_work: dict[str, int] = {}  # what is in memory at once: keys, and how many tokens each may have
         eos = model.generation_config.eos_token_id
         eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
         self._ends = {tokenizer.eos_token_id, chat.end_of_turn(tokenizer), *eos}
@@ -147,31 +153,84 @@ class Engine:
         """Sample `n` texts for each request ``(key, prompt token ids)``; yields a request's samples when all are there.
 
         A sample's key is ``<request key>-<index>``. Temperature 0 is greedy. EOS and `stop_ids` end a text and are
-        not part of it. `on_token(n)` is told of tokens as they are made.
+        not part of it. `on_token(n)` is told of tokens as they are made. Raises `DataError` where a prompt and its text
+        might be longer than the model's context.
         """
-        if not requests:
-            return
-        longest = max(len(ids) for _, ids in requests) + max_new_tokens
-        size = max(n, min(self.batch_size or self._fitting(longest), len(requests) * n) // n * n)
-        texts = _Texts(self.tokenizer, n, max_new_tokens, seed, self._ends | {*stop_ids}, on_token)
+        context.check_requests({key: len(ids) + max_new_tokens for key, ids in requests}, self.context)
 
-        def draw(logits, keys):
-            u = torch.tensor(texts.uniforms(keys), device=logits.device)
+        def run(some, at_once):
+            longest = max(len(ids) for _, ids in some) + max_new_tokens
+            at_once = min(at_once or self._fitting(longest), len(some) * n)
+            width = n if at_once >= n else 1  # texts of a job: those of a request, while all of them fit
+            jobs = [
+                ([f"{key}-{i}" for i in range(first, first + width)], ids)
+                for key, ids in some
+                for first in range(0, n, width)
+            ]
+            texts = _Texts(self.tokenizer, n, max_new_tokens, seed, self._ends | {*stop_ids}, on_token)
+
+            def draw(logits, keys):
+                u = torch.tensor(texts.uniforms(keys), device=logits.device)
+                try:
+                    return sample(logits, u, temperature, top_p)
+                except FloatingPointError:
+                    bad = (~torch.isfinite(logits).all(-1)).tolist()
+                    bad = [key for key, is_bad in zip(keys, bad, strict=True) if is_bad]
+                    raise no_numbers("logits", bad) from None
+
+            if attention.plain(self.model.config, longest):
+                made = self._continuous(jobs, width, at_once // width * width, texts, draw)
+            else:
+                most = max(width, 32 // width * width)
+                made = self._in_batches(jobs, width, min(at_once // width * width, most), texts, draw)
+            for samples in made:
+                yield [samples[0].key.rpartition("-")[0]], samples
+
+        yield from self._as_fits(requests, run)
+
+    def _as_fits(self, requests, run):
+        """Yield what ``run(requests, batch_size)`` yields behind the keys of the requests that are done by it.
+
+        Where memory runs out, what is left is run again with half as many at once. A sample has its own random numbers,
+        so the same comes out but for rounding. Raises `ResourceError` where one alone does not fit.
+        """
+        left, ran_out = requests, ""
+        while left:
+            done: set[str] = set()
+            self._at_work = {r[0]: len(r[1]) for r in left}
             try:
-                return sample(logits, u, temperature, top_p)
-            except FloatingPointError:
-                bad = (~torch.isfinite(logits).all(-1)).tolist()
-                raise no_numbers("logits", [key for key, is_bad in zip(keys, bad, strict=True) if is_bad]) from None
+                for keys, value in run(left, self.batch_size):
+                    if ran_out:  # said once it has helped
+                        print(f"{ran_out} goes on with {self.batch_size}. To begin with that, set batch_size to it.")
+                        ran_out = ""
+                    done.update(keys)
+                    yield value
+                return
+            except (RuntimeError, MemoryError) as e:
+                if not out_of_memory(e):
+                    raise
+            # behind the except clause: an error holds all that stood in memory when it was raised
+            gc.collect()
+            if self.device.startswith("cuda"):
+                torch.cuda.empty_cache()
+            left = [r for r in left if r[0] not in done]
+            n_at_work = min(len(self._at_work), self.batch_size or len(self._at_work))
+            if n_at_work == 1:
+                key, n_tokens = next(iter(self._at_work.items()))
+                raise ResourceError(
+                    f"memory ran out on {key} alone, with its prompt up to {n_tokens} tokens. Lower max_new_tokens, or "
+                    "what a judge sees of a response (max_response_tokens); or take a smaller model, or a machine with "
+                    "more memory."
+                )
+            ran_out = f"memory ran out with {n_at_work} texts at once ({_some([*self._at_work][:n_at_work])}):"
+            self.batch_size = n_at_work // 2
 
-        if attention.plain(self.model.config, longest):
-            yield from self._continuous(requests, n, size, texts, draw)
-        else:
-            yield from self._in_batches(requests, n, min(size, max(n, 32 // n * n)), texts, draw)
-
-    def _continuous(self, requests, n, size, texts, draw):
+    def _continuous(self, jobs, n, size, texts, draw):
+        """Texts of `jobs`, each the keys of `n` samples and the prompt of all of them, in `size` slots."""
         # the last come first: the longest, behind which all attention has to reach; then neighbours that share most
-        waiting = sorted(requests, key=lambda r: (blocks(len(r[1])), r[1]))
-        slots = Slots(self.model, size, max(len(ids) for _, ids in requests) + texts.budget)
+        waiting = sorted(jobs, key=lambda job: (blocks(len(job[1])), job[1]))
+        tokens_of = {key: len(ids) + texts.budget for keys, ids in jobs for key in keys}
+        slots = Slots(self.model, size, max(tokens_of.values()))
         held: list = [None] * size  # the sample that each slot holds
         tokens = torch.zeros(size, dtype=torch.long, device=self.device)
         while waiting or any(held):
@@ -179,11 +238,13 @@ class Engine:
             # a few at once: reading one prompt at a time leaves the processor half idle
             if waiting and len(free) >= max(n, min(len(waiting) * n, size // 8)):
                 taken = [waiting.pop() for _ in range(min(len(waiting), len(free) // n))]
-                for reading in read(self.model, [ids for _, ids in taken]):
+                now = [*filter(None, held), *(key for keys, _ in taken for key in keys)]
+                self._at_work = {key: tokens_of[key] for key in now}
+                for reading in read(self.model, [ids for _, ids in taken], size // n):
                     places = [[free.pop() for _ in range(n)] for _ in reading.prompts]
                     slots.put(places, reading)
                     places = [place for of_prompt in places for place in of_prompt]
-                    keys = [f"{taken[i][0]}-{j}" for i in reading.prompts for j in range(n)]
+                    keys = [key for i in reading.prompts for key in taken[i][0]]
                     tokens[places] = drawn = draw(reading.logits.repeat_interleave(n, 0), keys)
                     for place, key, goes in zip(places, keys, texts.add(keys, drawn.tolist()), strict=True):
                         held[place] = key if goes else None
@@ -195,6 +256,7 @@ class Engine:
                 tokens = tokens[index]
                 slots.keep(index)
             alive = [i for i, key in enumerate(held) if key]
+            self._at_work = {held[i]: tokens_of[held[i]] for i in alive}
             logits = slots.step(tokens, torch.tensor([bool(key) for key in held], device=self.device))
             if len(alive) < len(held):
                 logits = logits[alive]
@@ -205,12 +267,14 @@ class Engine:
                     held[i] = None
             yield from texts.finished()
 
-    def _in_batches(self, requests, n, size, texts, draw):
-        """For models whose layers are more than plain attention: whole batches, in transformers' own cache."""
-        requests = sorted(requests, key=lambda r: (-len(r[1]), r[0]))
-        for start in range(0, len(requests), size // n):
-            batch = requests[start : start + size // n]
-            keys = [f"{key}-{j}" for key, _ in batch for j in range(n)]
+    def _in_batches(self, jobs, n, size, texts, draw):
+        """As `_continuous`, for models whose layers are more than plain attention: whole batches, in transformers' own
+        cache."""
+        jobs = sorted(jobs, key=lambda job: (-len(job[1]), job[0]))
+        for start in range(0, len(jobs), size // n):
+            batch = jobs[start : start + size // n]
+            keys = [key for of_job, _ in batch for key in of_job]
+            self._at_work = {key: len(ids) + texts.budget for of_job, ids in batch for key in of_job}
             ids, mask = self._left_pad([p for _, p in batch])
             out = self.model(
                 input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, logits_to_keep=1
@@ -269,20 +333,21 @@ class Engine:
         token ids)``, where mass is the share of the full distribution that the choices held before renormalising:
         near 0, the model was about to write something else and the figures mean little.
         """
-        if requests and attention.plain(self.model.config, max(len(ids) for _, ids in requests)):
-            batches = ((r.prompts, r.logits) for r in read(self.model, [ids for _, ids in requests]))
-        else:
-            batches = self._last_logits(requests)
-        for numbers, logits in batches:
-            probs = logits.float().softmax(-1)[:, choices]
-            mass = probs.sum(-1)
-            if not bool(torch.isfinite(mass).all()):
-                bad = (~torch.isfinite(mass)).tolist()
-                raise no_numbers("logits", [requests[i][0] for i, is_bad in zip(numbers, bad, strict=True) if is_bad])
-            # where all are so unlikely that they are 0 in float32, the logits still tell them apart
-            shares = torch.where(mass[:, None] > 0, probs / mass[:, None], logits[:, choices].float().softmax(-1))
-            shares = shares.tolist()
-            yield [(requests[i][0], p, m) for i, p, m in zip(numbers, shares, mass.tolist(), strict=True)]
+        context.check_requests({key: len(ids) for key, ids in requests}, self.context)
+
+        def run(some, at_once):
+            for numbers, logits in self._last_logits(some, at_once):
+                probs = logits.float().softmax(-1)[:, choices]
+                mass = probs.sum(-1)
+                keys = [some[i][0] for i in numbers]
+                if not bool(torch.isfinite(mass).all()):
+                    bad = (~torch.isfinite(mass)).tolist()
+                    raise no_numbers("logits", [key for key, is_bad in zip(keys, bad, strict=True) if is_bad])
+                # where all are so unlikely that they are 0 in float32, the logits still tell them apart
+                shares = torch.where(mass[:, None] > 0, probs / mass[:, None], logits[:, choices].float().softmax(-1))
+                yield keys, list(zip(keys, shares.tolist(), mass.tolist(), strict=True))
+
+        yield from self._as_fits(requests, run)
 
     @torch.inference_mode()
     def target_logprobs(
@@ -293,39 +358,58 @@ class Engine:
         Both must hold at least one token. Yields batches of ``(key, log-probabilities)``, texts of similar length
         together; only positions that predict a token of the text are projected through the vocabulary.
         """
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
-        while order:
-            width = len(requests[order[0]][1]) + len(requests[order[0]][2])
-            n = max(1, min(16, BATCH_TOKENS.get(self.device.partition(":")[0], 1024) // width))
-            batch, order = [requests[i] for i in order[:n]], order[n:]
-            ids, mask = self._left_pad([prompt + text for _, prompt, text in batch])
-            lengths = torch.tensor([[len(text)] for *_, text in batch], device=self.device)
-            # padding is on the left, so a text is the last of its row; each token is predicted by the one before it
-            targets = torch.arange(ids.shape[1], device=self.device) >= ids.shape[1] - lengths
-            logits = self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=_positions(mask),
-                use_cache=False,
-                logits_to_keep=targets.roll(-1, 1),
-            ).logits
-            found: list[float] = []
-            parts = (logits.view(-1, logits.shape[-1]).split(256), ids[targets].split(256))
-            for part, target in zip(*parts, strict=True):  # all of them in float32 at once would fill a GPU
-                found += (-torch.nn.functional.cross_entropy(part.float(), target, reduction="none")).tolist()
-            rows = []
-            for key, _, text in batch:
-                if not all(map(math.isfinite, found[: len(text)])):
-                    raise no_numbers("log-probabilities", [key])
-                rows.append((key, found[: len(text)]))
-                found = found[len(text) :]
-            yield rows
+        context.check_requests({key: len(prompt) + len(text) for key, prompt, text in requests}, self.context)
 
-    def _last_logits(self, requests):
-        """For models whose layers are more than plain attention: whole prompts, longest first."""
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]))
-        for start in range(0, len(order), 16):
-            numbers = order[start : start + 16]
+        def run(some, at_once):
+            waiting = sorted(some, key=lambda r: -len(r[1]) - len(r[2]))
+            while waiting:
+                width = len(waiting[0][1]) + len(waiting[0][2])
+                n = min(at_once or 16, 16, BATCH_TOKENS.get(self.device.partition(":")[0], 1024) // width)
+                batch, waiting = waiting[: max(1, n)], waiting[max(1, n) :]
+                self._at_work = {key: len(prompt) + len(text) for key, prompt, text in batch}
+                yield list(self._at_work), self._logprobs(batch)
+
+        yield from self._as_fits(requests, run)
+
+    def _logprobs(self, batch) -> list[tuple[str, list[float]]]:
+        ids, mask = self._left_pad([prompt + text for _, prompt, text in batch])
+        lengths = torch.tensor([[len(text)] for *_, text in batch], device=self.device)
+        # padding is on the left, so a text is the last of its row; each token is predicted by the one before it
+        targets = torch.arange(ids.shape[1], device=self.device) >= ids.shape[1] - lengths
+        logits = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=_positions(mask),
+            use_cache=False,
+            logits_to_keep=targets.roll(-1, 1),
+        ).logits
+        found: list[float] = []
+        parts = (logits.view(-1, logits.shape[-1]).split(256), ids[targets].split(256))
+        for part, target in zip(*parts, strict=True):  # all of them in float32 at once would fill a GPU
+            found += (-torch.nn.functional.cross_entropy(part.float(), target, reduction="none")).tolist()
+        rows = []
+        for key, _, text in batch:
+            if not all(map(math.isfinite, found[: len(text)])):
+                raise no_numbers("log-probabilities", [key])
+            rows.append((key, found[: len(text)]))
+            found = found[len(text) :]
+        return rows
+
+    def _last_logits(self, requests, most: int):
+        """(numbers of some of `requests`, logits behind their prompts), at most `most` at once; 0 is no limit."""
+
+        def begin(numbers):
+            self._at_work = {requests[i][0]: len(requests[i][1]) for i in numbers}
+
+        if attention.plain(self.model.config, max(len(ids) for _, ids in requests)):
+            for reading in read(self.model, [ids for _, ids in requests], most, begin):
+                yield reading.prompts, reading.logits
+            return
+        # layers that are more than plain attention: whole prompts, longest first
+        order, most = sorted(range(len(requests)), key=lambda i: -len(requests[i][1])), min(most or 16, 16)
+        for start in range(0, len(order), most):
+            numbers = order[start : start + most]
+            begin(numbers)
             ids, mask = self._left_pad([requests[i][1] for i in numbers])
             out = self.model(
                 input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False, logits_to_keep=1
@@ -338,6 +422,11 @@ class Engine:
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         return ids, mask
+
+
+def _some(keys: list[str]) -> str:
+    """The first keys, and how many more there are."""
+    return ", ".join(keys[:4] + ([f"{len(keys) - 4} more"] if len(keys) > 4 else []))
 
 
 def no_numbers(what: str, keys: list[str]) -> StepFailed:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from srlm_utils import rendered
-from srlm_utils.artefacts import write_text
+from srlm_utils.artefacts import replace_folder, write_text
 from srlm_utils.errors import MissingInputError, SrlmError
 from srlm_utils.paths import EXAMPLE, resolve
 
@@ -27,8 +27,7 @@ def render(run: Path) -> None:
     shutil.copytree(run, tmp, ignore=_LEFT_OUT)
     for path in (tmp / "notebooks").glob("*.ipynb"):
         write_text(path, rendered.tidy(path.read_text(encoding="utf-8")))
-    shutil.rmtree(EXAMPLE, ignore_errors=True)
-    tmp.rename(EXAMPLE)
+    replace_folder(tmp, EXAMPLE)
     size = sum(p.stat().st_size for p in EXAMPLE.rglob("*") if p.is_file())
     print(f"results/example: {size / 1e6:.1f} MB from {run.name}")
 

@@ -4,7 +4,6 @@ Tables are plain DataFrames, a row a thing, with the files' own ids and the text
 are for the eye: whatever a model wrote is text there, never markup, and control characters are spelt out.
 """
 
-import re
 import textwrap
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -16,8 +15,9 @@ from markupsafe import escape
 from srlm_utils import metrics
 from srlm_utils.artefacts import read_jsonl
 from srlm_utils.errors import MissingInputError, ParamError
-from srlm_utils.paths import PACKAGE, RESULTS, resolve, shown
+from srlm_utils.paths import PACKAGE, RESULTS, resolve, run_folder, shown
 from srlm_utils.plan import init_model, is_model_name
+from srlm_utils.printable import printable
 from srlm_utils.step import maker
 
 # what each method reads below the model's folder
@@ -30,8 +30,6 @@ FILES = {
     "answers": "eval/answers.jsonl",
 }
 _TEXTS = ("prompt", "text", "chosen", "rejected", "reference")
-# C0 and C1 but for tab and newline, and what turns the direction of writing
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 class Run:
@@ -45,11 +43,7 @@ class Run:
         path = resolve(folder)
         self.folder = path if path.is_dir() or Path(folder).name != str(folder) else RESULTS / folder
         self.name = self.folder.name
-        if not (self.folder / "steps").is_dir():
-            runs = sorted(p.parent.name for p in RESULTS.glob("*/steps"))
-            raise MissingInputError(
-                f"{shown(self.folder)}: no run here (no steps/ folder). Runs in results/: {', '.join(runs) or 'none'}."
-            )
+        run_folder(self.folder)
 
     # ---- tables
 
@@ -310,9 +304,9 @@ class Cards:
     def __repr__(self) -> str:
         parts = []
         for c in self.cards:
-            parts.append(f"{visible(c['title'])}\n{_indented(c['prompt'])}")
+            parts.append(f"{printable(c['title'])}\n{_indented(c['prompt'])}")
             for r in c["replies"]:
-                parts.append(f"[{visible(r['label'])}]\n{_indented(r['text'])}")
+                parts.append(f"[{printable(r['label'])}]\n{_indented(r['text'])}")
                 parts += [f"    judged: {_indented(note).strip()}" for note in r["notes"]]
         return "\n\n".join([*parts, self.note])
 
@@ -325,15 +319,10 @@ def cards_html(cards: list[dict], note: str = "") -> str:
     return _template().render(cards=cards, note=note)
 
 
-def visible(text: str) -> str:
-    """`text` with control characters and marks that turn its direction spelt out: shown, not obeyed."""
-    return _CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
-
-
 @lru_cache(maxsize=1)
 def _template():
     env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    env.filters["visible"] = visible
+    env.filters["printable"] = printable
     return env.from_string((PACKAGE / "cards.html.jinja").read_text(encoding="utf-8"))
 
 
@@ -352,7 +341,7 @@ def _reply(name: str, row, notes: list[str] = ()) -> dict:
 
 
 def _indented(text: str) -> str:
-    lines = visible(text).split("\n")
+    lines = printable(text).split("\n")
     return "\n".join(textwrap.fill(x, 100, initial_indent="    ", subsequent_indent="    ") if x else "" for x in lines)
 
 

@@ -25,6 +25,7 @@ MIN_SCORE, MAX_SCORE = 0, 5
 FORMATS = ("justify_first", "score_first")
 MODES = get_args(JudgeMode)
 READ_AT_ONCE = 64  # judgements whose digits are read together
+SCORE_LINE = 8  # tokens that a score line has at most, in the kit's own form
 CUT = " [...]"  # ends a response of which the judge sees the beginning alone
 _SCORE_LINE = re.compile(r"^[\s*_#]*score[\s*_]*[:=][\s*_]*(-?\d+(?:\.\d+)?)\s*(?:/\s*5)?[\s*_.]*$", re.IGNORECASE)
 _BLOCK_TAG = re.compile(
@@ -119,19 +120,38 @@ def score_tokens(tokenizer) -> tuple[list[int], list[int]]:
     return start, [i[-1] for i in ids]
 
 
-def prompts(tokenizer, rubric: Rubric, items: list[dict], format: str, max_response_tokens: int):
+def prompts(tokenizer, rubric: Rubric, items: list[dict], format: str, max_response_tokens: int, room: int = 0):
     """(judge prompts (id, token ids) of `items`, ids of the items whose response was cut).
 
-    A response of more than `max_response_tokens` tokens (0: no limit) is shown to the judge up to there, with a mark.
+    A response of more than `max_response_tokens` tokens (0: no limit) is shown to the judge up to there, with a mark;
+    and no more of it than makes a judge prompt of `room` tokens (0: no limit).
     """
-    requests, cut = [], set()
+    requests, cut, no_room = [], set(), 0
+
+    def ask(it, response):
+        return chat.prompt_ids(tokenizer, chat.user(rubric.render(it["prompt"], response, format)))
+
     for it in items:
         response = fit(tokenizer, it["response"], max_response_tokens)
+        ids = ask(it, response)
+        if room and len(ids) > room:
+            no_room += 1
+            left = len(chat.answer_ids(tokenizer, response, ended=False))
+            while len(ids) > room and left > 0:  # the mark, and a token cut in two, take some too
+                left -= len(ids) - room
+                response = fit(tokenizer, it["response"], max(left, 1))
+                ids = ask(it, response)
         if response != it["response"]:
             cut.add(it["id"])
-        text = rubric.render(it["prompt"], response, format)
-        requests.append((it["id"], chat.prompt_ids(tokenizer, chat.user(text))))
+        requests.append((it["id"], ids))
+    if no_room:
+        print(f"{no_room} responses are longer than the judge's context has room for: it sees the beginning alone")
     return requests, cut
+
+
+def _room(engine, n_new: int) -> int:
+    """Tokens that a judge prompt may have for `engine` to write `n_new` behind it; 0 is any number."""
+    return max(engine.context - n_new, 1) if engine.context else 0
 
 
 def surely_fits(response: str, max_tokens: int) -> bool:
@@ -158,7 +178,8 @@ def expected_scores(engine, rubric: Rubric, items: list[dict], *, max_response_t
     the whole distribution)}; `cut` says whether the judge saw a part of the response alone (`prompts`).
     """
     start, choices = score_tokens(engine.tokenizer)
-    requests, cut = prompts(engine.tokenizer, rubric, items, "score_first", max_response_tokens)
+    room = _room(engine, len(start))
+    requests, cut = prompts(engine.tokenizer, rubric, items, "score_first", max_response_tokens, room)
     for batch in engine.choice_probs([(key, ids + start) for key, ids in requests], choices):
         yield [
             {
@@ -193,7 +214,8 @@ def sampled_scores(
     `read_digits` is the mode sampled_expected: a valid judgement's score is the mean of the digits' probabilities where
     it wrote its score, and "written" what it wrote.
     """
-    requests, cut = prompts(engine.tokenizer, rubric, items, "justify_first", max_response_tokens)
+    room = _room(engine, max_new_tokens + SCORE_LINE)
+    requests, cut = prompts(engine.tokenizer, rubric, items, "justify_first", max_response_tokens, room)
     asked, choices = dict(requests), score_tokens(engine.tokenizer)[1] if read_digits else []
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     waiting: list[dict] = []  # texts end one by one; their digits are read many at once

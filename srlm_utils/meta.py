@@ -39,16 +39,26 @@ def disputed(candidates: list[dict], rows: list[dict]) -> list[tuple[dict, list[
 def compare(step, engine, tasks: dict[str, str], judgements: dict[str, list[str]]) -> list[dict]:
     """Verdicts on every two judgements in both orders; `tasks` (what the judge was asked) and `judgements` by cand_id.
 
-    Rows {"id", "first", "second" (places in the list), "p_first" (0 to 1)}; continues a row log of the step.
+    Rows {"id", "first", "second" (places in the list), "p_first" (0 to 1)}; continues a row log of the step. Candidates
+    whose questions are longer than the judge's context are left out, and counted on the screen.
     """
     template, log = load_template(PROMPTS / "meta_judge.jinja"), step.log("meta_verdicts.jsonl")
-    done, requests, asked = {(r["id"], r["first"], r["second"]) for r in log.rows}, [], []
+    done, requests, asked, n_too_long = {(r["id"], r["first"], r["second"]) for r in log.rows}, [], [], 0
     for key, texts in judgements.items():
+        of_key: list = []
         for i, j in permutations(range(len(texts)), 2):
             if (key, i, j) not in done:
                 text = template.render(task=tasks[key], first=inert(texts[i]), second=inert(texts[j]))
-                requests.append((str(len(asked)), chat.prompt_ids(engine.tokenizer, chat.user(text))))
-                asked.append({"id": key, "first": i, "second": j})
+                ids = chat.prompt_ids(engine.tokenizer, chat.user(text))
+                of_key.append(({"id": key, "first": i, "second": j}, ids))
+        if engine.context and any(len(ids) > engine.context for _, ids in of_key):
+            n_too_long += 1
+            continue
+        for what, ids in of_key:
+            requests.append((str(len(asked)), ids))
+            asked.append(what)
+    if n_too_long:
+        print(f"{n_too_long} candidates left out: two judgements of them are longer than the judge's context")
     with step.progress(len(requests), "verdicts") as bar:
         for batch in engine.choice_probs(requests, choice_ids(engine.tokenizer)):
             log.extend([asked[int(n)] | {"p_first": round(p[0], 6)} for n, p, _ in batch])

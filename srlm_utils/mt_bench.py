@@ -72,6 +72,11 @@ def dialogue(question: dict, answers: dict[str, str], turn: int) -> list[dict]:
     return messages
 
 
+def prompt_rows(questions: list[dict]) -> list[dict]:
+    """Both turns of each question as one prompt row, for `context.check`: an answer stands between, another behind."""
+    return [{"prompt_id": str(q["question_id"]), "prompt": "\n".join(q["turns"])} for q in questions]
+
+
 def write_answers(step, engine, questions: list[dict]) -> dict[str, str]:
     """Both answers of each question, by `key`, continuing the row log mt_bench.jsonl.
 

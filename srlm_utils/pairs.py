@@ -173,6 +173,22 @@ def build_pairs(
     return pairs, drops
 
 
+ADVICE = {
+    "few_scored": "two scored candidates make a pair: raise self_instruct.n_candidates, or take judge_mode expected",
+    "tie": "look at the score histogram of 05_judge; in judge_mode expected hardly any two scores are equal",
+    "small_margin": "lower min_margin",
+    "same_text": "raise self_instruct.temperature: the candidates are alike",
+    "empty_chosen": "look at the candidates: the best of them are empty",
+    "low_score": "lower positive_min_score",
+}
+
+
+def advice(drops: dict[str, int]) -> str:
+    """What to do about the most common reason to drop a prompt."""
+    reason = max(drops, key=drops.get)
+    return ADVICE.get(reason, "read the candidates and their scores") if drops[reason] else "no prompts came"
+
+
 def replayed(pairs: list[dict], share: float, seed: int = 0) -> list[dict]:
     """The `share` of an earlier round's pairs that is learned from again: a seeded hash of their prompts' ids picks."""
     return _some(pairs, round(share * len(pairs)), seed)

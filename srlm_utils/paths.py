@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from srlm_utils.errors import MissingInputError
+
 PROJ_ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(__file__).resolve().parent
 NOTEBOOKS = PROJ_ROOT / "notebooks"
@@ -27,3 +29,12 @@ def resolve(path: str | Path) -> Path:
     """Absolute form of `path`; relative paths start at the repository, not at the kernel's folder."""
     path = Path(path).expanduser()
     return path if path.is_absolute() else PROJ_ROOT / path
+
+
+def run_folder(path: str | Path) -> Path:
+    """Absolute form of a run folder's path. Raises `MissingInputError` where there is no run."""
+    run = resolve(path)
+    if not (run / "steps").is_dir():
+        there = ", ".join(sorted(p.parent.name for p in RESULTS.glob("*/steps"))) or "none"
+        raise MissingInputError(f"{shown(run)}: no run here (no steps/ folder). Runs in results/: {there}.")
+    return run

@@ -216,7 +216,10 @@ def _check_round(experiment: Experiment, model: str) -> None:
     before = models_before(model)
     judging = experiment.flat("05_judge", model, "")
     judge, reference = judging["judge_model"], judging["implicit_reference"]
-    anchor = experiment.flat("04_self_instruct", model, "")["anchor_model"]
+    writing = experiment.flat("04_self_instruct", model, "")
+    anchor = writing["anchor_model"]
+    if writing["n_candidates"] < 2 and not anchor and experiment.run.learn_from == "pairs":
+        raise ParamError("self_instruct.n_candidates: found 1, and a pair is made of two: set it to 2 or more.")
     for name, value in (("self_instruct.anchor_model", anchor), ("judge.implicit_reference", reference)):
         if value and value not in before:
             raise ParamError(

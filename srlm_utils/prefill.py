@@ -1,7 +1,7 @@
 """Reading prompts: in packed rows, so that what prompts begin with alike is read once."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +27,11 @@ class Reading:
     lengths: list[int]
 
 
-def read(model, prompts: list[list[int]]) -> Iterator[Reading]:
-    """Read `prompts` (token ids) with a model of plain attention (`attention.plain`), batch by batch.
+def read(
+    model, prompts: list[list[int]], most: int = 0, begin: Callable[[list[int]], None] = lambda numbers: None
+) -> Iterator[Reading]:
+    """Read `prompts` (token ids) with a model of plain attention (`attention.plain`), batch by batch of at most `most`
+    (0: what `BATCH_TOKENS` holds). `begin` is told the numbers of those that are about to be read.
 
     What all of them begin with is read first, by itself. The rest is packed: in order of their tokens, neighbours
     share most, and a row holds the tree of a few neighbours.
@@ -36,21 +39,25 @@ def read(model, prompts: list[list[int]]) -> Iterator[Reading]:
     head = os.path.commonprefix([ids[:-1] for ids in prompts])  # each keeps a token to ask with
     past = None
     if head:
+        begin([0])  # a part of each of them: what does not fit now fits with none
         past = model(input_ids=torch.tensor([head], device=model.device), use_cache=True, logits_to_keep=1)
         past = past.past_key_values
     rests = [ids[len(head) :] for ids in prompts]
-    for batch in _batches(_rows(rests), BATCH_TOKENS.get(model.device.type, 1024)):
+    most = most or len(prompts)
+    for batch in _batches(_rows(rests, most), BATCH_TOKENS.get(model.device.type, 1024), most):
+        begin([i for row in batch for i in row])
         yield _read(model, rests, batch, head, past)
 
 
-def _rows(prompts: list[list[int]]) -> list[tuple[list[int], int]]:
-    """(numbers of the prompts of a row, its tokens), neighbours in the order of their tokens together."""
+def _rows(prompts: list[list[int]], most: int) -> list[tuple[list[int], int]]:
+    """(numbers of the prompts of a row, its tokens), up to `most` neighbours in the order of their tokens together."""
     rows: list[tuple[list[int], int]] = []
     before: list[int] = []
     for i in sorted(range(len(prompts)), key=prompts.__getitem__):
         shared = len(os.path.commonprefix([before, prompts[i]]))
         new = len(prompts[i]) - shared
-        if rows and 8 * shared >= len(prompts[i]) and rows[-1][1] + new <= ROW_TOKENS:
+        fits = rows and rows[-1][1] + new <= ROW_TOKENS and len(rows[-1][0]) < most
+        if fits and 8 * shared >= len(prompts[i]):
             rows[-1] = (rows[-1][0] + [i], rows[-1][1] + new)
         else:
             rows.append(([i], len(prompts[i])))
@@ -58,12 +65,12 @@ def _rows(prompts: list[list[int]]) -> list[tuple[list[int], int]]:
     return rows
 
 
-def _batches(rows: list[tuple[list[int], int]], budget: int) -> Iterator[list[list[int]]]:
-    """Rows of similar length, as many as fit into `budget` tokens with their padding."""
+def _batches(rows: list[tuple[list[int], int]], budget: int, most: int) -> Iterator[list[list[int]]]:
+    """Rows of similar length, as many as fit into `budget` tokens with their padding and hold `most` prompts."""
     batch: list[list[int]] = []
     widest = 0
     for row, length in sorted(rows, key=lambda r: -r[1]):
-        if batch and (len(batch) + 1) * widest > budget:
+        if batch and ((len(batch) + 1) * widest > budget or sum(map(len, batch)) + len(row) > most):
             yield batch
             batch = []
         widest = widest if batch else length

@@ -4,7 +4,8 @@ import os
 import re
 
 _CONTROLS = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {0x7F: 0x2421}  # pictures of them
-_CONTROLS |= dict.fromkeys([*range(0x80, 0xA0), 0x202D, 0x202E], 0xFFFD)  # C1, and overrides of the direction
+# C1; embeddings, overrides and isolates, which turn the direction of what stands behind them, too
+_CONTROLS |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
 _COLOUR = re.compile("(\x1b\\[[0-9;]*m)")
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
 

@@ -5,12 +5,14 @@ import json
 import shutil
 from pathlib import Path
 
-from srlm_utils.errors import ModelError, ResourceError
+from srlm_utils.errors import ModelError, ResourceError, SrlmError
 from srlm_utils.params import stage_key
 
 GB = 1e9
 MARGIN = 50e6  # bytes of disk that rows, a notebook and a manifest take
 PYTHON = 0.5e9  # bytes of memory of a kernel with torch in it
+# torch raises a class of its own on a GPU alone
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
 
 def free_memory() -> int:
@@ -29,6 +31,23 @@ def free_disk(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is an allocator's: Python's, or torch's on a GPU or a CPU. The kit's own errors are not."""
+    if isinstance(error, SrlmError):
+        return False
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(said in str(error) for said in NO_MEMORY)
+    )
+
+
+def too_large(folder: str) -> ResourceError:
+    """The error of weights that there is no memory for."""
+    return ResourceError(
+        f"{folder}: memory ran out while its weights were loaded. Close what else is running, take a smaller model "
+        "(common.seed_model), or a machine with more memory."
+    )
 
 
 # ---- weights on disk

@@ -89,13 +89,21 @@ def records(name: str) -> Iterator[tuple[str, dict]]:
     opened = gzip.open if path.suffix == ".gz" else open
     i = 0
     try:
-        with opened(path, "rt", encoding="utf-8-sig", newline="\n") as lines:
+        with opened(path, "rb") as lines:  # as bytes: text is decoded many lines at once, and no fault has a line then
             for i, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                yield f"{path}:{i}", parse_row(line, f"{path}:{i}")
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as e:
-        raise DataError(f"{path}:{i + 1 if isinstance(e, UnicodeDecodeError) else i}: cannot be read ({e}).") from e
+                if text := _decoded(line, i, path):
+                    yield f"{path}:{i}", parse_row(text, f"{path}:{i}")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise DataError(f"{path}:{i}: cannot be read ({e}).") from e
+
+
+def _decoded(line: bytes, i: int, path) -> str:
+    """Text of line number `i`; "" for a blank one."""
+    try:
+        text = line.decode("utf-8-sig" if i == 1 else "utf-8")
+    except UnicodeDecodeError as e:
+        raise DataError(f"{path}:{i}: not UTF-8 (byte {e.start} of the line). Save the file as UTF-8.") from e
+    return text if text.strip() else ""
 
 
 def _hub_records(name: str) -> Iterator[tuple[str, dict]]:

@@ -7,6 +7,7 @@ is kept in a file of the work folder: an attempt that continues reads it from th
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -121,6 +122,7 @@ def trainer(
     The file `reference` gets [[log-probability of the chosen answer, of the rejected one], ...] by row.
     """
     ids, rows = [r.get("id", "?") for r in rows], [{k: r[k] for k in r if k != "id"} for r in rows]
+    train.some_rows(rows, params)
     lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
     order = train.batch_order(lengths, params.train_batch_size, params.epochs, params.seed)
     micro, accumulation = train.batch_sizes(params)
@@ -145,6 +147,9 @@ def trainer(
         rows=rows,
         micro=micro,
         kept=reference,
+        ids=ids,
+        lengths=dict(zip(ids, lengths, strict=True)),
+        less_memory=partial(train.less_memory, params, 1),
     )
     out.row_ids = [[ids[i] for i in batch] for batch in batches]
     return out

@@ -59,6 +59,7 @@ class StepRun:
         self.started = time.time()
         self._borrowed: set[str] = set()
         self._engines: list = []  # those of vLLM, whose version the manifest names
+        self._stood_in: set[str] = set()
 
     # ---- files
 
@@ -105,8 +106,9 @@ class StepRun:
             return {"folder": str(self.run / weights(model)), **trust}
         if model != "M0" and not self.scratch:
             self.input(weights(model))  # raises
-        if model != "M0":
+        if model != "M0" and model not in self._stood_in:
             print(f"scratch run: the seed model M0 stands in for {model}")
+            self._stood_in.add(model)
         info = seed_model.read_pointer(self.input("M0/model.json"))
         return {"folder": info["path"], "chat_template": info["chat_template"], **trust}
 

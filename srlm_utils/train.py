@@ -12,6 +12,8 @@ import random
 import shutil
 import warnings
 from collections import Counter
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,12 +25,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from srlm_utils import attention, chat, frozen, judge, packing, ranks, tracking
+from srlm_utils import attention, chat, context, frozen, judge, packing, ranks, tracking
 from srlm_utils.artefacts import replace_folder, write_text
 from srlm_utils.engine import keep_memory, pick_device, pick_dtype
-from srlm_utils.errors import DataError, ModelError, ParamError, StepFailed
+from srlm_utils.errors import DataError, ModelError, ParamError, ResourceError, StepFailed
 from srlm_utils.pair_forward import share_prompts
-from srlm_utils.resources import check_weights
+from srlm_utils.resources import check_weights, out_of_memory, too_large
 
 # trl 1.16 sets this itself, whatever is passed
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated", category=FutureWarning)
@@ -48,7 +50,10 @@ def load(
 
     `four_bit` is QLoRA: the base in 4 bits (NF4, its constants quantised too). Raises `ParamError` without CUDA.
     `place` False leaves the model where it was loaded, for what shards it.
+    Raises `ParamError` before anything is loaded where rows might be longer than the model's context.
     """
+    if 0 < (most := context.of_folder(folder)) < params.max_length:
+        raise ParamError(f"max_length = {params.max_length}: this model attends to {most} tokens; lower it to that.")
     tokenizer = chat.load_tokenizer(folder, chat_template=chat_template, trust_remote_code=trust_remote_code)
     device = pick_device(params.device)
     if device == "cpu":
@@ -62,12 +67,15 @@ def load(
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **how
         )
+        model = model.to(device) if place else model
     except (OSError, ValueError) as e:
         raise ModelError(f"{folder}: the model could not be loaded ({str(e).splitlines()[0]}).") from e
+    except (RuntimeError, MemoryError) as e:
+        raise (too_large(folder) if out_of_memory(e) else e) from None
     attention.use(model)
     if params.dropout and not params.lora_r and hasattr(model.config, "attention_dropout"):
         model.config.attention_dropout = params.dropout
-    return model.to(device) if place else model, tokenizer
+    return model, tokenizer
 
 
 def _four_bit(params, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -163,6 +171,29 @@ def batch_sizes(params) -> tuple[int, int]:
     if params.train_batch_size % micro:
         raise ParamError(f"train_batch_size {params.train_batch_size} is no multiple of micro_batch_size {micro}.")
     return micro, params.train_batch_size // micro
+
+
+def some_rows(rows: list[dict], params) -> None:
+    """Raise `DataError` where there is nothing to learn from."""
+    if not rows:
+        raise DataError(
+            f"no row is left to learn from: none came, or all are longer than max_length = {params.max_length} tokens."
+        )
+
+
+def less_memory(params, least: int, longest: int) -> str:
+    """What to lower where memory ran out on rows of at most `longest` tokens; `least` rows a micro-batch must hold.
+
+    It is not lowered unasked, as it is in sampling: the loss of a micro-batch is a mean over its tokens, and over the
+    pairs of replies that it holds for the ranking loss, so smaller ones would train another model.
+    """
+    micro, _ = batch_sizes(params)
+    smaller = next((m for m in range(micro // 2, least - 1, -1) if not params.train_batch_size % m), 0)
+    ways = [f"lower micro_batch_size from {micro} to {smaller}"] if smaller else []
+    ways.append(f"lower max_length from {params.max_length} to {longest * 3 // 4}, which drops longer rows")
+    if not params.gradient_checkpointing:
+        ways.append("set gradient_checkpointing to true")
+    return "; or ".join(ways)
 
 
 def common_args(params, work: Path, *, per_device: int, accumulation: int, n_items: int, world: int = 1) -> dict:
@@ -321,6 +352,7 @@ def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path, world: i
     Replies share what they have in common, and are compared, within a micro-batch. So with `rank_weight` a
     micro-batch must hold all judgements of a prompt: its replies times the EFT formats.
     """
+    some_rows(rows, params)
     share = attention.plain(model.config, params.max_length)
     micro, accumulation = batch_sizes(params)
     if params.rank_weight:
@@ -344,6 +376,9 @@ def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path, world: i
         rank_weight=params.rank_weight,
     )
     trainer.row_ids = [[i for s in batch for i in packed[s]["ids"]] for batch in batches]
+    trainer.lengths = {r.get("id", "?"): len(r["input_ids"]) for r in rows}
+    groups = Counter(r["group"] for r in rows if "group" in r)
+    trainer.less_memory = partial(less_memory, params, max(groups.values(), default=1) if params.rank_weight else 1)
     if share:
         trainer.kept = frozen.keep(trainer, params, sum(len(s["input_ids"]) for s in packed), params.epochs)
     return trainer
@@ -353,10 +388,12 @@ class TokenisedDPOTrainer(DPOTrainer):
     """DPOTrainer for rows that are token ids already.
 
     `share`: a pair's prompt is read once (`pair_forward`); `keep(trainer)` makes what keeps the frozen layers' output.
+    `ids` are those of the rows, `lengths` their tokens by id; `less_memory(longest)` says what to lower.
     """
 
-    def __init__(self, *args, share: bool, keep, **kwargs):
-        self.share, self.keep = share, keep
+    def __init__(self, *args, share: bool, keep, ids: list[str], lengths: dict[str, int], less_memory, **kwargs):
+        self.share, self.keep, self.lengths, self.less_memory = share, keep, lengths, less_memory
+        self._to_read = iter(ids)
         super().__init__(*args, **kwargs)
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
@@ -367,6 +404,15 @@ class TokenisedDPOTrainer(DPOTrainer):
             base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
             share_prompts(base, self.keep(self))
         return super()._precompute_ref_logps(*args, **kwargs)
+
+    def compute_ref_log_probs(self, model, inputs):
+        ids = list(islice(self._to_read, len(inputs["input_ids"]) // 2))  # a pair is two rows
+        try:
+            return super().compute_ref_log_probs(model, inputs)
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e):
+                raise
+        raise _ran_out("while the reference read", ids, self)
 
 
 def weighed_losses(consistency: float, nll_weight: float) -> dict:
@@ -392,6 +438,7 @@ def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path, consiste
     takes the mean over the tokens of a micro-batch, the paper over those of each answer. `consistency` says how far
     the pairs' order is trusted (`weighed_losses`); 1 is DPO.
     """
+    some_rows(rows, params)
     ids, rows = [r.get("id", "?") for r in rows], [{k: r[k] for k in r if k != "id"} for r in rows]
     lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
     n_tokens = sum(len(ids) for r in rows for ids in r.values())
@@ -413,6 +460,9 @@ def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path, consiste
         peft_config=lora_config(model, params),
         share=attention.plain(model.config, 2 * params.max_length),
         keep=lambda trainer: frozen.keep(trainer, params, n_tokens, 1 + params.epochs),
+        ids=ids,
+        lengths=dict(zip(ids, lengths, strict=True)),
+        less_memory=partial(less_memory, params, 1),
     )
     trainer.row_ids = [[ids[i]] for i in order]
     trainer.train_dataset = trainer.train_dataset.select(order)  # the reference read each pair once; now all epochs
@@ -422,14 +472,25 @@ def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path, consiste
 class _Report(TrainerCallback):
     """Moves the step's progress, and stops at a loss or gradient that is no number, before it is in a checkpoint.
 
-    `row_ids` has the ids of the rows of each micro-batch, in the order in which they are trained.
+    `row_ids` has the ids of the rows of each micro-batch, in the order in which they are trained. `n_done` counts the
+    micro-batches of the step under way that are done.
     """
 
     def __init__(self, progress, row_ids: list[list[str]]):
-        self.progress, self.row_ids = progress, row_ids
+        self.progress, self.row_ids, self.n_done = progress, row_ids, 0
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.n_done += 1
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.n_done = 0
         self.progress.update(state.global_step - self.progress.n)
+
+    def under_way(self, args, state) -> list[str]:
+        """Ids of the rows of the micro-batch under way, in this process."""
+        n = state.global_step * args.gradient_accumulation_steps + self.n_done
+        first = (n * args.world_size + args.process_index) * args.per_device_train_batch_size
+        return [i for ids in self.row_ids[first : first + args.per_device_train_batch_size] for i in ids]
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in ("loss", "grad_norm"):
@@ -444,9 +505,15 @@ class _Report(TrainerCallback):
                 )
 
 
+def _ran_out(when: str, ids: list[str], trainer) -> ResourceError:
+    lower = trainer.less_memory(max((trainer.lengths[i] for i in ids), default=max(trainer.lengths.values())))
+    return ResourceError(f"memory ran out {when} rows {', '.join(dict.fromkeys(ids))}: {lower}.")
+
+
 def train(trainer, step, selection=None) -> pd.DataFrame:
     """Run a trainer to its end, from the last checkpoint of an interrupted attempt if there is one.
 
+    Raises `ResourceError`, which names the rows and what to lower, where memory runs out.
     Returns the log, one row an optimizer step. With a `checkpoints.Selection` the trainer's model has the weights of
     the step that it kept, else those of the last.
     """
@@ -465,12 +532,20 @@ def train(trainer, step, selection=None) -> pd.DataFrame:
     if last and trainer.is_world_process_zero():
         print(f"continuing from step {step_of(last)} of {total}", flush=True)
     with step.progress(total, "steps") as progress:
-        trainer.add_callback(_Report(progress, trainer.row_ids))
+        trainer.add_callback(report := _Report(progress, trainer.row_ids))
         if selection:
             from srlm_utils import checkpoints
 
             trainer.add_callback(checkpoints.AtSteps(selection, trainer))
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        ran_out = False
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except (RuntimeError, MemoryError) as e:
+            if not (ran_out := out_of_memory(e)):
+                raise
+        if ran_out:  # not within the except clause: the error holds all that stood in memory
+            now = report.under_way(trainer.args, trainer.state)
+            raise _ran_out(f"at step {trainer.state.global_step + 1}, on", now, trainer)
     if selection:
         selection.restore(checkpoints.plain_model(trainer))
     return pd.DataFrame([r for r in trainer.state.log_history if "loss" in r])

@@ -3,15 +3,16 @@
 Nothing is run and nothing is changed. Files outside the run (seed files, rubrics) are the business of ``srlm plan``.
 """
 
+import csv
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from srlm_utils.artefacts import describe, read_json, read_jsonl
-from srlm_utils.errors import DataError, MissingInputError
-from srlm_utils.paths import shown
-from srlm_utils.plan import SEED_FILES, is_model_name
+from srlm_utils.errors import DataError
+from srlm_utils.paths import run_folder
+from srlm_utils.plan import SEED_FILES, VALID, is_model_name
 from srlm_utils.seeds import HELD_OUT
 from srlm_utils.self_instruct import Pool
 
@@ -21,8 +22,10 @@ IDS = {
     "candidates": ("cand_id",),
     "judgements": ("id", "judge_mode"),
     "answer_scores": ("prompt_id", "judge"),
+    "selection_answers": ("step", "prompt_id"),
     "verdicts": ("model_a", "model_b", "judge", "judge_mode", "prompt_id", "order"),
 }
+BY_SCORE = ("score", "length_control")  # pair rules whose chosen answer scores higher
 LEFT_OUT = ("/model", "/eft/train.jsonl")  # what `example` leaves out of a rendered run
 
 
@@ -54,16 +57,15 @@ class Verified:
 def verify(run: Path) -> Verified:
     """Check a run folder: manifests against files, ids, what rows refer to, and that eval, test and validation prompts
     stand nowhere in training data."""
-    if not (run / "steps").is_dir():
-        raise MissingInputError(
-            f"{shown(run)}: no run here (no steps/ folder). Expected a folder such as results/quickstart."
-        )
+    run = run_folder(run)
     check = _Check(run)
     check.manifests()
     check.unfinished()
     check.ids()
     for model in sorted(p.name for p in run.iterdir() if p.is_dir() and is_model_name(p.name)):
         check.round(model)
+        check.judge_pairs(model)
+        check.selection(model)
         check.evaluation(model)
     check.held_out()
     return check.out
@@ -150,7 +152,7 @@ class _Check:
     # ---- rows
 
     def ids(self) -> None:
-        for pattern in ("seed/*", "*/eft/*", "*/aift/*", "*/eval/*", "*/eval/verdicts/*"):
+        for pattern in ("seed/*", "*/selection_answers", "*/eft/*", "*/aift/*", "*/eval/*", "*/eval/verdicts/*"):
             for path in sorted(self.run.glob(f"{pattern}.jsonl")):
                 file = path.relative_to(self.run).as_posix()
                 names = IDS.get("verdicts" if path.parent.name == "verdicts" else path.stem, ("prompt_id",))
@@ -193,10 +195,11 @@ class _Check:
                 self.fault(judgements, str(cand_id), "no judgement", "one of each candidate")
         by_id = {c.get("cand_id"): c for c in self.rows(candidates)}
         scores = {j.get("id"): j.get("score") for j in self.rows(judgements)}
+        rule = self.param(f"06_build_pairs@{model}", "pair_rule", "score")
         for row in self.rows(pairs):
             for side in ("chosen", "rejected"):
                 self._learned(pairs, row, f"{side}_id", side, f"{side}_score", by_id, scores)
-            if not _above(row.get("chosen_score"), row.get("rejected_score")):
+            if rule in BY_SCORE and not _above(row.get("chosen_score"), row.get("rejected_score")):
                 found = f"scores {row.get('chosen_score')} and {row.get('rejected_score')}"
                 self.fault(pairs, _id(row), found, "a chosen answer that scores above the rejected one")
         for row in self.rows(positives):
@@ -212,6 +215,55 @@ class _Check:
         elif scores.get(row.get(id)) != row.get(score):
             found = f"{score} {row.get(score)}"
             self.fault(file, _id(row), found, f"{scores.get(row.get(id))}, as {row.get(id)} was judged")
+
+    def judge_pairs(self, model: str) -> None:
+        """Pairs of judgements are two that the model wrote of one of its candidates, whole and with a score."""
+        file, judgements = (f"{model}/aift/{name}.jsonl" for name in ("judge_pairs", "judgements"))
+        if not (self.run / judgements).is_file():
+            return
+        judged = {r.get("id"): r.get("samples") or [] for r in self.rows(judgements)}
+        for row in self.rows(file):
+            cand_id = str(row.get("prompt_id")).removesuffix("/judge")
+            said = {s.get("text") for s in judged.get(cand_id, []) if s.get("status") == "ok" and s.get("ended")}
+            if cand_id not in judged:
+                self.fault(file, _id(row), f"candidate {cand_id}", f"one of {judgements}")
+            elif row.get("chosen") == row.get("rejected"):
+                self.fault(file, _id(row), "one text as chosen and rejected", "two judgements")
+            else:
+                for side in ("chosen", "rejected"):
+                    if row.get(side) not in said:
+                        found = f"a judgement that {cand_id} did not get as {side}"
+                        self.fault(file, _id(row), found, f"one of its valid samples in {judgements}")
+
+    def selection(self, model: str) -> None:
+        """Each checkpoint was compared with the one before it on the same prompts, and the best by these is kept."""
+        file, answers = f"{model}/selection.csv", f"{model}/selection_answers.jsonl"
+        if not (self.run / file).is_file():
+            return
+        from srlm_utils.checkpoints import best  # torch, for runs alone that have it anyway
+
+        try:
+            with open(self.run / file, encoding="utf-8", newline="") as f:
+                found = list(csv.DictReader(f))
+            kept = [int(r["step"]) for r in found if r["kept"] == "True"]
+            number = {"step": int, "compared_with": int, "win_rate": float, "n": int}
+            rows = [{name: kind(r[name]) for name, kind in number.items()} for r in found]
+            expected = best(rows)
+        except (KeyError, TypeError, ValueError, OSError) as e:
+            self.fault(file, "", f"{type(e).__name__} {e}", "step, compared_with, win_rate, n, kept of each comparison")
+            return
+        self.out.n_files, self.out.n_rows = self.out.n_files + 1, self.out.n_rows + len(rows)
+        if kept != [expected]:
+            self.fault(file, "", f"kept {', '.join(map(str, kept)) or 'none'}", f"{expected}, which the win rates say")
+        answered = Counter(a.get("step") for a in self.rows(answers))
+        for row, before in zip(rows, [0, *(r["step"] for r in rows)], strict=False):
+            if row["compared_with"] != before or row["step"] <= before:
+                self.fault(file, f"step {row['step']}", f"compared_with {row['compared_with']}", f"{before}, before it")
+            if row["n"] != answered[row["step"]]:
+                found = f"{answered[row['step']]} answers"
+                self.fault(answers, f"step {row['step']}", found, f"{row['n']}, as {file} has")
+        self.refer(answers, "step", {0, *(r["step"] for r in rows)}, file)
+        self.refer(answers, "prompt_id", self.ids_of(VALID, "prompt_id"), VALID)
 
     def evaluation(self, model: str) -> None:
         folder, tests, exam = f"{model}/eval", "seed/test_prompts.jsonl", "seed/ranked_eval.jsonl"

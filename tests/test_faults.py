@@ -1,7 +1,8 @@
-"""Stages without a model, killed at every write, flush, rename and removal, and continued.
+"""Stages without training, killed at every write, flush, rename and removal, and continued.
 
-The stages are the notebooks' own cells. A child process runs them and ends with `os._exit`, as a kill would end it:
-nothing is closed, flushed or cleaned up. What a killed write had got to the disk stays.
+The stages are the notebooks' own cells; what a model writes, and how it judges, follows from what it is asked. A child
+process runs them and ends with `os._exit`, as a kill would end it: nothing is closed, flushed or cleaned up. What a
+killed write had got to the disk stays.
 """
 
 import errno
@@ -11,40 +12,82 @@ import shutil
 import subprocess
 import sys
 import traceback
+import zlib
 from contextlib import redirect_stderr
 from functools import cache
 from types import SimpleNamespace
 
 import nbformat
+import pandas as pd
 import pytest
 
-from srlm_utils import chat, resources, self_instruct, step
-from srlm_utils.artefacts import read_json, read_jsonl, write_json, write_jsonl
+from srlm_utils import chat, plots, report, resources, self_instruct, step
+from srlm_utils.artefacts import read_json, read_jsonl, write_json, write_jsonl, write_text
 from srlm_utils.engine import Sample
 from srlm_utils.params import STAGES, stage_key
-from srlm_utils.paths import NOTEBOOKS
+from srlm_utils.paths import EXAMPLE, NOTEBOOKS
 from srlm_utils.seed_model import fetch
 from srlm_utils.step import StepRun
 
 KILLS = 1000  # of the slow test, over all stages
+FIGURES = ("agreement", "answer_lengths", "answers", "calibration", "funnel", "length_control", "mean_scores")
+FIGURES += ("score_histogram", "training", "win_rates")
 OPERATIONS = ("write", "fsync", "replace", "rename", "truncate", "unlink", "rmdir", "mkdir")
 KILLED = 137
 
 SEED = {"seed_model": "tiny-random", "n_ift": 8, "n_ranked_train": 2, "n_ranked_eval": 2, "n_valid": 2, "n_test": 3}
 WRITE = {"n_prompts": 7, "n_candidates": 3}
-STAGE = {"01_seed_data@run": SEED, "04_self_instruct@M1": WRITE, "06_build_pairs@M1": {"max_tie_rate": 1.0}}
+JUDGE = {"judge_mode": "sampled", "meta_judge": True}
+MEASURE = {"win_judges": ["M0:pairwise", "M1:score"], "judge_modes": ["expected", "sampled"], "safety_file": ""}
+STAGE = {
+    "01_seed_data@run": SEED,
+    "04_self_instruct@M1": WRITE,
+    "05_judge@M1": JUDGE,
+    "06_build_pairs@M1": {"max_tie_rate": 1.0},
+    "08_evaluate@M0": MEASURE,
+    "08_evaluate@SFT": MEASURE,
+    "09_report@run": {},
+}
 WORDS = ["river", "stone", "bread", "lamp", "cloud", "table", "music", "winter", "garden", "letter", "engine", "paper"]
 
 
 class Author:
-    """Writes answers and prompts that depend on what they are asked for alone, a few at a time."""
+    """Writes, and judges by, what depends on what it is asked for alone, a few rows at a time."""
 
-    tokenizer = None
+    tokenizer, context = None, 0
 
     def generate(self, requests, *, n=1, **how):
         for i in range(0, len(requests), 2):
             for key, _ in requests[i : i + 2]:
-                yield [Sample(f"{key}-{j}", f"{key} é\u2028 {j}", 5, j != 1) for j in range(n)]
+                texts = [f"{key} é\u2028 {j}\nScore: {number(key, j) % 6}" for j in range(n)]
+                yield [Sample(f"{key}-{j}", text, 5, j != 1) for j, text in enumerate(texts)]
+
+    def choice_probs(self, requests, choices):
+        for i in range(0, len(requests), 3):
+            shares = [[number(ids, c) % 97 + 1 for c in choices] for _, ids in requests[i : i + 3]]
+            yield [
+                (key, [s / sum(of_key) for s in of_key], 0.5)
+                for (key, _), of_key in zip(requests[i : i + 3], shares, strict=True)
+            ]
+
+    def target_logprobs(self, requests):
+        for key, _, ids in requests:
+            yield [(key, [-number(key, i) % 7 - 0.5 for i in range(len(ids))])]
+
+
+def number(*what) -> int:
+    """The same for the same arguments, in every process."""
+    return zlib.crc32(repr(what).encode())
+
+
+def drawn(*args, **kw):
+    """In place of a figure, which takes longer than all that is tested here."""
+    return None, pd.DataFrame()
+
+
+def save(fig, data, folder, name):
+    for kind in ("png", "csv"):
+        write_text(folder / f"{name}.{kind}", name)
 
 
 def written(engine, ids, demos, kept, params, stop_ids):
@@ -62,8 +105,10 @@ def stages(monkeypatch, tmp_path):
     monkeypatch.setattr(self_instruct, "WAVE", 5)
     monkeypatch.setattr(self_instruct, "write_prompts", written)
     monkeypatch.setattr(chat, "newline_ids", lambda tokenizer: [])
-    monkeypatch.setattr(chat, "prompt_ids", lambda tokenizer, messages, **how: [1])
+    monkeypatch.setattr(chat, "prompt_ids", lambda tokenizer, messages, **how: [number(messages)])
+    monkeypatch.setattr(chat, "answer_ids", lambda tokenizer, text, **how: list(text.encode()))
     monkeypatch.setattr(StepRun, "engine", lambda self, model: Author())
+    monkeypatch.setattr(StepRun, "tokenizer", lambda self, model: SimpleNamespace(added_tokens_decoder={}))
     fetch("tiny-random")
     monkeypatch.setattr(step, "versions", lambda: {})
     import scipy.stats  # noqa: F401  (once here, not in every child)
@@ -73,6 +118,16 @@ def stages(monkeypatch, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Nothing is drawn, and nothing resampled for the report."""
+    for name in FIGURES:
+        monkeypatch.setattr(plots, name, drawn)
+    monkeypatch.setattr(plots, "save", save)
+    for name in ("ratings_table", "kinds_table", "judges_table"):
+        monkeypatch.setattr(report, name, lambda *args: pd.DataFrame())
+
+
 @cache
 def cells(name):
     nb = nbformat.read(NOTEBOOKS / f"{name.partition('@')[0]}.ipynb", 4)
@@ -80,10 +135,10 @@ def cells(name):
     return [compile(c.source.replace("%load_ext autoreload\n%autoreload 2", ""), name, "exec") for c in code]
 
 
-def run_stage(run, name):
+def run_stage(run, name, **params):
     stage, _, model = name.partition("@")
     defaults = STAGES[stage_key(stage)]().model_dump()
-    space = {**defaults, **STAGE[name], "run_dir": str(run), "model": model, "display": print}
+    space = {**defaults, **STAGE[name], **params, "run_dir": str(run), "model": model, "display": print}
     for cell in cells(name):
         exec(cell, space)
 
@@ -137,12 +192,21 @@ def kill(at, after=0):
     return arm
 
 
-def finish(run, name):
-    assert child(lambda: run_stage(run, name)) == 0
+def finish(run, name, **params):
+    assert child(lambda: run_stage(run, name, **params)) == 0
 
 
 def prepared(run, name):
     """What stands in the folder before the stage, made by the stages before it."""
+    if name == "09_report@run":
+        shutil.copytree(EXAMPLE, run, ignore=shutil.ignore_patterns("report", "notebooks", f"{name}.json"))
+    if name == "05_judge@M1":
+        prepared(run, "04_self_instruct@M1")
+        finish(run, "04_self_instruct@M1")
+    if name == "08_evaluate@SFT":
+        prepared(run, "04_self_instruct@M1")
+        write_json(run / "SFT/model/config.json", {})
+        finish(run, "08_evaluate@M0")
     if name == "06_build_pairs@M1":
         prepared(run, "04_self_instruct@M1")
         finish(run, "04_self_instruct@M1")
@@ -212,6 +276,59 @@ def test_a_stage_killed_at_each_operation_ends_as_if_it_had_not_been(stages):
 
 def test_rows_of_a_killed_stage_are_neither_lost_nor_made_twice(stages):
     torture(stages, "04_self_instruct@M1", 12, again=True)
+
+
+def test_judgements_and_verdicts_of_a_killed_stage_are_neither_lost_nor_made_twice(stages, undrawn):
+    torture(stages, "05_judge@M1", 6, again=True)
+    rows = read_jsonl(stages.with_name("whole") / "M1/aift/judge_pairs.jsonl")
+    assert rows and all(r["chosen"] != r["rejected"] for r in rows)
+
+
+def test_answers_and_scores_of_a_killed_evaluation_are_neither_lost_nor_made_twice(stages, undrawn):
+    torture(stages, "08_evaluate@SFT", 4, again=True)
+    assert len(read_jsonl(stages.with_name("whole") / "SFT/eval/verdicts/SFT_vs_M0.jsonl")) == 3 * (2 + 1)
+
+
+def test_a_report_is_whole_or_not_there(stages, undrawn):
+    torture(stages, "09_report@run", 3, again=False)
+    assert (stages.with_name("whole") / "report/figures/win_rates.csv").is_file()
+
+
+def test_one_prompt_and_two_candidates_go_through_every_stage(stages):
+    """With the figures drawn: intervals over one prompt, spreads of one score."""
+    run, one = stages, {"n_ift": 1, "n_ranked_train": 1, "n_ranked_eval": 1, "n_valid": 1, "n_test": 1}
+    finish(run, "01_seed_data@run", **one)
+    for model in ("SFT", "M1"):
+        write_json(run / model / "model/config.json", {})
+    finish(run, "04_self_instruct@M1", n_prompts=1, n_candidates=2)
+    finish(run, "05_judge@M1", meta_judge=False)
+    finish(run, "06_build_pairs@M1")
+    assert len(read_jsonl(run / "M1/aift/pairs.jsonl")) == 1
+    finish(run, "08_evaluate@M0")
+    finish(run, "08_evaluate@SFT")
+    rates = [r for r in read_json(run / "SFT/eval/metrics.json") if r["metric"] == "win_rate"]
+    assert [r["n"] for r in rates] == [1, 1] and all(r["low"] is None for r in rates)
+
+
+def test_one_candidate_a_prompt_makes_no_pair_and_may_make_a_positive(stages):
+    run, name = stages, "06_build_pairs@M1"
+    prepared(run, "04_self_instruct@M1")
+    finish(run, "04_self_instruct@M1", n_prompts=2, n_candidates=1)
+    finish(run, "05_judge@M1", judge_mode="expected", meta_judge=False)
+    said = refused(run, name)
+    assert "no pairs out of 2 prompts ({'few_scored': 2," in said and "raise self_instruct.n_candidates" in said
+    finish(run, name, learn_from="positives", positive_min_score=0.0)
+    assert len(read_jsonl(run / "M1/aift/positives.jsonl")) == 2
+
+
+def test_no_candidates_are_said(stages):
+    run = stages
+    prepared(run, "04_self_instruct@M1")
+    for file in ("prompts", "candidates", "judgements"):
+        write_jsonl(run / f"M1/aift/{file}.jsonl", [])
+    assert "candidates.jsonl holds no candidates: nothing to judge. Run 04_self_instruct" in refused(run, "05_judge@M1")
+    said = refused(run, "06_build_pairs@M1")
+    assert "no pairs out of 0 prompts" in said and "no prompts came" in said
 
 
 def test_no_prompt_kept_is_said_and_its_attempts_stay(stages, monkeypatch):
@@ -301,7 +418,15 @@ def test_a_real_disk_fills_up_and_a_folder_is_read_only(stages, small_disk, monk
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "name,share", [("01_seed_data@run", 0.2), ("04_self_instruct@M1", 0.6), ("06_build_pairs@M1", 0.2)]
+    "name,share",
+    [
+        ("01_seed_data@run", 0.1),
+        ("04_self_instruct@M1", 0.4),
+        ("05_judge@M1", 0.2),
+        ("06_build_pairs@M1", 0.1),
+        ("08_evaluate@SFT", 0.15),
+        ("09_report@run", 0.05),
+    ],
 )
-def test_a_thousand_kills(stages, name, share):
+def test_a_thousand_kills(stages, undrawn, name, share):
     assert torture(stages, name, round(KILLS * share), again=True) == round(KILLS * share)

@@ -9,8 +9,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srlm_utils import alpaca_eval, artefacts, health, judge, metrics, mt_bench, pairs, rows, self_instruct, sources
+from srlm_utils import (
+    alpaca_eval,
+    artefacts,
+    chat,
+    context,
+    health,
+    judge,
+    metrics,
+    mt_bench,
+    pairs,
+    rows,
+    seeds,
+    self_instruct,
+    sources,
+)
 from srlm_utils.errors import DataError, MissingInputError
+from srlm_utils.params import SeedData
 from srlm_utils.verdicts import read_votes
 from tests.test_sources import FURTHER, flat, message, tree
 
@@ -255,3 +270,82 @@ def test_shapes_of_files(tmp_path, load):
         path.write_bytes(bad)
         with pytest.raises(DataError, match=says):
             load(path)
+
+
+# ---- as 01_seed_data reads them
+
+SETS = {
+    "ift_file": GOOD[0],
+    "ranked_train_files": GOOD[1],
+    "ranked_eval_files": GOOD[1],
+    "valid_file": GOOD[2],
+    "test_file": GOOD[2],
+}
+SCRIPTS = {
+    "emoji": "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f3f4\U000e0067\U000e0062\U000e007f \u2764\ufe0f",
+    "right to left": "\u05e9\u05dc\u05d5\u05dd \u202babc\u202c \u0645\u0631\u062d\u0628\u0627 \u200f!",
+    "line separators": "a\u2028b\u2029c\x85d\x0be",
+    "control characters": "NUL \x00 ESC \x1b[2J BEL \x07 DEL \x7f",
+    "template and markup": "{{ 7 * 7 }} <script>alert(1)</script> <|im_end|> </prompt>",
+}
+
+
+def seeds_with(parameter, path):
+    """The set that `parameter` fills, from a file in the place of a bundled one."""
+    few = {name: 2 for name in ("n_ift", "n_ranked_train", "n_ranked_eval", "n_valid", "n_test")}
+    value = [str(path)] if parameter.endswith("files") else str(path)
+    found, _ = seeds.load_seeds(SeedData(**few, **{parameter: value}).model_dump())
+    use = parameter.rpartition("_")[0]
+    return found[f"{use}_prompts" if use in ("valid", "test") else use]
+
+
+@pytest.mark.parametrize("text", SCRIPTS.values(), ids=SCRIPTS)
+@pytest.mark.parametrize("parameter", SETS)
+def test_a_seed_text_of_any_script_comes_through_as_it_is(tmp_path, parameter, text):
+    path, row = tmp_path / "mine.jsonl", SETS[parameter] | {"prompt": text}
+    for ascii_, before, end in ((True, b"", b"\n"), (False, b"\xef\xbb\xbf", b"\r\n"), (False, b"\n \n", b"")):
+        path.write_bytes(before + json.dumps(row, ensure_ascii=ascii_).encode() + end)
+        (found,) = seeds_with(parameter, path)
+        assert found["prompt"] == text
+        artefacts.write_jsonl(tmp_path / "out.jsonl", [found])
+        assert artefacts.read_jsonl(tmp_path / "out.jsonl") == [found]
+
+
+@pytest.mark.parametrize("parameter", SETS)
+def test_a_bad_seed_file_is_refused_with_its_place(tmp_path, parameter):
+    path, row = tmp_path / "mine.jsonl", SETS[parameter]
+    line = json.dumps(row).encode()
+    other = json.dumps(row | {"prompt_id": "q"}).encode()
+    for bad, says in [
+        (line + b"\n" + other + b"\n" + line, r"mine.jsonl: row 3 \(p\): prompt_id stands twice"),
+        (line + b"\n" + other.replace(b"Q?", b"\xff"), "mine.jsonl:2: not UTF-8"),
+        (line.decode().encode("utf-16"), "mine.jsonl.*: not UTF-8"),
+        (line + b"\n" + b"\x00" * 512, "mine.jsonl:2: not valid JSON"),
+        (line + b"\n" + other.replace(b"Q?", b"Q\x00"), "mine.jsonl:2: not valid JSON"),
+        (line + b"\n" + other[:-9], "mine.jsonl:2: not valid JSON"),
+        (line + b"\n" + other.replace(b"Q?", b"\\ude00"), "mine.jsonl:2: not valid JSON"),
+        (line + b"\n" + other.replace(b'"Q?"', b"7"), r"mine.jsonl: row 2 \(q\): prompt"),
+        (line + b"\n" + other.replace(b'"Q?"', b'" \\n "'), r"mine.jsonl: row 2 \(q\): prompt"),
+        (b"", "mine.jsonl: "),
+    ]:
+        path.write_bytes(bad)
+        with pytest.raises(DataError, match=says) as e:
+            seeds_with(parameter, path)
+        assert "\n" not in str(e.value)
+
+
+def test_a_line_of_a_megabyte_is_a_row_and_its_prompt_is_too_long_for_the_model(tmp_path, tiny):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps(GOOD[2] | {"prompt": "tea " * 250_000}) + "\n")
+    (found,) = seeds_with("test_file", path)
+    assert len(found["prompt"]) == 1_000_000
+    with pytest.raises(DataError, match=r"^p \(\d{6,} and 8\): .* more than the 4096 that the model attends to"):
+        context.check({"folder": tiny}, [found], 8)
+
+
+def test_a_model_reads_any_script_whole(engine):
+    for text in SCRIPTS.values():
+        ids = chat.text_ids(engine.tokenizer, text)
+        assert engine.tokenizer.decode(ids) == text
+        controls = {i for i, token in engine.tokenizer.added_tokens_decoder.items() if token.special}
+        assert not controls & {*ids}

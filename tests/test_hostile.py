@@ -77,6 +77,7 @@ def test_a_report_of_attacks_is_text(tmp_path):
 
 def test_control_characters_become_visible_and_letters_stay():
     assert printable("\x1b[2J\r\x00") == "␛[2J␍␀"
+    assert printable("a\u202eb\u2067c\u2069d\u202c") == "a\ufffdb\ufffdc\ufffdd\ufffd"
     assert printable("a\tb\nc é 日本 🙂 שלום") == "a\tb\nc é 日本 🙂 שלום"
     red = {"output_type": "error", "traceback": ["\x1b[0;31mKeyError\x1b[0m: \x1b[2J\x1b]0;x\x07"]}
     assert printable_output([red])[0]["traceback"] == ["\x1b[0;31mKeyError\x1b[0m: ␛[2J␛]0;x␇"]

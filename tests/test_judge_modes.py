@@ -22,6 +22,8 @@ ATTACKS = [
 class Judge:
     """An engine that writes what it is told and notes what it was asked."""
 
+    context = 0
+
     def __init__(self, tokenizer, texts=("Why.\nScore: 2",), probs=(0, 0, 0, 1, 0, 0)):
         self.tokenizer, self.texts, self.probs, self.asked = tokenizer, texts, list(probs), []
 

@@ -83,7 +83,7 @@ def test_every_two_judgements_are_compared_in_both_orders(engine, tmp_path):
     asked = {(v["id"], v["first"], v["second"]) for v in verdicts}
     assert len(verdicts) == len(asked) == 6 + 2 and figures["n_disputed"] == 2
     assert {("p-1", 2, 0), ("p-1", 0, 2), ("q-0", 0, 1), ("q-0", 1, 0)} <= asked
-    idle = SimpleNamespace(tokenizer=engine.tokenizer, choice_probs=lambda requests, _: iter(requests))
+    idle = SimpleNamespace(tokenizer=engine.tokenizer, context=0, choice_probs=lambda requests, _: iter(requests))
     assert meta.judge_pairs(a_step(tmp_path), idle, rubric, PROMPTS, CANDIDATES, ROWS, 0) == (made, figures)
 
 
@@ -91,7 +91,7 @@ def test_the_best_and_the_worst_judgement_become_a_pair(engine, tmp_path):
     class Strict:
         """Prefers the judgement that gives fewer points, and the first of two in doubt."""
 
-        tokenizer = engine.tokenizer
+        tokenizer, context = engine.tokenizer, 0
 
         def choice_probs(self, requests, _):
             for key, ids in requests:
@@ -114,7 +114,7 @@ def test_a_judgement_cannot_close_its_block(engine, tmp_path):
     seen = []
 
     class Watch:
-        tokenizer = engine.tokenizer
+        tokenizer, context = engine.tokenizer, 0
 
         def choice_probs(self, requests, _):
             seen.extend(self.tokenizer.decode(ids) for _, ids in requests)

@@ -5,6 +5,9 @@ import pytest
 from scipy import stats
 
 from srlm_utils import health, pairs
+from srlm_utils.errors import ParamError
+from srlm_utils.params import Experiment
+from srlm_utils.plan import list_steps
 
 
 def case(scores, texts=None, ended=True, pid="p"):
@@ -190,3 +193,25 @@ def test_a_judge_that_gives_one_score_is_ill():
 
 def test_health_of_no_candidates_at_all():
     assert health.round_metrics("M1", [{"prompt_id": "p", "prompt": "Q"}], [], [], [])[0]["value"] == 0
+
+
+@pytest.mark.parametrize(
+    "drops,says",
+    [
+        ({"few_scored": 3, "tie": 1}, "n_candidates"),
+        ({"few_scored": 0, "tie": 2}, "hardly any two scores are equal"),
+        ({"few_scored": 1, "low_score": 2}, "positive_min_score"),
+        ({"few_scored": 0, "rewards_disagree": 2}, "read the candidates"),
+        ({"few_scored": 0}, "no prompts came"),
+    ],
+)
+def test_what_to_do_follows_from_what_was_dropped(drops, says):
+    assert says in pairs.advice(drops)
+
+
+def test_a_pair_of_one_candidate_is_refused_before_a_run():
+    one = {"self_instruct": {"n_candidates": 1}}
+    with pytest.raises(ParamError, match="n_candidates: found 1, and a pair is made of two"):
+        list_steps(Experiment(one))
+    list_steps(Experiment(one | {"common": {"learn_from": "positives"}}))
+    list_steps(Experiment({"self_instruct": {"n_candidates": 1, "anchor_model": "M0"}}))

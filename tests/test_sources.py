@@ -164,7 +164,7 @@ def test_bad_sources_are_named(tmp_path):
         sources.kind_of(str(tmp_path / "other.jsonl"))
     with pytest.raises(DataError, match="cut.jsonl.gz:9: cannot be read"):
         list(sources.records(str(tmp_path / "cut.jsonl.gz")))
-    with pytest.raises(DataError, match="latin.jsonl:1: cannot be read"):
+    with pytest.raises(DataError, match="latin.jsonl:1: not UTF-8"):
         list(sources.records(str(tmp_path / "latin.jsonl")))
     with pytest.raises(MissingInputError, match="no such file"):
         list(sources.records(str(tmp_path / "none.jsonl")))

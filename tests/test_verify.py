@@ -1,6 +1,7 @@
 """`srlm verify`: the example passes, and each kind of damage is one line that says where and what."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -81,6 +82,96 @@ def test_rows_are_held_together(run, file, change, says):
     found = [str(f) for f in verify(run).findings]
     assert any(says in line for line in found), found
     assert all("; expected " in line and "; next: " in line and "\n" not in line for line in found)
+
+
+def test_a_control_that_no_score_decides_may_choose_the_lower_score(run):
+    path, other = run / "steps/06_build_pairs@M1.json", {"chosen": "rejected", "rejected": "chosen"}
+
+    def turned(row):
+        return {re.sub("^chosen|^rejected", lambda m: other[m[0]], name): value for name, value in row.items()}
+
+    edit(run, PAIRS, lambda rows: [turned(rows[0]), *rows[1:]])
+    assert len(verify(run).findings) == 1
+    manifest = read_json(path)
+    write_json(path, manifest | {"params": manifest["params"] | {"pair_rule": "random"}})
+    assert not verify(run).findings
+
+
+@pytest.fixture
+def judged(run):
+    """The run with written judgements, and a pair of them to learn from."""
+
+    def said(row):
+        whole = [{"text": f"{i} of {row['id']}.\nScore: {i}", "status": "ok", "ended": True} for i in (1, 4)]
+        return row | {"samples": [*whole, {"text": "cut off", "status": "ok", "ended": False}]}
+
+    edit(run, JUDGED, lambda rows: [said(r) for r in rows])
+    two = [f"{i} of M1-p0000-0.\nScore: {i}" for i in (4, 1)]
+    row = {"prompt_id": "M1-p0000-0/judge", "prompt": "?", "chosen": two[0], "rejected": two[1]}
+    write_jsonl(run / JUDGE_PAIRS, [row])
+    return run
+
+
+JUDGE_PAIRS = "M1/aift/judge_pairs.jsonl"
+
+
+def test_pairs_of_judgements_are_held_together(judged):
+    assert not verify(judged).findings
+    for change, says in [
+        (first(prompt_id="M1-p9999-0/judge"), "found candidate M1-p9999-0; expected one of M1/aift/judgements.jsonl"),
+        (first(chosen="never said"), "found a judgement that M1-p0000-0 did not get as chosen; expected one of its"),
+        (first(rejected="cut off"), "found a judgement that M1-p0000-0 did not get as rejected"),
+        (lambda rows: rows[0].update(rejected=rows[0]["chosen"]), "found one text as chosen and rejected"),
+        (twice, "found a second row of this id"),
+    ]:
+        before = (judged / JUDGE_PAIRS).read_bytes()
+        edit(judged, JUDGE_PAIRS, change)
+        (found,) = verify(judged).findings
+        assert found.file == JUDGE_PAIRS and says in str(found)
+        (judged / JUDGE_PAIRS).write_bytes(before)
+
+
+SELECTED = ["step,compared_with,win_rate,low,high,n,ties,kept", "2,0,0.6,0.2,0.9,3,0,False", "4,2,0.8,0.3,1.0,3,0,True"]
+SAID = "M2/selection_answers.jsonl"
+
+
+@pytest.fixture
+def selected(run):
+    """The run with three checkpoints that answered three validation prompts."""
+    valid = read_jsonl(run / "seed/valid_prompts.jsonl")[:3]
+    write_jsonl(run / SAID, [{"step": n, "prompt_id": r["prompt_id"], "text": "x"} for n in (0, 2, 4) for r in valid])
+    (run / "M2/selection.csv").write_text("\n".join(SELECTED) + "\n")
+    return run
+
+
+@pytest.mark.parametrize(
+    "was,now,says",
+    [
+        ("True", "False", "found kept none; expected 4, which the win rates say"),
+        ("0.8", "0.1", "found kept 4; expected 2"),
+        ("4,2,", "4,0,", "step 4: found compared_with 0; expected 2"),
+        ("0.6", "often", "found ValueError"),
+        ("win_rate", "rate", "found KeyError 'win_rate'"),
+        ("0.9,3,", "0.9,4,", "step 2: found 3 answers; expected 4, as M2/selection.csv has"),
+    ],
+)
+def test_a_selection_follows_from_its_comparisons(selected, was, now, says):
+    assert not verify(selected).findings
+    path = selected / "M2/selection.csv"
+    path.write_text(path.read_text().replace(was, now))
+    found = [str(f) for f in verify(selected).findings]
+    assert any(says in line for line in found), found
+
+
+def test_answers_of_checkpoints_are_held_together(selected):
+    edit(selected, SAID, lambda rows: [*rows[:-1], rows[-1] | {"step": 6}])
+    assert {(f.row, f.found) for f in verify(selected).findings} == {
+        ("step 4", "2 answers"),
+        (read_jsonl(selected / SAID)[-1]["prompt_id"], "step 6"),
+    }
+    edit(selected, SAID, lambda rows: [*rows[:-1], rows[0] | {"prompt_id": "x", "step": 4}, rows[0]])
+    found = {f.found for f in verify(selected).findings}
+    assert found == {"prompt_id x", "a second row of this id"}
 
 
 def test_a_test_prompt_in_training_data_is_found_in_other_words(run):
