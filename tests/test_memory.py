@@ -191,8 +191,8 @@ def test_a_reference_without_memory_names_its_pairs(tiny, tmp_path, monkeypatch)
 
 def test_a_micro_batch_that_must_hold_a_prompts_judgements_is_not_to_be_lowered_below():
     p = params(rank_weight=1.0, micro_batch_size=8, train_batch_size=24, gradient_checkpointing=True)
-    assert train._less_memory(p, 3, 100).startswith("lower micro_batch_size from 8 to 4; or lower max_length")
-    assert train._less_memory(p, 5, 100) == "lower max_length from 512 to 75, which drops longer rows"
+    assert train.less_memory(p, 3, 100).startswith("lower micro_batch_size from 8 to 4; or lower max_length")
+    assert train.less_memory(p, 5, 100) == "lower max_length from 512 to 75, which drops longer rows"
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
