@@ -21,7 +21,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from srlm_utils import chat, plots, report, resources, self_instruct, step
+from srlm_utils import chat, context, plots, report, resources, self_instruct, step
 from srlm_utils.artefacts import read_json, read_jsonl, write_json, write_jsonl, write_text
 from srlm_utils.engine import Sample
 from srlm_utils.params import STAGES, stage_key
@@ -331,6 +331,23 @@ def test_no_candidates_are_said(stages):
     assert "no pairs out of 0 prompts" in said and "no prompts came" in said
 
 
+def test_texts_without_room_in_the_context_are_refused_before_a_model_is_loaded(stages, monkeypatch):
+    prepared(stages, "04_self_instruct@M1")
+    monkeypatch.setattr(StepRun, "engine", lambda self, model: 1 / 0)
+    monkeypatch.setattr(chat, "load_tokenizer", lambda **source: None)
+    monkeypatch.setattr(context, "of_folder", lambda folder: 400)
+    said = refused(stages, "04_self_instruct@M1", max_prompt_tokens=60, max_new_tokens=360)
+    assert "a new prompt (1 and 420): " in said and "than the 400 that the model" in said and "lower max_new" in said
+    said = refused(stages, "04_self_instruct@M1", max_prompt_tokens=150, max_new_tokens=100)
+    assert "demonstrations (1 and 450): " in said and "n_seed_demos" in said
+    said = refused(stages, "08_evaluate@M0", max_new_tokens=400)
+    assert "test-" in said and "(1 and 400)" in said
+    shutil.rmtree(stages)
+    monkeypatch.setattr(context, "of_folder", lambda folder: 1)
+    assert "(1 and 1)" in refused(stages, "01_seed_data@run")
+    assert not (stages / "M0/model.json").exists()
+
+
 def test_no_prompt_kept_is_said_and_its_attempts_stay(stages, monkeypatch):
     name = "04_self_instruct@M1"
     prepared(stages, name)
@@ -360,11 +377,11 @@ def full_after(n):
     return arm
 
 
-def refused(run, name, arm=None):
-    """The kit's own error of a stage that cannot write."""
+def refused(run, name, arm=None, **params):
+    """The kit's own error of a stage that cannot write, or does not want to."""
     with open(run.with_name("said"), "w+") as said:
         with redirect_stderr(said):
-            assert child(lambda: run_stage(run, name), arm) == 1
+            assert child(lambda: run_stage(run, name, **params), arm) == 1
         said.seek(0)
         return said.read().splitlines()[-1]
 
