@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from srlm_utils import chat
+from srlm_utils import chat, context
 from srlm_utils.engine import Sample, no_numbers
 from srlm_utils.errors import ParamError, StepFailed
 from srlm_utils.resources import check_weights
@@ -44,6 +44,7 @@ class VllmEngine:
         self.tokenizer = chat.load_tokenizer(
             folder, revision=revision, chat_template=chat_template, trust_remote_code=trust_remote_code
         )
+        self.context = context.of_folder(folder)
         self._ends = {self.tokenizer.eos_token_id, chat.end_of_turn(self.tokenizer), *_eos(folder, revision)}
 
     def generate(
@@ -59,6 +60,7 @@ class VllmEngine:
         on_token=None,
     ) -> Iterator[list[Sample]]:
         """As `engine.Engine.generate`; the texts of a request are one request here, too, whose prompt is read once."""
+        context.check_requests({key: len(ids) + max_new_tokens for key, ids in requests}, self.context)
         ends = self._ends | {*stop_ids}
         how = PLAIN | {"max_tokens": max_new_tokens, "temperature": temperature, "stop_token_ids": sorted(ends)}
         if temperature:
@@ -85,6 +87,7 @@ class VllmEngine:
         """As `engine.Engine.choice_probs`; at most `CHOICES` choices."""
         if len(choices) > CHOICES:
             raise ParamError(f"{len(choices)} choices; vLLM tells the probabilities of {CHOICES} at most.")
+        context.check_requests({key: len(ids) for key, ids in requests}, self.context)
         how = PLAIN | {"max_tokens": 1, "temperature": 0.0, "logprob_token_ids": choices}
         for key, reply in self._ask([(key, ids, how) for key, ids in sorted(requests, key=lambda r: r[1])]):
             if missing := [c for c in choices if c not in reply.first]:
@@ -100,6 +103,7 @@ class VllmEngine:
         self, requests: list[tuple[str, list[int], list[int]]]
     ) -> Iterator[list[tuple[str, list[float]]]]:
         """As `engine.Engine.target_logprobs`: the text is read as a part of the prompt."""
+        context.check_requests({key: len(prompt) + len(text) for key, prompt, text in requests}, self.context)
         n_tokens = {key: len(text) for key, _, text in requests}
         how = PLAIN | {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
         for key, reply in self._ask([(key, prompt + text, how) for key, prompt, text in requests]):
