@@ -121,8 +121,13 @@ class Here:
 
 
 def base_name(source: dict, params) -> str:
-    """What adapters that are kept belong on; "" keeps none."""
-    return shown(Path(source["folder"])) if params.keep_adapters else ""
+    """What adapters that are kept belong on, without where this machine has it; "" keeps none."""
+    if not params.keep_adapters:
+        return ""
+    path = Path(source["folder"])
+    if hub := re.search(r"models--(.+)--(.+)/snapshots/", path.as_posix()):
+        return "/".join(hub.groups())
+    return shown(path) if path.is_relative_to(PROJ_ROOT) else path.name
 
 
 class Launched:

@@ -289,6 +289,17 @@ def test_an_error_of_the_kit_comes_through_as_it_is(tiny, tmp_path):
         trained(tiny, tmp_path, "dpo", **how)
 
 
+def test_the_base_of_adapters_is_named_without_its_place():
+    kept = params(keep_adapters=True)
+    for folder, name in (
+        ("/cache/hub/models--owner--name-8B/snapshots/0a1b", "owner/name-8B"),
+        ("/cache/models/tiny-random-v1", "tiny-random-v1"),
+        (str(PARAMS.parent / "results/x/M1/model"), "results/x/M1/model"),
+    ):
+        assert trainings.base_name({"folder": folder}, kept) == name
+    assert trainings.base_name({"folder": "/a/b"}, params()) == ""
+
+
 def test_adapters_that_are_kept_are_what_was_merged(tiny, tmp_path):
     from peft import PeftModel
 
