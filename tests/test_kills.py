@@ -38,6 +38,7 @@ def kernels(run):
 
 def kill(run, runner, who):
     pids = ([runner.pid] if who != "kernel" else []) + (list(kernels(run)) if who != "runner" else [])
+    pids = pids or [runner.pid]  # between two steps there is no kernel
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     runner.wait(timeout=120)  # a runner whose kernel died ends by itself, and a kernel ends with its runner
