@@ -80,7 +80,7 @@ def test_the_hub_reads_the_examples_cards(model):
 def test_lineage_goes_back_to_the_seed_model():
     text = cards.from_run(EXAMPLE, "M3")
     order = [text.index(f"{i}. {m} ") for i, m in enumerate(["M0", "M1", "M2", "M3"], 1)]
-    assert order == sorted(order) and "M2/aift/pairs.jsonl (50 rows)" in text
+    assert order == sorted(order) and "M2/aift/pairs.jsonl (100 rows)" in text
     assert cards.ancestors("SFT") == ["SFT"] and cards.ancestors("M3") == ["M1", "M2", "M3"]
 
 

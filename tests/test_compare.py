@@ -67,10 +67,10 @@ def test_known_differences_come_out(pages):
     assert longer.high - longer.low == pytest.approx(2 * 1.96 * 10 / 8, rel=0.1)
     same = row(table, "answer_chars", "M0")
     assert (same.difference, same.low, same.high) == (0, 0, 0)
-    assert row(table, "mean_score", "M2").paired == "not the same judge"
+    assert row(table, "mean_score", "M2", judge="M1").paired == "not the same judge"
     assert row(table, "ended_rate", "M1").paired == "rows and metrics.csv disagree"
-    assert row(table, "win_rate", "M3", opponent="M2").paired == "not the same opponent's answers"
-    assert row(table, "win_rate", "M3", opponent="M0").paired == "yes"
+    assert row(table, "win_rate", "M3", opponent="M2", judge="M1").paired == "not the same opponent's answers"
+    assert row(table, "win_rate", "M3", opponent="M0", judge="M1").paired == "yes"
     assert row(table, "pairwise_accuracy", "M1", set="ranked_eval", judge_mode="expected").paired.startswith("not the")
     assert row(table, "pairwise_accuracy", "M1", set="onpolicy_eval", judge_mode="sampled").paired == "yes"
     assert set(table[table.paired != "yes"].low.isna()) == {True}

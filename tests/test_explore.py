@@ -48,25 +48,27 @@ def made(tmp_path):
 
 def test_tables_have_every_row_of_the_files(run):
     assert list(run.models.index) == ["M0", "SFT", "M1", "M2", "M3"]
-    assert run.models.made_from["M1"] == "M0" and run.models.candidates["M1"] == 200
+    assert run.models.made_from["M1"] == "M0" and run.models.candidates["M1"] == 800
     c, files = run.candidates("M1"), {r["cand_id"]: r for r in read_jsonl(EXAMPLE / "M1/aift/candidates.jsonl")}
     assert {r.cand_id: r.text for r in c.itertuples()} == {i: r["text"] for i, r in files.items()}
     scores = {r["id"]: r["score"] for r in read_jsonl(EXAMPLE / "M1/aift/judgements.jsonl")}
     assert dict(zip(c.cand_id, c.score, strict=True)) == scores
     pairs = run.pairs("M1")
-    assert set(c[c.role == "chosen"].cand_id) == set(pairs.chosen_id) and len(pairs) == 50
+    assert set(c[c.role == "chosen"].cand_id) == set(pairs.chosen_id) and len(pairs) == 100
     assert (pairs.margin > 0).all() and (c.n_chars == c.text.str.len()).all() and c.prompt.notna().all()
     j = run.judgements("M1")
-    assert len(j) == 200 and "probs" in j and "text" in j
+    assert len(j) == 800 and "probs" in j and "text" in j
     a = run.answers("M3")
-    assert len(a) == 64 and set(a.scored_by) == {"M1"} and (a.category != "").all() and a.reference.str.len().all()
+    assert len(a) == 64 and set(a.scored_by) == {"outside"} and (a.category != "").all() and a.reference.str.len().all()
 
 
 def test_verdicts_are_the_figures_of_the_report_from_either_side(run):
     v, m = run.verdicts("M3", "M1"), run.metrics()
-    figure = m[(m.metric == "win_rate") & (m.model == "M3") & (m.opponent == "M1")].value.item()
-    assert v.result.mean() == pytest.approx(figure)
-    assert run.verdicts("M1", "M3").result.mean() == pytest.approx(1 - figure)
+    for judge in ("outside", "M1"):
+        figure = m[(m.metric == "win_rate") & (m.model == "M3") & (m.opponent == "M1") & (m.judge == judge)].value.item()
+        assert v[v.judge == judge].result.mean() == pytest.approx(figure)
+        back = run.verdicts("M1", "M3")
+        assert back[back.judge == judge].result.mean() == pytest.approx(1 - figure)
 
 
 def test_filters(run, made):

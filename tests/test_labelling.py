@@ -172,20 +172,21 @@ def test_majority_and_agreement_with_readers_and_judges(study, run):
     label(study, "carl", lambda a, b: 1 - float(len(a) > len(b)))
     tally, agreement = study.tally(3), study.agreement(3)
     judge = "M1, score (inside the loop)"
-    assert list(tally.index) == ["anna", "bert", "carl", labelling.MAJORITY, judge]
+    assert list(tally.index) == ["anna", "bert", "carl", labelling.MAJORITY, "outside judge", judge]
     assert (tally.n == 10).all() and tally.win[labelling.MAJORITY] == tally.win["anna"] == tally.loss["carl"]
     kappa = agreement.set_index(["first", "second"])
     assert kappa.value["anna", "bert"] == 1 and kappa.same["anna", "carl"] == 0 and kappa.value["anna", "carl"] < 0
-    v = run.verdicts("M3", "SFT").set_index("prompt_id").result
+    v = run.verdicts("M3", "SFT")
+    v = v[v.judge == "M1"].set_index("prompt_id").result
     longer = study.items.text_a.str.len() > study.items.text_b.str.len()
     assert kappa.same[labelling.MAJORITY, judge] == (v[study.items.index] == longer.astype(float)).mean()
-    assert (labelling.MAJORITY, "anna") not in kappa.index and len(agreement) == 3 + 3 + 1
+    assert (labelling.MAJORITY, "anna") not in kappa.index and len(agreement) == 3 + 2 * 3 + 2
     judge_agreement(agreement.dropna(subset="value"))  # the report's own figure takes it
 
 
 def test_no_majority_before_all_readers_have_read(study):
     study.page("anna").press("1")
-    assert labelling.MAJORITY not in study.tally(3).index and len(study.tally(3)) == 2
+    assert labelling.MAJORITY not in study.tally(3).index and len(study.tally(3)) == 3
     assert len(labelling.Study(study.run, "M3", "SFT", study.path.with_name("none.jsonl")).agreement()) == 0
 
 
