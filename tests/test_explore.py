@@ -65,7 +65,9 @@ def test_tables_have_every_row_of_the_files(run):
 def test_verdicts_are_the_figures_of_the_report_from_either_side(run):
     v, m = run.verdicts("M3", "M1"), run.metrics()
     for judge in ("outside", "M1"):
-        figure = m[(m.metric == "win_rate") & (m.model == "M3") & (m.opponent == "M1") & (m.judge == judge)].value.item()
+        figure = m[
+            (m.metric == "win_rate") & (m.model == "M3") & (m.opponent == "M1") & (m.judge == judge)
+        ].value.item()
         assert v[v.judge == judge].result.mean() == pytest.approx(figure)
         back = run.verdicts("M1", "M3")
         assert back[back.judge == judge].result.mean() == pytest.approx(1 - figure)

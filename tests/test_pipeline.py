@@ -204,6 +204,7 @@ def test_what_comes_out_the_same_makes_nothing_else_run(smoke):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_positives_only_runs_to_its_end():
     run = ROOT / "results" / "test-positives"
     shutil.rmtree(run, ignore_errors=True)

@@ -430,6 +430,7 @@ def test_a_step_knows_its_models_by_their_weights(judging):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_loop_behind_servers_that_each_step_starts(smoke):
     run = smoke.with_name("test-servers")
     shutil.rmtree(run, ignore_errors=True)

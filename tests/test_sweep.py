@@ -376,6 +376,7 @@ def test_a_folder_without_cells_is_no_sweep(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_real_sweep_of_two_variants():
     name = "test-sweep"
     folders = [ROOT / f"results/sweep-{name}", ROOT / f"results/sweeps/{name}"]

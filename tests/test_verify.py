@@ -55,7 +55,7 @@ DAMAGE = {
     "answer twice": ("M2/eval/answers.jsonl", twice, "test-001: found a second row of this id"),
     "verdict twice": ("M1/eval/verdicts/M1_vs_M0.jsonl", twice, "found a second row of this id"),
     "no id": (JUDGED, lambda rows: rows[0].pop("id") and None, "row 1: found no id"),
-    "candidate gone": (CANDIDATES, lambda rows: rows[1:], "M1-p0000: found 3 candidates; expected 4 of each prompt"),
+    "candidate gone": (CANDIDATES, lambda rows: rows[1:], "M1-p0000: found 7 candidates; expected 8 of each prompt"),
     "prompt unknown": (CANDIDATES, first(prompt_id="M1-p9999"), "M1-p0000-0: found prompt_id M1-p9999; expected one"),
     "attempt dropped": (
         "M1/aift/attempts.jsonl", first(reason="similar"), "M1-p0000: found attempt_id M1-a00000; expected one of"),
@@ -186,7 +186,7 @@ def test_every_file_of_a_manifest_is_hashed(run, capsys):
     assert cli.main(["verify", str(run)]) == 1
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(PAIRS))
     then = read_json(run / "steps/06_build_pairs@M1.json")["outputs"][PAIRS]["sha256"]
-    assert f"49 rows; expected sha256 {then[:12]}, 50 rows" in line and "--only 06_build_pairs@M1 --force" in line
+    assert f"99 rows; expected sha256 {then[:12]}, 100 rows" in line and "--only 06_build_pairs@M1 --force" in line
     (run / "report/metrics.csv").write_text("")
     (run / "M2/eval/metrics.json").unlink()
     assert {f.file for f in verify(run).findings} == {PAIRS, "report", "M2/eval/metrics.json"}
