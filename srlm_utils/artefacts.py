@@ -46,6 +46,14 @@ def _write_whole(path: Path, pieces: Iterable[bytes]) -> None:
         _sync_folder(path.parent)
 
 
+def link_or_copy(source: str, target: str) -> None:
+    """A second name for a file that is only ever replaced whole, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def replace_folder(tmp: Path, folder: Path) -> None:
     """Move a finished folder into place, its files flushed to disk first; what stood there is removed."""
     with named_faults(folder):
@@ -157,20 +165,26 @@ def read_json(path: Path):
 
 def read_jsonl(path: Path) -> list[dict]:
     """Rows of a JSONL file, also ``.gz``. Blank lines are skipped; anything but one object a line is a `DataError`."""
-    rows, start, i = [], 0, 0
+    return [row for _, row in iter_jsonl(path)]
+
+
+def iter_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
+    """(``file:line``, row) of what `read_jsonl` reads, one by one."""
+    start, i = 0, 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
-            # lines of bytes: JSON strings may hold U+2028 and its like, which are no line ends here
+            # lines of bytes: JSON strings may hold U+2028 and its like, which are no line ends here; and text is
+            # decoded many lines at once, when no fault has a line
             for i, data in enumerate(f, 1):
                 line = data.decode("utf-8-sig" if i == 1 else "utf-8")
                 if line.strip():
-                    rows.append(parse_row(line, f"{path}:{i}"))
+                    yield f"{path}:{i}", parse_row(line, f"{path}:{i}")
                 start += len(data)
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        raise DataError(f"{path}: cannot be unpacked ({e}). Fetch or make the file again.") from e
+        where = f"{path}:{i}" if i else path
+        raise DataError(f"{where}: cannot be read, it cannot be unpacked ({e}). Fetch or make the file again.") from e
     except UnicodeDecodeError as e:
         raise DataError(f"{path}:{i}: not UTF-8 (byte {start + e.start}). Save the file as UTF-8.") from e
-    return rows
 
 
 def parse_row(line: str, where: str) -> dict:

@@ -94,9 +94,18 @@ class Cell:
         return self.params.get("common", {}).get("seed", 0)
 
     @property
+    def models(self) -> list[str]:
+        """M0, SFT, M1 ... of the run."""
+        return _models(self.params)
+
+    @property
     def last(self) -> str:
         """The last model of the run."""
-        return model_names(self.params.get("common", {}).get("iterations", 3))[-1]
+        return self.models[-1]
+
+
+def _models(params: dict) -> list[str]:
+    return model_names(params.get("common", {}).get("iterations", 3))
 
 
 def from_run(run: Path) -> Cell:
@@ -106,7 +115,7 @@ def from_run(run: Path) -> Cell:
     params = _params(run / "params.yaml")
     manifests = {p.stem: read_json(p) for p in sorted((run / "steps").glob("*.json"))}
     outputs = {name: o for m in manifests.values() for name, o in m["outputs"].items()}
-    names = model_names(params.get("common", {}).get("iterations", 3))
+    names = _models(params)
     tests = {p["prompt_id"]: p for p in read_jsonl(run / "seed/test_prompts.jsonl")}
     ranked = read_jsonl(run / "seed/ranked_eval.jsonl")
     rows: dict[str, list[dict]] = {name: [] for name in SHAPES}

@@ -2,10 +2,10 @@
 
 A judge out of the run marks its own homework. This one is Gemma 3 270M, fine-tuned on `judge_train.jsonl` (written
 replies) and `judge_onpolicy.jsonl` (answers of the embedded seed model) to give each the score and the order that a
-reader gave it. It scores answers one by one, so none stands first. It is made
-once, kept in the cache, and sits an exam: how often it orders the replies of the bundled ranked sets as they are
-ranked. Those figures stand beside every win rate that it decides. Asked for verdicts on two answers at once, a model of
-this size takes the first one, whatever it is taught (LOG.md).
+reader gave it. It scores answers one by one, so none stands first. It is made once, kept in the cache, and sits an
+exam: how often it orders the replies of the bundled ranked sets as they are ranked. Those figures stand beside every
+win rate that it decides. Asked for verdicts on two answers at once, a model of this size takes the first one, whatever
+it is taught (LOG.md).
 """
 
 import hashlib

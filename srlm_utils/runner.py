@@ -10,14 +10,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from srlm_utils import errors, field_benchmarks, rendered, serve, tracking, trainings
+from srlm_utils import errors, field_benchmarks, rendered
 from srlm_utils.artefacts import named_faults, read_json, write_text
 from srlm_utils.errors import DataError, Interrupted, LockedError, MissingInputError, ParamError, SrlmError, StepFailed
 from srlm_utils.params import Experiment, stage_key
 from srlm_utils.paths import NOTEBOOKS, PROJ_ROOT, shown
 from srlm_utils.plan import Step, list_steps, maker_of, plan, status
 from srlm_utils.seeds import load_seeds
-from srlm_utils.step import BATCH, drop_lock, lock_owner, sign_lock
+from srlm_utils.step import BATCH, check_means, drop_lock, lock_owner, sign_lock
 from srlm_utils.tokens import step_cost
 
 
@@ -32,12 +32,10 @@ def execute(
     load_seeds(experiment.flat("01_seed_data", "run", "run"))  # every row is checked before any kernel starts
     steps = list_steps(experiment)
     for step in steps:
-        if step.stage == "10_benchmarks":
-            field_benchmarks.load(experiment.flat(step.stage, step.model, "run"))
         flat = experiment.flat(step.stage, step.model, "run")
-        tracking.check(flat.get("report_to", "none"))
-        trainings.check(flat)
-        serve.check(flat)
+        if step.stage == "10_benchmarks":
+            field_benchmarks.load(flat)
+        check_means(flat)
     names = [s.name for s in steps]
     for option in (start, only):
         if option and option not in names:

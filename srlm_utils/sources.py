@@ -5,17 +5,15 @@ What it holds is told by the fields of its first record. Records are read one at
 kept, however large the export is.
 """
 
-import gzip
 import hashlib
 import itertools
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from srlm_utils.artefacts import parse_row
+from srlm_utils.artefacts import iter_jsonl
 from srlm_utils.errors import DataError, MissingInputError
 from srlm_utils.plan import is_hub_id, seed_path
 from srlm_utils.rows import IftRow, RankedRow, check_rows, first_fault, load_rows
@@ -86,24 +84,7 @@ def records(name: str) -> Iterator[tuple[str, dict]]:
     path = seed_path(name)
     if not path.is_file():
         raise MissingInputError(f"{path}: no such file. Expected JSONL (.jsonl or .jsonl.gz) of {FORMATS}.")
-    opened = gzip.open if path.suffix == ".gz" else open
-    i = 0
-    try:
-        with opened(path, "rb") as lines:  # as bytes: text is decoded many lines at once, and no fault has a line then
-            for i, line in enumerate(lines, 1):
-                if text := _decoded(line, i, path):
-                    yield f"{path}:{i}", parse_row(text, f"{path}:{i}")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        raise DataError(f"{path}:{i}: cannot be read ({e}).") from e
-
-
-def _decoded(line: bytes, i: int, path) -> str:
-    """Text of line number `i`; "" for a blank one."""
-    try:
-        text = line.decode("utf-8-sig" if i == 1 else "utf-8")
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path}:{i}: not UTF-8 (byte {e.start} of the line). Save the file as UTF-8.") from e
-    return text if text.strip() else ""
+    yield from iter_jsonl(path)
 
 
 def _hub_records(name: str) -> Iterator[tuple[str, dict]]:

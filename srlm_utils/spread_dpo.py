@@ -7,17 +7,15 @@ is kept in a file of the work folder: an attempt that continues reads it from th
 """
 
 import math
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from datasets import Dataset
 from transformers import TrainerCallback
-from trl import DPOConfig
 from trl.trainer import dpo_trainer as trl_dpo
 
-from srlm_utils import attention, ranks, train
+from srlm_utils import ranks, train
 from srlm_utils.artefacts import read_json, write_json
 from srlm_utils.errors import StepFailed
 from srlm_utils.pair_forward import share_prompts
@@ -121,35 +119,20 @@ def trainer(
 
     The file `reference` gets [[log-probability of the chosen answer, of the rejected one], ...] by row.
     """
-    ids, rows = [r.get("id", "?") for r in rows], [{k: r[k] for k in r if k != "id"} for r in rows]
-    train.some_rows(rows, params)
-    lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
+    ids, rows, lengths = train.unnamed(rows, params)
     order = train.batch_order(lengths, params.train_batch_size, params.epochs, params.seed)
     micro, accumulation = train.batch_sizes(params)
     batches = [order[i : i + micro] for i in range(0, len(order), micro)]
     batches, weights = ranks.spread(batches, accumulation, world)
-    args = DPOConfig(
-        **train.common_args(params, work, per_device=1, accumulation=accumulation, n_items=len(batches), world=world),
-        beta=params.beta,
-        **train.weighed_losses(consistency, params.nll_weight),
-        precompute_ref_log_probs=True,
-        disable_dropout=not params.dropout,
-        remove_unused_columns=False,
-    )
-    train._one_device(args)
+    how = train.common_args(
+        params, work, per_device=1, accumulation=accumulation, n_items=len(batches), world=world
+    ) | {"remove_unused_columns": False}
     out = SpreadDPOTrainer(
-        model=model,
-        args=args,
         train_dataset=Dataset.from_dict({"pairs": batches, "weight": weights}),
-        processing_class=tokenizer,
-        peft_config=train.lora_config(model, params),
-        share=attention.plain(model.config, 2 * params.max_length),
         rows=rows,
         micro=micro,
         kept=reference,
-        ids=ids,
-        lengths=dict(zip(ids, lengths, strict=True)),
-        less_memory=partial(train.less_memory, params, 1),
+        **train.dpo_parts(model, tokenizer, params, ids, lengths, consistency, how),
     )
     out.row_ids = [[ids[i] for i in batch] for batch in batches]
     return out

@@ -308,6 +308,13 @@ class Progress:
             self.bar.close()
 
 
+def check_means(params: dict) -> None:
+    """Raise `ParamError` where what a step's parameters name cannot be had: a tracker, a launcher, an engine."""
+    tracking.check(params.get("report_to", "none"))
+    trainings.check(params)
+    serve.check(params)
+
+
 def begin_step(stage: str, namespace: dict) -> StepRun:
     """Check a notebook's parameters and inputs, take the step's lock, and say what will be read.
 
@@ -326,9 +333,7 @@ def begin_step(stage: str, namespace: dict) -> StepRun:
             f"{stage}: rubric = {values['rubric']!r}: no such template. Expected short, additive, "
             "multiple_choice or the path of a .jinja file."
         )
-    tracking.check(values.get("report_to", "none"))
-    trainings.check(values)
-    serve.check(values)
+    check_means(values)
     step = StepRun(stage, values)
     step.begin()
     return step

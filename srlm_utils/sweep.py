@@ -7,7 +7,6 @@ found there is done, on whatever machine.
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from srlm_utils import cells, runner
+from srlm_utils.artefacts import link_or_copy
 from srlm_utils.cells import DEFAULT
 from srlm_utils.errors import Interrupted, LockedError, ParamError, SrlmError
 from srlm_utils.params import Experiment, merge, read_yaml
@@ -147,15 +147,8 @@ def _take(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(source, target, copy_function=_link)
+        shutil.copytree(source, target, copy_function=link_or_copy)
     else:
-        shutil.copy2(source, target)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
         shutil.copy2(source, target)
 
 

@@ -11,7 +11,6 @@ import pandas as pd
 
 from srlm_utils import cells, measures, metrics, plots, report
 from srlm_utils.cells import DEFAULT, Cell
-from srlm_utils.params import model_names
 from srlm_utils.step import git_revision
 from srlm_utils.verdicts import from_scores, judge_label
 
@@ -62,7 +61,7 @@ def ladder(found: list[Cell]) -> pd.DataFrame:
     and the last against M0 and SFT."""
     rows = []
     for name, of_seed in by_variant(found).items():
-        models = model_names(next(iter(of_seed.values())).params.get("common", {}).get("iterations", 3))
+        models = next(iter(of_seed.values())).models
         steps = [*zip(models[3:], models[2:-1], strict=True), *((models[-1], o) for o in ("M0", "SFT"))]
         for model, opponent in steps:
             sides = {s: measured(c, model, c, opponent) for s, c in of_seed.items()}

@@ -426,6 +426,35 @@ def weighed_losses(consistency: float, nll_weight: float) -> dict:
     return {"loss_type": list(losses), "loss_weights": list(losses.values()), "label_smoothing": 0.25}
 
 
+def unnamed(rows: list[dict], params) -> tuple[list[str], list[dict], list[int]]:
+    """(ids, rows without them, tokens of each with its longer answer) of `dpo_rows`; `DataError` where none came."""
+    some_rows(rows, params)
+    ids, rows = [r.get("id", "?") for r in rows], [{k: r[k] for k in r if k != "id"} for r in rows]
+    return ids, rows, [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
+
+
+def dpo_parts(model, tokenizer, params, ids: list[str], lengths: list[int], consistency: float, how: dict) -> dict:
+    """What a `TokenisedDPOTrainer` is made of, on one process or several; `how` holds arguments of trl's DPOConfig."""
+    args = DPOConfig(
+        **how,
+        beta=params.beta,
+        **weighed_losses(consistency, params.nll_weight),
+        precompute_ref_log_probs=True,
+        disable_dropout=not params.dropout,
+    )
+    _one_device(args)
+    return {
+        "model": model,
+        "args": args,
+        "processing_class": tokenizer,
+        "peft_config": lora_config(model, params),
+        "share": attention.plain(model.config, 2 * params.max_length),
+        "ids": ids,
+        "lengths": dict(zip(ids, lengths, strict=True)),
+        "less_memory": partial(less_memory, params, 1),
+    }
+
+
 def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path, consistency: float = 1.0) -> DPOTrainer:
     """trl's DPOTrainer with `model` itself as the reference policy.
 
@@ -438,31 +467,15 @@ def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path, consiste
     takes the mean over the tokens of a micro-batch, the paper over those of each answer. `consistency` says how far
     the pairs' order is trusted (`weighed_losses`); 1 is DPO.
     """
-    some_rows(rows, params)
-    ids, rows = [r.get("id", "?") for r in rows], [{k: r[k] for k in r if k != "id"} for r in rows]
-    lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
+    ids, rows, lengths = unnamed(rows, params)
     n_tokens = sum(len(ids) for r in rows for ids in r.values())
     order = batch_order(lengths, params.train_batch_size, params.epochs, params.seed)
     micro, accumulation = batch_sizes(params)
-    args = DPOConfig(
-        **common_args(params, work, per_device=micro, accumulation=accumulation, n_items=len(order)),
-        beta=params.beta,
-        **weighed_losses(consistency, params.nll_weight),
-        precompute_ref_log_probs=True,
-        disable_dropout=not params.dropout,
-    )
-    _one_device(args)
+    how = common_args(params, work, per_device=micro, accumulation=accumulation, n_items=len(order))
     trainer = TokenisedDPOTrainer(
-        model=model,
-        args=args,
         train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        peft_config=lora_config(model, params),
-        share=attention.plain(model.config, 2 * params.max_length),
         keep=lambda trainer: frozen.keep(trainer, params, n_tokens, 1 + params.epochs),
-        ids=ids,
-        lengths=dict(zip(ids, lengths, strict=True)),
-        less_memory=partial(less_memory, params, 1),
+        **dpo_parts(model, tokenizer, params, ids, lengths, consistency, how),
     )
     trainer.row_ids = [[ids[i]] for i in order]
     trainer.train_dataset = trainer.train_dataset.select(order)  # the reference read each pair once; now all epochs

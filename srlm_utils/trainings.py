@@ -27,7 +27,7 @@ import psutil
 import yaml
 
 from srlm_utils import errors
-from srlm_utils.artefacts import read_json, write_json, write_jsonl
+from srlm_utils.artefacts import link_or_copy, read_json, write_json, write_jsonl
 from srlm_utils.errors import ParamError, SrlmError, StepFailed
 from srlm_utils.paths import PROJ_ROOT, resolve, shown
 
@@ -180,7 +180,8 @@ class Launched:
 
         tmp = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(tmp, ignore_errors=True)
-        shutil.copytree(self.model, tmp, copy_function=_link)  # the step's work folder goes when the step is done
+        # the step's work folder goes when the step is done
+        shutil.copytree(self.model, tmp, copy_function=link_or_copy)
         train.add_card(tmp, folder, self.tokenizer, card)
 
     def command(self, machine: int = 0) -> list[str]:
@@ -265,22 +266,16 @@ class Launched:
             path = self.folder / "ranks" / f"{rank}.log"
             log = path.read_text(encoding="utf-8", errors="replace") if path.exists() else said
         tail = "\n".join(f"  | {line}" for line in log.rstrip().splitlines()[-TAIL:])
-        saved = [int(p.parent.name.rpartition("-")[2]) for p in self.step.work.glob("checkpoints/*/trainer_state.json")]
-        again = (
-            f"from the checkpoint of step {max(saved)}" if saved else "from the beginning: no checkpoint was written"
-        )
+        from srlm_utils import train
+
+        last = train.last_checkpoint(self.step.work / "checkpoints")
+        again = "from the beginning: no checkpoint was written"
+        if last:
+            again = f"from the checkpoint of step {train.step_of(last)}"
         return StepFailed(
             f"{self.step.name}: {what}. Its last lines:\n{tail}\n  All of them: {shown(self.folder / 'ranks')}. "
             f"Running this cell again continues {again}."
         )
-
-
-def _link(source: str, target: str) -> None:
-    """A second name for a file of many gigabytes, or a copy where the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def failed(said: str) -> tuple[int, int] | None:

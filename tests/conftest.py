@@ -25,6 +25,14 @@ def srlm(*args: str, env: dict | None = None, timeout: int = 600) -> subprocess.
     )
 
 
+def before_dpo(smoke, run) -> None:
+    """Make `run` a copy of a smoke run whose M2 is still to be trained."""
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(smoke, run)
+    (run / "steps/07_dpo@M2.json").unlink()
+    shutil.rmtree(run / "M2/model")
+
+
 @pytest.fixture(scope="session")
 def tiny() -> str:
     """Folder of the tiny random model with a real tokenizer."""

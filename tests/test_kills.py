@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from srlm_utils.artefacts import read_jsonl
 from srlm_utils.verify import verify
-from tests.conftest import ROOT, srlm
+from tests.conftest import ROOT, before_dpo, srlm
 
 KILLS = 20  # of the smoke run, and again of DPO
 SMOKE = ["run", "params/smoke.yaml"]
@@ -99,12 +99,9 @@ def test_dpo_killed_again_and_again_continues_its_loss_curve(smoke):
     runs, rng = [smoke.with_name(f"test-dpo-{name}") for name in ("whole", "killed")], random.Random(1)
     try:
         for run in runs:
-            shutil.rmtree(run, ignore_errors=True)
-            shutil.copytree(smoke, run)
-            (run / "steps/07_dpo@M2.json").unlink()
-            shutil.rmtree(run / "M2/model")
+            before_dpo(smoke, run)
         args = [*SMOKE, "--only", "07_dpo@M2"]
-        for value in ("epochs=8", "save_steps=1", "train_batch_size=2", "micro_batch_size=2"):
+        for value in ("epochs=40", "save_steps=1", "train_batch_size=2", "micro_batch_size=2"):
             args += ["--set", f"dpo.{value}"]
         whole, killed = runs
         result = srlm(*args, "--run-name", whole.name)
@@ -119,7 +116,7 @@ def test_dpo_killed_again_and_again_continues_its_loss_curve(smoke):
             if runner.poll() is None:
                 kill(killed, runner, rng.choice(["runner", "kernel", "both"]))
                 n_killed += 1
-        assert n_killed, "it ended before it could be killed"
+        assert n_killed == KILLS, "it ended before it could be killed so often"
         result = srlm(*args, "--run-name", killed.name)
         assert result.returncode == 0, result.stdout + result.stderr
         logs = [pd.read_csv(run / "M2/training_log.csv") for run in runs]

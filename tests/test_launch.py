@@ -21,7 +21,7 @@ from srlm_utils.artefacts import read_json
 from srlm_utils.errors import ParamError, StepFailed
 from srlm_utils.params import Experiment
 from srlm_utils.paths import PARAMS
-from tests.conftest import srlm
+from tests.conftest import before_dpo, srlm
 from tests.test_packing import judgements
 from tests.test_train import ANSWERS, PAIRS, FakeStep, params
 
@@ -321,10 +321,7 @@ def test_a_run_launches_a_training_and_compares_its_checkpoints(smoke):
     runs = [smoke.with_name(f"test-launch-{name}") for name in ("here", "there")]
     try:
         for run in runs:
-            shutil.rmtree(run, ignore_errors=True)
-            shutil.copytree(smoke, run)
-            (run / "steps/07_dpo@M2.json").unlink()
-            shutil.rmtree(run / "M2/model")
+            before_dpo(smoke, run)
             args = ["run", "params/smoke.yaml", "--only", "07_dpo@M2", "--run-name", run.name]
             sets = ["dpo.train_batch_size=4", "dpo.micro_batch_size=2", "dpo.epochs=4"]
             sets += ["dpo.launch=params/accelerate/cpu_ddp.yaml"] if run is runs[1] else []
