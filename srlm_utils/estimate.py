@@ -196,6 +196,8 @@ def _models_loaded(key: str, p: dict) -> int:
         return 1 + len({j for j, mode in map(parse_win_judge, p["win_judges"]) if mode in ("score", "pairwise")})
     if key == "self_instruct":
         return 1 + bool(p["prompt_model"]) + bool(p["anchor_model"])
+    if key == "future":
+        return 2
     return 1 + 2 * bool(p.get("implicit_reference"))
 
 

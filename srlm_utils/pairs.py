@@ -173,6 +173,25 @@ def build_pairs(
     return pairs, drops
 
 
+def raised(
+    pairs: list[dict], candidates: list[dict], judgements: list[dict], *, seed: int = 0
+) -> tuple[list[dict], int]:
+    """`pairs` with the best of the `candidates` of a prompt as the chosen answer where it scores higher; how many.
+
+    Future-guided chosen answers (Wang et al. 2025): the candidates are of a draft of the next model, and the judge is
+    the one that scored the pairs. Candidates without a valid score or text take no part.
+    """
+    by_prompt, out = scored_candidates(candidates, judgements), []
+    for pair in pairs:
+        valid = [c for c in by_prompt[pair["prompt_id"]] if c["score"] is not None and c["text"]]
+        best = min(valid, key=lambda c: (-c["score"], _tie_key(seed, c["cand_id"])), default=None)
+        if best and best["score"] > pair["chosen_score"] and best["text"] != pair["rejected"]:
+            new = {"id": best["cand_id"], "score": best["score"], "ended": best["ended"]}
+            pair = pair | {"chosen": best["text"]} | {f"chosen_{k}": v for k, v in new.items()}
+        out.append(pair)
+    return out, sum(a["chosen_id"] != b["chosen_id"] for a, b in zip(pairs, out, strict=True))
+
+
 ADVICE = {
     "few_scored": "two scored candidates make a pair: raise self_instruct.n_candidates, or take judge_mode expected",
     "tie": "look at the score histogram of 05_judge; in judge_mode expected hardly any two scores are equal",

@@ -6,6 +6,7 @@ YAML files and in the manifests; a test holds them together. 0 or "" switches a 
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
@@ -125,6 +126,7 @@ class Dpo(_Train):
     nll_weight: float = Field(0.0, ge=0)  # of the chosen answers' likelihood beside DPO's loss
     judge_share: float = Field(0.0, ge=0, le=0.5)  # of pairs of judgements among all pairs, at most
     replay: float = Field(0.0, ge=0, le=1)  # share of each earlier round's pairs that is learned from again
+    future_chosen: bool = False  # a draft of the model comes first, and its better answers become the chosen ones
 
 
 class BuildEft(_Generating):
@@ -187,6 +189,24 @@ class BuildPairs(Step):
     min_pair_yield: float = Field(0.3, ge=0, le=1)
 
 
+class Future(_Generating):
+    """A draft writes and is judged as its round is (`Experiment.flat`): no section of a YAML file is its own."""
+
+    max_rows: int = Field(0, ge=0)  # prompts
+    n_candidates: int = Field(4, ge=1)
+    temperature: float = Field(0.7, ge=0)
+    top_p: float = Field(0.9, gt=0, le=1)
+    max_new_tokens: int = Field(160, ge=1)
+    judge_model: str = ""  # "" is the model that the round starts from
+    rubric: str = "short"
+    judge_mode: JudgeMode = "expected"
+    max_response_tokens: int = Field(1024, ge=0)
+    n_samples: int = Field(3, ge=1)
+    judge_temperature: float = Field(0.7, gt=0)
+    judge_top_p: float = Field(0.9, gt=0, le=1)
+    judge_max_new_tokens: int = Field(120, ge=8)
+
+
 class Evaluate(_Generating, _Judged):
     max_rows: int = Field(0, ge=0)  # ranked prompts, and test prompts
     rubric: str = "short"
@@ -239,8 +259,10 @@ STAGES: dict[str, type[Step]] = {
     "evaluate": Evaluate,
     "report": Report,
     "benchmarks": Benchmarks,
+    "future": Future,
 }
 NOT_IN_YAML = {"run_dir", "model", "benchmarked"}  # the runner sets these
+SECTIONS = set(STAGES) - {"future"}  # of a stage, in a YAML file
 
 
 def stage_key(stage: str) -> str:
@@ -251,6 +273,11 @@ def stage_key(stage: str) -> str:
 def model_names(iterations: int) -> list[str]:
     """M0, SFT, M1 ... M<iterations>: the order in which figures show them."""
     return ["M0", "SFT", *(f"M{i}" for i in range(1, iterations + 1))]
+
+
+def is_draft(name: str) -> bool:
+    """Whether a name is that of a draft: F2 is what M2 would be without the chosen answers that F2 writes."""
+    return re.fullmatch(r"F\d+", name) is not None
 
 
 def asks_benchmarks(params: dict) -> bool:
@@ -287,7 +314,7 @@ def _suggest(name: str, known) -> str:
 
 def _check_names(data: Any, where: str) -> None:
     """Refuse unknown sections and names, with the nearest known one."""
-    sections = {"common", "by_model", *STAGES}
+    sections = {"common", "by_model", *SECTIONS}
     if not isinstance(data, dict):
         raise ParamError(f"{where}: found {type(data).__name__}, expected sections such as `common:` and `sft:`.")
     for section, values in data.items():
@@ -402,7 +429,18 @@ class Experiment:
         cls = STAGES[key]
         values = {k: v for k, v in self.tree.get("common", {}).items() if k in cls.model_fields}
         values |= self.tree.get(key, {})
-        values |= self.tree.get("by_model", {}).get(model, {}).get(key, {})
+        of_model = f"M{model[1:]}" if is_draft(model) else model  # a draft is trained as the model is
+        values |= self.tree.get("by_model", {}).get(of_model, {}).get(key, {})
+        if key == "future":
+            values |= self._of_round(f"M{int(model[1:]) - 1}", cls)
         if key == "report":
             values = values | {"benchmarked": self.benchmarked()}
         return check(cls, values | {"model": model, "run_dir": run_dir}, f"{self.source}: {key}")
+
+    def _of_round(self, model: str, cls: type[Step]) -> dict:
+        """How the answers to a round's prompts are written and judged, by the names of `Future`."""
+        writing, judging = self.flat("04_self_instruct", model, ""), self.flat("05_judge", model, "")
+        as_judge = ("temperature", "top_p", "max_new_tokens")
+        found = {k: v for k, v in judging.items() if k not in as_judge} | writing
+        found |= {f"judge_{k}": judging[k] for k in as_judge}
+        return {k: v for k, v in found.items() if k in cls.model_fields}

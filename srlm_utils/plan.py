@@ -10,7 +10,7 @@ from pathlib import Path
 
 from srlm_utils.artefacts import read_json, sha256
 from srlm_utils.errors import DataError, ParamError
-from srlm_utils.params import PLACE, STAGES, Experiment, model_names, stage_key
+from srlm_utils.params import PLACE, STAGES, Experiment, is_draft, model_names, stage_key
 from srlm_utils.paths import PROMPTS, SEED_DATA, resolve
 
 OUTSIDE = "outside"  # the judge that is no model of a run (outside.py)
@@ -35,14 +35,28 @@ def is_model_name(name: str) -> bool:
     return name == "SFT" or re.fullmatch(r"M\d+", name) is not None
 
 
+def is_of_run(name: str) -> bool:
+    """Whether a run has a model of this name: one of its own or a draft."""
+    return is_model_name(name) or is_draft(name)
+
+
 def models_before(model: str) -> list[str]:
-    """Models that exist before `model` does."""
+    """Models that exist before `model` or its draft does."""
     return [] if model == "M0" else ["M0"] if model == "SFT" else model_names(int(model[1:]))[:-1]
 
 
 def init_model(model: str) -> str:
     """The model that `model` is trained from: M0 for SFT and M1 (both supervised), else the previous one."""
     return "M0" if model in ("SFT", "M1") else f"M{int(model[1:]) - 1}"
+
+
+def draft_of(model: str) -> str:
+    return f"F{model[1:]}"
+
+
+def pairs_for(model: str, future_chosen: bool) -> str:
+    """The pairs that `model` learns from: its round's, or those whose chosen answers its draft may have written."""
+    return f"{draft_of(model) if future_chosen and not is_draft(model) else init_model(model)}/aift/pairs.jsonl"
 
 
 def next_model(model: str) -> str:
@@ -135,11 +149,18 @@ def make_step(stage: str, model: str, params: dict) -> Step:
             (f"{m}/aift/{params.get('learn_from', 'pairs')}.jsonl", f"{m}/aift/health.json"),
         )
     if key == "dpo":
-        start = init_model(m)
-        rounds = range(int(start[1:]) if params.get("replay") else 1)  # the newest first
-        pairs = [f"M{int(start[1:]) - i}/aift/pairs.jsonl" for i in rounds]
+        start, future = init_model(m), params.get("future_chosen", False)
+        pairs = [pairs_for(m, future)]
+        if params.get("replay"):
+            pairs += [pairs_for(f"M{i}", future) for i in range(int(start[1:]), 1, -1)]  # the newest first
         judging = [f"{start}/aift/judge_pairs.jsonl"] if params.get("judge_share") else []
         return _training_step(stage, m, params, (*pairs, *judging))
+    if key == "future":
+        start = init_model(m)
+        judge = params.get("judge_model") or start
+        reads = [weights(m), *([weights(judge)] if is_model_name(judge) else [])]
+        reads += [f"{start}/aift/{name}.jsonl" for name in ("prompts", "pairs")]
+        return Step(stage, m, tuple(reads), tuple(f"{m}/aift/{f}.jsonl" for f in ("candidates", "judgements", "pairs")))
     if key == "evaluate":
         judges = {parse_win_judge(j)[0] for j in params.get("win_judges", [])}
         reads = dict.fromkeys(
@@ -198,7 +219,10 @@ def list_steps(experiment: Experiment) -> list[Step]:
     for i in range(1, run.iterations):
         _check_round(experiment, f"M{i}")
         order += [(stage, f"M{i}") for stage in ("04_self_instruct", "05_judge", "06_build_pairs")]
-        order += [("07_dpo" if run.learn_from == "pairs" else "02_sft", f"M{i + 1}"), ("08_evaluate", f"M{i + 1}")]
+        new, how = f"M{i + 1}", "07_dpo" if run.learn_from == "pairs" else "02_sft"
+        if how == "07_dpo" and experiment.flat(how, new, "")["future_chosen"]:
+            order += [(how, draft_of(new)), ("13_future", draft_of(new))]
+        order += [(how, new), ("08_evaluate", new)]
     for model in experiment.benchmarked():
         judge = experiment.flat("10_benchmarks", model, "")["mt_bench_judge"]
         if is_model_name(judge) and judge not in ("M0", "SFT", "M1", *models_before(model), model):

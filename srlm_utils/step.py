@@ -33,7 +33,7 @@ from srlm_utils.plan import (
     OUTSIDE,
     external_inputs,
     fingerprint,
-    is_model_name,
+    is_of_run,
     list_steps,
     make_step,
     maker_of,
@@ -100,7 +100,7 @@ class StepRun:
             from srlm_utils import outside
 
             return {"folder": outside.fetch(self)}
-        if not is_model_name(model):
+        if not is_of_run(model):
             return {"folder": seed_model.fetch(model)["path"], **trust}
         if model != "M0" and (self.run / weights(model)).is_dir():
             return {"folder": str(self.run / weights(model)), **trust}
@@ -155,7 +155,7 @@ class StepRun:
 
     def _served_names(self, model: str) -> list[str]:
         """Names that say which weights a server serves: ``M1-<12 digits of their sha256>``; a hub id is one itself."""
-        if not is_model_name(model) and model != OUTSIDE:
+        if not is_of_run(model) and model != OUTSIDE:
             return [model]
         names = [f"{model}-{self.model_revision(model)}"]
         if model == "M0" and (name := read_json(self.input(weights("M0")))["name"]):
@@ -175,7 +175,7 @@ class StepRun:
             from srlm_utils import outside
 
             return outside.version()
-        if not is_model_name(model):
+        if not is_of_run(model):
             return model
         if self.scratch and not (self.run / weights(model)).exists():
             model = "M0"  # its stand-in, see model_source()

@@ -8,7 +8,7 @@ report. A step's cost adds its tokens, weighted by how long each kind took relat
 import math
 
 from srlm_utils.params import Experiment, stage_key
-from srlm_utils.plan import Step, list_steps, models_before, parse_win_judge
+from srlm_utils.plan import Step, init_model, list_steps, models_before, parse_win_judge
 
 # relative to one sampled token on two CPU cores (LOG.md has the rates)
 COST = {"generated": 1.0, "judged": 0.2, "trained": 1.3}
@@ -74,6 +74,11 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
             n["judged"] += asked * (judge_frame + _written(source) + 2 * written)
         if p["judge_mode"] != "expected":
             n["generated"] = items * p["n_samples"] * written
+    elif key == "future":
+        items = experiment.flat("04_self_instruct", init_model(step.model), "")["n_prompts"] * p["n_candidates"]
+        n["generated"], n["judged"] = items * _written(p), items * (judge_frame + _written(p))
+        if p["judge_mode"] != "expected":
+            n["generated"] += items * p["n_samples"] * min(p["judge_max_new_tokens"], JUSTIFICATION + 15)
     elif key == "dpo":
         tokens, new = 0, int(step.model[1:]) - 1
         for i in range(1 if p["replay"] else new, new + 1):

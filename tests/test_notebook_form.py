@@ -32,7 +32,7 @@ def code(nb):
 
 
 def test_the_notebooks_are_there():
-    assert [n.stem[:2] for n in NOTEBOOKS] == [f"{i:02d}" for i in range(13)]
+    assert [n.stem[:2] for n in NOTEBOOKS] == [f"{i:02d}" for i in range(14)]
     assert {stage_key(n.stem) for n in STAGE_NOTEBOOKS} == set(STAGES)
 
 

@@ -18,6 +18,7 @@ from srlm_utils.artefacts import read_json, read_jsonl
 from srlm_utils.judge import MODES
 from srlm_utils.metrics import METRICS
 from srlm_utils.report import COLUMNS
+from srlm_utils.verify import verify
 from tests.conftest import ROOT, srlm
 
 MODELS = ["M0", "SFT", "M1", "M2", "M3"]
@@ -227,7 +228,7 @@ def test_variants_laid_over_each_other_run_to_their_end():
     run = ROOT / "results" / "test-variants"
     shutil.rmtree(run, ignore_errors=True)
     names = ["length_control", "frozen_judge", "without_eft", "dpo_nll", "replay"]
-    names += ["anchored_rejects", "consistency_weighted"]
+    names += ["anchored_rejects", "consistency_weighted", "future_chosen"]
     files = [f"params/variants/{name}.yaml" for name in names]
     result = srlm("run", "params/smoke.yaml", *files, "--run-name", run.name)
     try:
@@ -241,7 +242,16 @@ def test_variants_laid_over_each_other_run_to_their_end():
         assert any(abs(j["implicit"]) > 0.1 for j in judged if j["implicit"] is not None)
         dpo, pairs = steps["07_dpo@M3"], {m: read_jsonl(run / m / "aift/pairs.jsonl") for m in ("M1", "M2")}
         learned_from = {name for name in dpo["inputs"] if name.endswith("pairs.jsonl")}
-        assert learned_from == {"M2/aift/pairs.jsonl", "M1/aift/pairs.jsonl"} and "M2/model" in dpo["inputs"]
+        assert learned_from == {"F3/aift/pairs.jsonl", "F2/aift/pairs.jsonl"} and "M2/model" in dpo["inputs"]
+        draft, future = steps["07_dpo@F3"], steps["13_future@F3"]
+        learned_from = {name for name in draft["inputs"] if name.endswith("pairs.jsonl")}
+        assert learned_from == {"M2/aift/pairs.jsonl", "F2/aift/pairs.jsonl"} and "M2/model" in draft["inputs"]
+        raised = read_jsonl(run / "F3/aift/pairs.jsonl")
+        new = [new for old, new in zip(pairs["M2"], raised, strict=True) if old != new]
+        assert 0 < len(new) == future["figures"]["n_raised"] and all("-F3-" in pair["chosen_id"] for pair in new)
+        judged = read_jsonl(run / "F3/aift/judgements.jsonl")
+        assert {j["judge"] for j in judged} == {"M1"} and "M1/model" in future["inputs"]  # frozen, as in 05_judge
+        assert verify(run).findings == []
         n_old = round(len(pairs["M1"]) / 2)
         assert dpo["figures"]["n_pairs"] == len(pairs["M2"]) + n_old > n_old > 0
         total = len(pairs["M2"]) * pairs["M2"][0]["consistency"] + n_old * pairs["M1"][0]["consistency"]

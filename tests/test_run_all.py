@@ -33,7 +33,9 @@ def test_run_all_on_defaults(path, tmp_path, monkeypatch):
     assert not any(o.output_type == "error" for o in outputs)
     text = json.dumps(outputs)
     if path.stem not in READING:
-        step = "run" if path.stem in ("01_seed_data", "09_report") else "M2" if path.stem == "07_dpo" else None
+        step = (
+            "run" if path.stem in ("01_seed_data", "09_report") else {"07_dpo": "M2", "13_future": "F2"}.get(path.stem)
+        )
         assert " done in " in text and "results/scratch" in text
         assert step is None or f"{path.stem}@{step} done" in text
     if path.stem in ("00_tour", "05_judge", "07_dpo", "09_report", "12_compare"):

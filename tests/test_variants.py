@@ -225,6 +225,57 @@ def test_an_anchors_answers_carry_its_name(engine, tmp_path):
     assert write_answers(step, idle, prompts, n=2, log="a.jsonl", author="M0") == found  # nothing is asked twice
 
 
+def test_a_draft_comes_before_its_model_and_is_made_as_it_is():
+    tree = {"common": {"iterations": 4}, "dpo": {"future_chosen": True, "replay": 0.5}}
+    tree["by_model"] = {"M3": {"dpo": {"learning_rate": 3e-5}}, "M2": {"judge": {"rubric": "additive", "top_p": 0.5}}}
+    found, experiment = steps(tree), Experiment(tree)
+    order = [name for name in found if name.split("@")[1] in ("M1", "F2", "M2")][2:]
+    assert order == [
+        "04_self_instruct@M1", "05_judge@M1", "06_build_pairs@M1", "07_dpo@F2", "13_future@F2", "07_dpo@M2",
+        "08_evaluate@M2", "04_self_instruct@M2", "05_judge@M2", "06_build_pairs@M2",
+    ]  # fmt: skip
+    assert found["07_dpo@F3"].reads == ("M2/model", "M2/aift/pairs.jsonl", "F2/aift/pairs.jsonl")
+    assert found["13_future@F3"].reads == ("F3/model", "M2/model", "M2/aift/prompts.jsonl", "M2/aift/pairs.jsonl")
+    assert found["07_dpo@M3"].reads == ("M2/model", "F3/aift/pairs.jsonl", "F2/aift/pairs.jsonl")
+    draft, own = (experiment.flat("07_dpo", model, "") for model in ("F3", "M3"))
+    assert draft | {"model": "M3"} == own and own["learning_rate"] == 3e-5
+    flat, round_2 = experiment.flat("13_future", "F3", ""), experiment.flat("05_judge", "M2", "")
+    assert flat["rubric"] == "additive" == round_2["rubric"] and flat["judge_top_p"] == 0.5 == round_2["top_p"]
+    assert flat["top_p"] == experiment.flat("04_self_instruct", "M2", "")["top_p"] == 0.9
+    assert not any("F" in name.replace("SFT", "") for name in steps({}))
+    with pytest.raises(ParamError, match="unknown section 'future'"):
+        Experiment({"future": {"n_candidates": 2}})
+    costs = [step_tokens(found[name], experiment) for name in ("13_future@F3", "04_self_instruct@M2")]
+    assert 0 < costs[0]["generated"] < costs[1]["generated"] and costs[0]["judged"] > 0
+
+
+@pytest.mark.parametrize(
+    "scores,texts,chosen",
+    [
+        ([4.5, 4.8], ["good", "best"], "p-F2-1"),
+        ([4.0, None], ["good", "best"], "p-0"),  # not higher, and not scored
+        ([4.5, 4.8], ["good", ""], "p-F2-0"),  # nothing to learn from no text
+        ([3.0, 4.8], ["good", "b"], "p-0"),  # the rejected text itself
+    ],
+)
+def test_a_drafts_better_answer_becomes_the_chosen_one(scores, texts, chosen):
+    (pair,), _ = pairs.build_pairs(*case([4.0, 1.0], ["a", "b"]))
+    _, cands, judged = case(scores, texts)
+    for i, (c, j) in enumerate(zip(cands, judged, strict=True)):
+        c["cand_id"] = j["id"] = f"p-F2-{i}"
+    (new,), n = pairs.raised([pair], cands, judged)
+    assert new["chosen_id"] == chosen and n == (chosen != "p-0")
+    assert {k: v for k, v in new.items() if not k.startswith("chosen")} == {
+        k: v for k, v in pair.items() if not k.startswith("chosen")
+    }
+    if n:
+        (own,) = [c for c in cands if c["cand_id"] == chosen]
+        (score,) = [j["score"] for j in judged if j["id"] == chosen]
+        assert (new["chosen"], new["chosen_score"], new["chosen_ended"]) == (own["text"], score, own["ended"])
+    else:
+        assert new == pair
+
+
 def rewarded(scores, implicit, texts=None):
     prompts, cands, judged = case(scores, texts)
     return prompts, cands, [j | {"implicit": r} for j, r in zip(judged, implicit, strict=True)]

@@ -174,6 +174,43 @@ def test_answers_of_checkpoints_are_held_together(selected):
     assert found == {"prompt_id x", "a second row of this id"}
 
 
+@pytest.fixture
+def drafted(run):
+    """A run whose draft F2 answered the first prompt of M1's round once, better than the answer that was chosen."""
+    (pair, *others), folder = read_jsonl(run / PAIRS), run / "F2/aift"
+    folder.mkdir(parents=True)
+    cand_id, own = f"{pair['prompt_id']}-F2-0", {"prompt_id": pair["prompt_id"], "text": "Better.", "ended": True}
+    write_jsonl(folder / "candidates.jsonl", [{"cand_id": cand_id, **own, "author": "F2"}])
+    write_jsonl(folder / "judgements.jsonl", [{"id": cand_id, "judge_mode": "expected", "score": 4.9}])
+    raised = pair | {"chosen_id": cand_id, "chosen": "Better.", "chosen_score": 4.9, "chosen_ended": True}
+    write_jsonl(folder / "pairs.jsonl", [raised, *others])
+    return run
+
+
+@pytest.mark.parametrize(
+    "file,change,says",
+    [
+        ("candidates", first(prompt_id="M1-p9999"), "prompt_id M1-p9999"),
+        ("candidates", first(text="Other."), "another text than that of M1-p0000-F2-0 as chosen"),
+        ("judgements", first(id="M1-p0000-F2-9"), "id M1-p0000-F2-9"),
+        ("pairs", first(chosen_score=4.0), "chosen_score 4.0"),
+        ("pairs", first(rejected_id="M1-p0000-F2-0"), "rejected_id M1-p0000-F2-0"),
+    ],
+)
+def test_what_a_draft_wrote_is_held_together(drafted, file, change, says):
+    assert verify(drafted).findings == []
+    edit(drafted, f"F2/aift/{file}.jsonl", change)
+    assert any(f.found == says for f in verify(drafted).findings if f.file.startswith("F2/")), verify(drafted).findings
+
+
+def test_an_anchors_answers_are_no_candidates_too_many(run):
+    anchors = [{"cand_id": "M1-p0000-M0-0", "prompt_id": "M1-p0000", "text": "a", "ended": True, "author": "M0"}]
+    judged = {"id": "M1-p0000-M0-0", "judge_mode": "expected", "score": 1.0}
+    edit(run, CANDIDATES, lambda rows: rows + anchors)
+    edit(run, JUDGED, lambda rows: [*rows, judged])
+    assert verify(run).findings == []
+
+
 def test_a_test_prompt_in_training_data_is_found_in_other_words(run):
     test = read_jsonl(run / "seed/test_prompts.jsonl")[0]["prompt"]
     edit(run, "M2/aift/prompts.jsonl", first(prompt=f"{test.upper()} Please."))
