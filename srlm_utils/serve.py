@@ -1,6 +1,7 @@
 """Servers that a step starts for itself by ``serve_command``, and that end with it, however it ends (`guard`)."""
 
 import importlib.util
+import re
 import shlex
 import socket
 import subprocess
@@ -9,9 +10,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from srlm_utils.errors import ParamError
+from srlm_utils.paths import shown
 
 GUARD = Path(__file__).with_name("guard.py")
 LOG_LINES = 15  # of a server that ended, in the message
+ERROR = re.compile(r"(?:^|\s)(\w[\w.]*(?:Error|Exception): .+)")
 
 
 def address(url: str) -> str:
@@ -73,8 +76,12 @@ class Process:
         return self._guard.poll() is not None
 
     def last_words(self) -> str:
-        said = self.log.read_text(errors="replace").strip().splitlines()[-LOG_LINES:]
-        return "\n".join([f"{shlex.join(self.words)} ended. Its last lines:", *said])
+        """What it said: the first error, under which a server's end may bury its cause, and its last lines."""
+        said = self.log.read_text(errors="replace").strip().splitlines()
+        first = next((m[1] for line in said if "WARN" not in line and (m := ERROR.search(line))), "")
+        found = [f"Its first error: {first}"] if first and not any(first in line for line in said[-LOG_LINES:]) else []
+        last = ["Its last lines:", *said[-LOG_LINES:], f"All of them: {shown(self.log)}"]
+        return "\n".join([f"{shlex.join(self.words)} ended.", *found, *last])
 
     def stop(self) -> None:
         self._guard.stdin.close()

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -357,11 +358,19 @@ def test_servers_end_with_whoever_started_them(tiny, tmp_path, sign):
 def test_a_command_that_ends_says_why(tiny, engine, tmp_path, stopped):
     command = f"{sys.executable} -c 'raise SystemExit(\"no GPU\")' {{model}} {{port}}"
     broken = behind(tiny, command=command, logs=tmp_path)
-    with pytest.raises(ModelError, match="(?s)ended. Its last lines.*no GPU.*code 1"):
+    with pytest.raises(ModelError, match="(?s)ended.\nIts last lines.*no GPU.*code 1.*All of them: .*log"):
         generate(broken, requests(engine))
     missing = behind(tiny, command="no-such-program {model} {port}", logs=tmp_path)
     with pytest.raises(ModelError, match="No such file"):
         generate(missing, requests(engine))
+
+
+def test_the_first_error_of_a_server_is_said_whatever_it_wrote_behind_it(tiny, engine, tmp_path, stopped):
+    said = ["WARNING limits may cause OSError: too many files", "worker: RuntimeError: the cause", "EngineDead", "E: x"]
+    code = f"print({chr(10).join([*said, *['noise'] * 40])!r}); raise SystemExit(1)"
+    broken = behind(tiny, command=f"{shlex.join([sys.executable, '-c', code])} {{model}} {{port}}", logs=tmp_path)
+    with pytest.raises(ModelError, match="ended.\nIts first error: RuntimeError: the cause\nIts last lines"):
+        generate(broken, requests(engine))
 
 
 def test_several_servers_are_started_at_their_ports(tiny, engine, tmp_path, stopped):
