@@ -137,10 +137,8 @@ def _sweep(args) -> int:
         words += ["--set", s]
     variants = [v.strip() for v in args.variants.split(",")]
     base = Experiment.load(args.params, args.sets)
-    failed = sweep.run(base, variants, args.seeds, name, shlex.join([*words, "--name", name]))
-    kept = RESULTS / "sweeps" / name
-    if kept.is_dir():
-        print(f"report: {shown(sweep_report.write(kept))}")
+    command = shlex.join([*words, "--name", name])
+    failed = sweep.run(base, variants, args.seeds, name, command, report=sweep_report.write)
     if failed:
         raise StepFailed(f"{len(failed)} cells failed: {', '.join(failed)}. The same command tries them again.")
     return 0

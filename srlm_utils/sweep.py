@@ -49,12 +49,20 @@ def experiments(base: Experiment, variants: list[str], n_seeds: int) -> dict[tup
 
 
 def run(
-    base: Experiment, variants: list[str], n_seeds: int, name: str, command: str, *, execute: Callable = runner.execute
+    base: Experiment,
+    variants: list[str],
+    n_seeds: int,
+    name: str,
+    command: str,
+    *,
+    report: Callable[[Path], Path],
+    execute: Callable = runner.execute,
 ) -> list[str]:
-    """Run what is not done of a sweep and report on all of it; the cells that failed, as ``<variant>-<seed>``.
+    """Run what is not done of a sweep; the cells that failed, as ``<variant>-<seed>``.
 
-    `execute` is `runner.execute`. Bad input stops it before anything runs; a cell that fails later is said and the rest
-    goes on; the same command tries it again.
+    `report` (`sweep_report.write`) is called after each cell with the folder of those that are done, so that a sweep of
+    days can be read so far; once where all were done before. `execute` is `runner.execute`. Bad input stops it before
+    anything runs; a cell that fails later is said and the rest goes on; the same command tries it again.
     """
     queue = experiments(base, variants, n_seeds)
     work, kept = RESULTS / f"sweep-{name}", RESULTS / "sweeps" / name
@@ -63,6 +71,8 @@ def run(
         list_steps(queue[key])
         load_seeds(queue[key].flat("01_seed_data", "run", "run"))
     print(f"{name}: {len(queue)} cells, {len(queue) - len(todo)} of them done before", flush=True)
+    if not todo:
+        print(f"report: {shown(report(kept))}")
     work.mkdir(parents=True, exist_ok=True)
     lock = FileLock(work / ".lock")
     try:
@@ -70,12 +80,14 @@ def run(
     except Timeout:
         raise LockedError(f"{shown(work)} is being run by another process. Wait for it or stop it.") from None
     try:
-        return _run(queue, todo, work, kept, command, execute)
+        return _run(queue, todo, work, kept, command, report, execute)
     finally:
         lock.release()
 
 
-def _run(queue: dict, todo: list, work: Path, kept: Path, command: str, execute: Callable) -> list[str]:
+def _run(
+    queue: dict, todo: list, work: Path, kept: Path, command: str, report: Callable, execute: Callable
+) -> list[str]:
     costs, failed, spent, made = new_costs(queue, todo, work), [], 0.0, 0.0
     for i, key in enumerate(todo):
         left = sum(costs[k] for k in todo[i:])
@@ -89,6 +101,7 @@ def _run(queue: dict, todo: list, work: Path, kept: Path, command: str, execute:
             cost = sum(step_cost(s, queue[key]) for s, _, done, _ in plan(queue[key], folder) if not done)
             execute(queue[key], folder, command)
             cells.write(cells.from_run(folder), kept / folder.name)
+            print(f"  report: {shown(report(kept))}", flush=True)
             spent, made = spent + time.monotonic() - started, made + cost
         except Interrupted:
             raise

@@ -68,6 +68,7 @@ def made(monkeypatch, tmp_path):
 
     class Made(list):
         fails: dict = {}
+        reports: list = []
 
         def execute(self, experiment, run, command):
             if error := self.fails.get(run.name):
@@ -81,8 +82,13 @@ def made(monkeypatch, tmp_path):
 
         def run(self, variants, n_seeds, sets=()):
             self.clear()
+            self.reports = []
             base = Experiment.load([SMOKE], sets)
-            return sweep.run(base, variants, n_seeds, "x", "srlm sweep", execute=self.execute)
+            return sweep.run(base, variants, n_seeds, "x", "srlm sweep", report=self.report, execute=self.execute)
+
+        def report(self, folder):
+            self.reports.append(sorted(p.name for p in folder.iterdir()))
+            return folder / "report.html"
 
     monkeypatch.setattr(sweep, "RESULTS", tmp_path)
     return Made()
@@ -95,6 +101,9 @@ def test_what_cells_share_is_made_once_a_seed(made, tmp_path, capsys):
     assert by_cell["default-0"] == by_cell["default-1"] == steps  # another seed shares nothing
     assert by_cell["random_pairs-0"] == steps - SHARED
     assert len(made) == len({*made}) == 2 * (2 * len(steps) - len(SHARED))
+    assert [len(cells) for cells in made.reports] == [1, 2, 3, 4] and made.reports[0] == ["default-0"]
+    made.run(["default"], 1)
+    assert made == [] and [len(cells) for cells in made.reports] == [4]
     one, other = (tmp_path / f"sweep-x/{c}/M1/model/model.safetensors" for c in ("default-0", "random_pairs-0"))
     assert one.samefile(other)
     assert not (tmp_path / "sweep-x/default-0/M2/model").samefile(tmp_path / "sweep-x/random_pairs-0/M2/model")
