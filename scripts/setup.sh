@@ -3,8 +3,8 @@
 set -eu
 venv=$1
 python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "Python 3.11 or newer is needed; found $("$python" --version). Try: make PYTHON=python3.12 ..." >&2
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || {
+    echo "Python 3.11, 3.12 or 3.13 is needed; found $("$python" --version). Try: make PYTHON=python3.12 ..." >&2
     exit 2
 }
 echo "Installing into $venv what is not there yet: 1.9 GB, a few minutes, once." >&2

@@ -13,7 +13,7 @@ from srlm_utils.artefacts import read_json
 from srlm_utils.errors import MissingInputError
 from srlm_utils.params import read_yaml
 from srlm_utils.paths import shown
-from srlm_utils.plan import init_model, is_model_name, models_before, weights
+from srlm_utils.plan import draft_of, init_model, is_model_name, models_before, weights
 from srlm_utils.report import rate
 from srlm_utils.seed_model import EMBEDDED
 from srlm_utils.verdicts import judge_label
@@ -188,6 +188,10 @@ def lineage(pointer: dict, manifests: list[dict]) -> list[str]:
         data = ", ".join(f"{p} ({i['n_rows']} rows)" for p, i in m["inputs"].items() if "n_rows" in i)
         source = m["inputs"].get(weights(start), {}).get("sha256", "")  # a scratch run may have had a stand-in
         lines.append(f"{name} was made from {start}{f' ({source[:12]})' if source else ''} {how}: {data}.")
+        if any(p.startswith(f"{draft_of(name)}/") for p in m["inputs"]):
+            lines.append(
+                f"{draft_of(name)}, a draft of {name} by DPO on {start}'s own pairs, wrote some chosen answers."
+            )
     return lines
 
 

@@ -122,13 +122,16 @@ def _metrics(run: Path) -> pd.DataFrame:
 def parameters(runs: list[Path], names: list[str]) -> pd.DataFrame:
     """Columns parameter and one a run: what differs between the manifests of the same steps, and the kit's revision.
 
-    Named ``stage.name`` where it is so for each model of the stage, else ``stage@model.name``.
+    Named ``stage.name`` where it is so for each model of the stage, else ``stage@model.name``; a step that some runs do
+    not have is one row.
     """
     manifests = [{m["step"]: m for m in map(read_json, sorted((run / "steps").glob("*.json")))} for run in runs]
     rows: dict[str, list[str]] = {}
     for stage in sorted({step.partition("@")[0] for m in manifests for step in m}):
         steps = sorted({step for m in manifests for step in m if step.partition("@")[0] == stage})
-        given = [[m[s]["params"] if s in m else {} for m in manifests] for s in steps]
+        rows |= {step: ["made" if step in m else "not there" for m in manifests] for step in steps}
+        steps = [step for step in steps if all(step in m for m in manifests)]
+        given = [[m[s]["params"] for m in manifests] for s in steps]
         for key in sorted({k for step in given for params in step for k in params} - {"run_dir", "model"}):
             values = [[_written(params.get(key, ...)) for params in step] for step in given]
             if all(v == values[0] for v in values):

@@ -15,6 +15,7 @@ from markupsafe import escape
 from srlm_utils import metrics
 from srlm_utils.artefacts import read_jsonl
 from srlm_utils.errors import MissingInputError, ParamError
+from srlm_utils.params import is_draft
 from srlm_utils.paths import PACKAGE, RESULTS, resolve, run_folder, shown
 from srlm_utils.plan import init_model, is_model_name
 from srlm_utils.printable import printable
@@ -35,7 +36,8 @@ _TEXTS = ("prompt", "text", "chosen", "rejected", "reference")
 class Run:
     """A run folder. Its methods take filters, as `where` does: ``run.candidates("M1", search="tea", score=(3, None))``.
 
-    Tables: `models`, `prompts`, `candidates`, `judgements`, `pairs`, `answers`, `verdicts`, `metrics`.
+    Tables: `models`, `prompts`, `candidates`, `judgements`, `pairs`, `answers`, `verdicts`, `metrics`. A draft's ("F2")
+    are those of its round with its answers among them.
     Cards: `show_prompt` (with its scored candidates), `show_pair`, `side_by_side` (two or more models' answers).
     """
 
@@ -214,7 +216,8 @@ class Run:
     # ---- reading
 
     def _check(self, model: str) -> None:
-        if model not in self.models.index:
+        """A draft is no model of the table, and its rows can be read."""
+        if model not in self.models.index and not (is_draft(model) and (self.folder / model).is_dir()):
             raise MissingInputError(f"{self.name} has no model {model!r}; it has {', '.join(self.models.index)}.")
 
     def _rows(self, model: str, what: str, *, optional: bool = False) -> list[dict]:

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 
 from srlm_utils.metrics import mean, metric_rows, plain, ratio, std
-from srlm_utils.pairs import by_the_model, consistency, scored_candidates
+from srlm_utils.pairs import by_a_draft, by_the_model, consistency, scored_candidates
 
 
 def round_metrics(
@@ -16,7 +16,7 @@ def round_metrics(
     """
     from scipy import stats  # slow to import
 
-    candidates = by_the_model(candidates)
+    everyone, candidates = candidates, by_the_model(candidates)
     own = {c["cand_id"] for c in candidates}
     judgements = [j for j in judgements if j["id"] in own]
 
@@ -47,6 +47,8 @@ def round_metrics(
     if any(j.get("implicit") is not None for j in judgements):
         found = [consistency(cs) for cs in by_prompt.values()]
         figures["reward_consistency"] = mean([c for c in found if c is not None])
+    if drafted := {c["cand_id"] for c in everyone if by_a_draft(c)}:
+        figures["draft_chosen_rate"] = mean([r.get("chosen_id") in drafted for r in kept])
     if kept and "chosen" in kept[0]:
         figures["chosen_chars"] = mean([len(r["chosen"]) for r in kept])
         figures["rejected_chars"] = mean([len(r["rejected"]) for r in kept])

@@ -12,6 +12,7 @@ from srlm_utils import cards, rendered
 from srlm_utils.artefacts import describe, read_json
 from srlm_utils.errors import DataError, MissingInputError, ParamError
 from srlm_utils.paths import shown
+from srlm_utils.plan import draft_of, init_model
 
 TOKEN = "HF_TOKEN"
 
@@ -72,11 +73,14 @@ def _aift(run: Path, model: str) -> dict[str, str | bytes]:
     """Files of a data set: what each ancestor wrote, scored and turned into training rows, and a card."""
     files: dict[str, str | bytes] = {}
     configs, lines = [], []
-    for m in cards.ancestors(model)[:-1]:
+    chain = cards.ancestors(model)
+    learned = {path for m in chain[1:2] for path in cards.training_manifest(run, m)["inputs"]}
+    for m in (name for successor in chain[1:] for name in (init_model(successor), draft_of(successor))):
         for path in sorted((run / m / "aift").glob("*.jsonl")):
             files[f"{m}/{path.name}"] = str(path)
-            # the first table of the page is what the next model learned from
-            configs.append((f"{m}_{path.stem}", f"{m}/{path.name}", path.stem in ("pairs", "positives") and m == "M1"))
+            # the first table of the page is what M2 learned from
+            first = path.stem in ("pairs", "positives") and f"{m}/aift/{path.name}" in learned
+            configs.append((f"{m}_{path.stem}", f"{m}/{path.name}", first))
             lines.append(f"- `{m}/{path.name}`: {describe(path)['n_rows']} rows")
     if not files:
         raise MissingInputError(f"{model} descends from no model that made preference data; leave out --data.")

@@ -65,6 +65,7 @@ METRICS = {
         "mean log-probability of a reference answer's tokens behind its prompt, mean over prompts",
     ),
     "pair_yield": ("share", "new prompts that became a preference pair"),
+    "draft_chosen_rate": ("share", "pairs whose chosen answer a draft of the next model wrote"),
     "candidate_score_std": ("points", "standard deviation of the candidates' scores"),
     "within_prompt_score_std": (
         "points",

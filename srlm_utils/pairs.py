@@ -5,6 +5,7 @@ from collections import defaultdict
 from itertools import combinations
 
 from srlm_utils.errors import DataError
+from srlm_utils.params import is_draft
 
 
 def _tie_key(seed: int, cand_id: str) -> str:
@@ -34,39 +35,45 @@ def consistency(candidates: list[dict]) -> float | None:
 
 
 def by_the_model(candidates: list[dict]) -> list[dict]:
-    """Those of `candidates` that the model in training wrote itself: all but an anchor's."""
+    """Those of `candidates` that the model in training wrote itself: all but an anchor's and a draft's."""
     return [c for c in candidates if not c.get("author")]
 
 
-# each takes the candidates that may be chosen, and those that may be rejected: the same ones and an anchor's
+def by_a_draft(candidate: dict) -> bool:
+    """Whether a draft of the next model wrote it (13_future)."""
+    return is_draft(candidate.get("author", ""))
 
 
-def _best_and_worst(own: list[dict], everyone: list[dict], order) -> tuple[dict, dict]:
-    best = min(own, key=lambda c: (-c["score"], order(c)))
-    return best, min(everyone, key=lambda c: (c["score"], bool(c.get("author")), order(c)))
+# each takes the candidates that may be chosen, the model's own and a draft's, and those that may be rejected, its own
+# and an anchor's; where two are equal its own come first
 
 
-def _at_random(own: list[dict], everyone: list[dict], order) -> tuple[dict, dict]:
-    chosen = next(c for c in sorted(own, key=order) if c["text"])
-    return chosen, next(c for c in sorted(everyone, key=order) if c["text"] != chosen["text"])
+def _best_and_worst(good: list[dict], bad: list[dict], order) -> tuple[dict, dict]:
+    best = min(good, key=lambda c: (-c["score"], bool(c.get("author")), order(c)))
+    return best, min(bad, key=lambda c: (c["score"], bool(c.get("author")), order(c)))
 
 
-def _longest_and_shortest(own: list[dict], everyone: list[dict], order) -> tuple[dict, dict]:
-    longest = min(own, key=lambda c: (-len(c["text"]), order(c)))
-    return longest, min(everyone, key=lambda c: (len(c["text"]), order(c)))
+def _at_random(good: list[dict], bad: list[dict], order) -> tuple[dict, dict]:
+    chosen = next(c for c in sorted(good, key=order) if c["text"] and any(b["text"] != c["text"] for b in bad))
+    return chosen, next(c for c in sorted(bad, key=order) if c["text"] != chosen["text"])
 
 
-def _shortest_and_longest(own: list[dict], everyone: list[dict], order) -> tuple[dict, dict]:
+def _longest_and_shortest(good: list[dict], bad: list[dict], order) -> tuple[dict, dict]:
+    longest = min(good, key=lambda c: (-len(c["text"]), order(c)))
+    return longest, min(bad, key=lambda c: (len(c["text"]), order(c)))
+
+
+def _shortest_and_longest(good: list[dict], bad: list[dict], order) -> tuple[dict, dict]:
     # nobody is to learn that an empty answer is the better one
-    shortest = min((c for c in own if c["text"]), key=lambda c: (len(c["text"]), order(c)))
-    return shortest, min(everyone, key=lambda c: (-len(c["text"]), order(c)))
+    shortest = min((c for c in good if c["text"]), key=lambda c: (len(c["text"]), order(c)))
+    return shortest, min(bad, key=lambda c: (-len(c["text"]), order(c)))
 
 
-def _length_controlled(own: list[dict], everyone: list[dict], order, rho: float) -> tuple[dict, dict]:
-    top, bottom = max(c["score"] for c in own), min(c["score"] for c in everyone)
+def _length_controlled(good: list[dict], bad: list[dict], order, rho: float) -> tuple[dict, dict]:
+    top, bottom = max(c["score"] for c in good), min(c["score"] for c in bad)
     slack = rho * (top - bottom)
-    good = [c for c in own if c["score"] >= top - slack and c["text"]]
-    bad = [c for c in everyone if c["score"] <= bottom + slack]
+    good = [c for c in good if c["score"] >= top - slack and c["text"]]
+    bad = [c for c in bad if c["score"] <= bottom + slack]
     chosen = min(good, key=lambda c: (len(c["text"]), -c["score"], order(c)))
     return chosen, min(bad, key=lambda c: (-len(c["text"]), c["score"], order(c)))
 
@@ -94,9 +101,10 @@ def build_pairs(
       shortest, in characters), shorter (the reverse).
 
     Whatever the rule, a prompt qualifies where its best and its worst candidate would make a pair, so that rules learn
-    from the same prompts. An anchor's candidates may be rejected, never chosen: so with "score" the worst of them is
-    rejected where it scores below the model's own worst (Wang et al. 2025). Candidates without a valid score take no
-    part: unparsed is not "worst". Reasons to drop a prompt: few_scored (fewer than two valid scores), tie (all equal),
+    from the same prompts. An anchor's candidates may be rejected, never chosen, and a draft's chosen, never rejected:
+    so with "score" the anchor's worst is rejected where it scores below the model's own worst, and the draft's best is
+    chosen where it scores above the model's own best (Wang et al. 2025). Candidates without a valid score take no part:
+    unparsed is not "worst". Reasons to drop a prompt: few_scored (fewer than two valid scores), tie (all equal),
     small_margin (best and worst are nearer than `min_margin`), same_text, empty_chosen; and same_length, where longer
     and shorter have nothing to choose between.
 
@@ -121,11 +129,12 @@ def build_pairs(
 
     for p in prompts:
         valid = [c for c in by_prompt[p["prompt_id"]] if c["score"] is not None]
-        own = by_the_model(valid)
-        if len(valid) < 2 or not own:
+        if len(valid) < 2 or not by_the_model(valid):
             drops["few_scored"] += 1
             continue
-        chosen, rejected = _best_and_worst(own, valid, order)
+        good = [c for c in valid if not c.get("author") or by_a_draft(c)]
+        bad = [c for c in valid if not by_a_draft(c)]
+        chosen, rejected = _best_and_worst(good, bad, order)
         margin = chosen["score"] - rejected["score"]
         reason = (
             "tie"
@@ -139,12 +148,12 @@ def build_pairs(
             else None
         )
         if not reason and rule == "random":
-            chosen, rejected = _at_random(own, valid, order)
+            chosen, rejected = _at_random(good, bad, order)
         elif not reason and rule == "length_control":
-            chosen, rejected = _length_controlled(own, valid, order, length_rho)
+            chosen, rejected = _length_controlled(good, bad, order, length_rho)
             reason = "same_text" if chosen["text"] == rejected["text"] else None
         elif not reason and rule in ("longer", "shorter"):
-            chosen, rejected = (_longest_and_shortest if rule == "longer" else _shortest_and_longest)(own, valid, order)
+            chosen, rejected = (_longest_and_shortest if rule == "longer" else _shortest_and_longest)(good, bad, order)
             reason = "same_length" if len(chosen["text"]) == len(rejected["text"]) else None
         if not reason and implicit_rule == "agree":
             implicit = [c["implicit"] for c in (chosen, rejected)]
@@ -171,25 +180,6 @@ def build_pairs(
         found = [c for c in found if c is not None]
         pairs = [p | {"consistency": sum(found) / len(found)} for p in pairs]
     return pairs, drops
-
-
-def raised(
-    pairs: list[dict], candidates: list[dict], judgements: list[dict], *, seed: int = 0
-) -> tuple[list[dict], int]:
-    """`pairs` with the best of the `candidates` of a prompt as the chosen answer where it scores higher; how many.
-
-    Future-guided chosen answers (Wang et al. 2025): the candidates are of a draft of the next model, and the judge is
-    the one that scored the pairs. Candidates without a valid score or text take no part.
-    """
-    by_prompt, out = scored_candidates(candidates, judgements), []
-    for pair in pairs:
-        valid = [c for c in by_prompt[pair["prompt_id"]] if c["score"] is not None and c["text"]]
-        best = min(valid, key=lambda c: (-c["score"], _tie_key(seed, c["cand_id"])), default=None)
-        if best and best["score"] > pair["chosen_score"] and best["text"] != pair["rejected"]:
-            new = {"id": best["cand_id"], "score": best["score"], "ended": best["ended"]}
-            pair = pair | {"chosen": best["text"]} | {f"chosen_{k}": v for k, v in new.items()}
-        out.append(pair)
-    return out, sum(a["chosen_id"] != b["chosen_id"] for a, b in zip(pairs, out, strict=True))
 
 
 ADVICE = {

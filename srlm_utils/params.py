@@ -228,6 +228,7 @@ class Report(Step):
     variant: str = "default"
     n_examples: int = Field(3, ge=1)
     benchmarked: list[str] = []  # models with a 10_benchmarks step
+    drafts: list[str] = []  # with a 13_future step
 
 
 class Benchmarks(_Generating, _Judged):
@@ -261,8 +262,14 @@ STAGES: dict[str, type[Step]] = {
     "benchmarks": Benchmarks,
     "future": Future,
 }
-NOT_IN_YAML = {"run_dir", "model", "benchmarked"}  # the runner sets these
-SECTIONS = set(STAGES) - {"future"}  # of a stage, in a YAML file
+NOT_IN_YAML = {"run_dir", "model", "benchmarked", "drafts"}  # the runner sets these
+SECTIONS = set(STAGES) - {"future"}  # of a stage, in a YAML file; a draft is asked as its round is
+
+
+def yaml_section(stage: str) -> str:
+    """The section of a YAML file that a stage's parameters of writing come from."""
+    key = stage_key(stage)
+    return key if key in SECTIONS else "self_instruct"
 
 
 def stage_key(stage: str) -> str:
@@ -276,7 +283,7 @@ def model_names(iterations: int) -> list[str]:
 
 
 def is_draft(name: str) -> bool:
-    """Whether a name is that of a draft: F2 is what M2 would be without the chosen answers that F2 writes."""
+    """Whether a name is that of a draft: F2 is what M2 would be without the answers that F2 itself writes."""
     return re.fullmatch(r"F\d+", name) is not None
 
 
@@ -287,7 +294,7 @@ def asks_benchmarks(params: dict) -> bool:
 
 def shared_names() -> set[str]:
     """Names that `common:` may hold: what the runner needs and what two stages or more take."""
-    names = [n for cls in STAGES.values() for n in cls.model_fields]
+    names = [n for section in SECTIONS for n in STAGES[section].model_fields]
     return (
         {n for n in names if names.count(n) > 1}
         | set(Run.model_fields)
@@ -423,18 +430,26 @@ class Experiment:
         """Models whose 10_benchmarks step is part of this experiment."""
         return [m for m in model_names(self.run.iterations) if asks_benchmarks(self.flat("10_benchmarks", m, ""))]
 
+    def drafts(self) -> list[str]:
+        """F2, F3 ...: drafts of the models that learn from what their drafts wrote."""
+        if self.run.learn_from != "pairs":
+            return []
+        numbers = range(2, self.run.iterations + 1)
+        return [f"F{i}" for i in numbers if self.flat("07_dpo", f"M{i}", "")["future_chosen"]]
+
     def flat(self, stage: str, model: str, run_dir: str) -> dict:
         """Parameters of one step: plain types, names equal to the notebook's `parameters` cell."""
         key = stage_key(stage)
         cls = STAGES[key]
         values = {k: v for k, v in self.tree.get("common", {}).items() if k in cls.model_fields}
         values |= self.tree.get(key, {})
-        of_model = f"M{model[1:]}" if is_draft(model) else model  # a draft is trained as the model is
+        # a draft is trained as the model that it is a draft of, in the round of the one before
+        of_model = f"M{int(model[1:]) - (key != 'dpo')}" if is_draft(model) else model
         values |= self.tree.get("by_model", {}).get(of_model, {}).get(key, {})
         if key == "future":
-            values |= self._of_round(f"M{int(model[1:]) - 1}", cls)
+            values |= self._of_round(of_model, cls)
         if key == "report":
-            values = values | {"benchmarked": self.benchmarked()}
+            values = values | {"benchmarked": self.benchmarked(), "drafts": self.drafts()}
         return check(cls, values | {"model": model, "run_dir": run_dir}, f"{self.source}: {key}")
 
     def _of_round(self, model: str, cls: type[Step]) -> dict:

@@ -157,10 +157,10 @@ def make_step(stage: str, model: str, params: dict) -> Step:
         return _training_step(stage, m, params, (*pairs, *judging))
     if key == "future":
         start = init_model(m)
-        judge = params.get("judge_model") or start
+        judge, names = params.get("judge_model") or start, ("prompts", "candidates", "judgements")
         reads = [weights(m), *([weights(judge)] if is_model_name(judge) else [])]
-        reads += [f"{start}/aift/{name}.jsonl" for name in ("prompts", "pairs")]
-        return Step(stage, m, tuple(reads), tuple(f"{m}/aift/{f}.jsonl" for f in ("candidates", "judgements", "pairs")))
+        reads += [f"{start}/aift/{name}.jsonl" for name in names]
+        return Step(stage, m, tuple(reads), tuple(f"{m}/aift/{name}.jsonl" for name in names))
     if key == "evaluate":
         judges = {parse_win_judge(j)[0] for j in params.get("win_judges", [])}
         reads = dict.fromkeys(
@@ -185,6 +185,7 @@ def make_step(stage: str, model: str, params: dict) -> Step:
                 f"{n}/aift/{f}"
                 for f in ("attempts.jsonl", "prompts.jsonl", "candidates.jsonl", "judgements.jsonl", "health.json")
             ]
+        reads += [f"{n}/aift/health.json" for n in params["drafts"]]
         reads += [f"{n}/training_log.csv" for n in names[1:]]
         reads += [f"{n}/benchmarks/metrics.json" for n in params["benchmarked"]]
         return Step(stage, m, tuple(reads), ("report",))
@@ -216,12 +217,13 @@ def list_steps(experiment: Experiment) -> list[Step]:
                 "expected M0, SFT, M1 or a model from outside the run."
             )
     order += [("08_evaluate", m) for m in ("M0", "SFT", "M1")]
+    _check_drafts(experiment)
     for i in range(1, run.iterations):
         _check_round(experiment, f"M{i}")
         order += [(stage, f"M{i}") for stage in ("04_self_instruct", "05_judge", "06_build_pairs")]
         new, how = f"M{i + 1}", "07_dpo" if run.learn_from == "pairs" else "02_sft"
-        if how == "07_dpo" and experiment.flat(how, new, "")["future_chosen"]:
-            order += [(how, draft_of(new)), ("13_future", draft_of(new))]
+        if draft_of(new) in experiment.drafts():
+            order += [(stage, draft_of(new)) for stage in ("07_dpo", "13_future", "06_build_pairs")]
         order += [(how, new), ("08_evaluate", new)]
     for model in experiment.benchmarked():
         judge = experiment.flat("10_benchmarks", model, "")["mt_bench_judge"]
@@ -233,6 +235,30 @@ def list_steps(experiment: Experiment) -> list[Step]:
         order.insert(order.index(("08_evaluate", model)) + 1, ("10_benchmarks", model))
     order.append(("09_report", "run"))
     return [make_step(stage, m, experiment.flat(stage, m, "")) for stage, m in order]
+
+
+def _check_drafts(experiment: Experiment) -> None:
+    """Refuse drafts whose answers nobody learns from, or that a later round would learn from and that are not made."""
+    models = [f"M{i}" for i in range(2, experiment.run.iterations + 1)]
+    training = {m: experiment.flat("07_dpo", m, "") for m in models}
+    asked = [m for m in models if training[m]["future_chosen"]]
+    if asked and experiment.run.learn_from != "pairs":
+        raise ParamError("dpo.future_chosen needs pairs: it does nothing with learn_from: positives.")
+    if asked and asked != models and any(p["replay"] for p in training.values()):
+        raise ParamError(
+            f"dpo.future_chosen is on for {', '.join(asked)} alone, and dpo.replay learns again from the pairs of all "
+            "rounds: set it for all models or for none."
+        )
+    for start in (init_model(m) for m in asked):
+        writing, judging = (experiment.flat(stage, start, "") for stage in ("04_self_instruct", "05_judge"))
+        for name in ("device", "dtype", "trust_remote_code", "engine", *PLACE):
+            if writing[name] != judging[name]:
+                raise ParamError(
+                    f"self_instruct.{name} = {writing[name]!r} and judge.{name} = {judging[name]!r}: with "
+                    f"dpo.future_chosen one step writes and judges. Set common.{name}."
+                )
+        if experiment.flat("06_build_pairs", start, "")["implicit_rule"] == "agree":
+            raise ParamError("build_pairs.implicit_rule: agree drops what a draft wrote, which has no implicit reward.")
 
 
 def _check_round(experiment: Experiment, model: str) -> None:

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from PIL import Image
 
-from srlm_utils.plan import is_model_name
+from srlm_utils.plan import is_of_run
 from srlm_utils.verdicts import judge_label
 
 _COLORS = ["#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442"]  # M1, M2, M3, ...
@@ -286,9 +286,9 @@ def mean_scores(metrics: pd.DataFrame):
     return fig, data
 
 
-def score_histogram(scores: pd.DataFrame):
-    """Scores of the candidates, a panel a model; `scores` has columns model and score."""
-    models = [m for m in scores.model.unique() if is_model_name(m)]
+def score_histogram(scores: pd.DataFrame, title: str = "What each model thought of its own candidates"):
+    """Scores of the candidates, a panel a model that wrote them; `scores` has columns model and score."""
+    models = [m for m in scores.model.unique() if is_of_run(m)]
     fig, axes = plt.subplots(
         1, max(len(models), 1), figsize=(4.2 * max(len(models), 1), 2.9), sharex=True, squeeze=False
     )
@@ -298,7 +298,7 @@ def score_histogram(scores: pd.DataFrame):
         ax.set_title(f"{m}: mean {values.mean():.2f}, std {values.std():.2f}, n={len(values)}", fontsize=9)
         ax.set_xlabel("score, 0 to 5")
     axes[0][0].set_ylabel("candidates")
-    fig.suptitle("What each model thought of its own candidates", fontsize=11)
+    fig.suptitle(title, fontsize=11)
     return fig, scores
 
 

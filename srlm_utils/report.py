@@ -60,7 +60,7 @@ def metrics_table(step) -> pd.DataFrame:
     names = model_names(p.iterations)
     for m in names:
         rows += read_json(step.input(f"{m}/eval/metrics.json"))
-    for m in names[2:-1]:
+    for m in (*names[2:-1], *p.drafts):
         rows += read_json(step.input(f"{m}/aift/health.json"))["metrics"]
     for m in p.benchmarked:
         rows += read_json(step.input(f"{m}/benchmarks/metrics.json"))

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from srlm_utils.errors import ModelError, ResourceError, SrlmError
-from srlm_utils.params import stage_key
+from srlm_utils.params import stage_key, yaml_section
 
 GB = 1e9
 MARGIN = 50e6  # bytes of disk that rows, a notebook and a manifest take
@@ -139,7 +139,7 @@ def check(name: str, stage: str, params: dict, run: Path, model: Path | None) ->
         raise ResourceError(f"{name} needs at least {_gb(memory)} of memory, and {_gb(free)} are free: {lower}.")
     batches = _batches(model, params, item) if training else _texts(model, params, item)
     if memory + batches > free:
-        by = f"{key}.micro_batch_size" if training else f"{key}.batch_size"
+        by = f"{key}.micro_batch_size" if training else f"{yaml_section(stage)}.batch_size"
         print(f"WARNING: {name} may need {_gb(memory + batches)} of memory, and {_gb(free)} are free: lower {by}.")
 
 

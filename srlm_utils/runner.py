@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from srlm_utils import errors, field_benchmarks, rendered
 from srlm_utils.artefacts import named_faults, read_json, write_text
 from srlm_utils.errors import DataError, Interrupted, LockedError, MissingInputError, ParamError, SrlmError, StepFailed
-from srlm_utils.params import Experiment, stage_key
+from srlm_utils.params import Experiment, yaml_section
 from srlm_utils.paths import NOTEBOOKS, PROJ_ROOT, shown
 from srlm_utils.plan import Step, list_steps, maker_of, plan, status
 from srlm_utils.seeds import load_seeds
@@ -176,7 +176,7 @@ def _lower(step: Step, params: dict) -> str:
     name = "micro_batch_size" if "micro_batch_size" in params else "batch_size" if "batch_size" in params else ""
     if not name:
         return "close what else is running"
-    return f"lower {stage_key(step.stage)}.{name} (now {params[name] or 'what fits'})"
+    return f"lower {yaml_section(step.stage)}.{name} (now {params[name] or 'what fits'})"
 
 
 def _make_shareable(notebook: Path) -> None:

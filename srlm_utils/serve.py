@@ -13,8 +13,9 @@ from srlm_utils.errors import ParamError
 from srlm_utils.paths import shown
 
 GUARD = Path(__file__).with_name("guard.py")
+TALK = re.compile("WARN|INFO|DEBUG")  # a line of these may name an error that was dealt with
 LOG_LINES = 15  # of a server that ended, in the message
-ERROR = re.compile(r"(?:^|\s)(\w[\w.]*(?:Error|Exception): .+)")
+ERROR = re.compile(r"(?:^|\s)(\w[\w.]*(?:Error|Exception)(?:: .+|$))")
 
 
 def address(url: str) -> str:
@@ -78,7 +79,7 @@ class Process:
     def last_words(self) -> str:
         """What it said: the first error, under which a server's end may bury its cause, and its last lines."""
         said = self.log.read_text(errors="replace").strip().splitlines()
-        first = next((m[1] for line in said if "WARN" not in line and (m := ERROR.search(line))), "")
+        first = next((m[1] for line in said if not TALK.search(line) and (m := ERROR.search(line))), "")
         found = [f"Its first error: {first}"] if first and not any(first in line for line in said[-LOG_LINES:]) else []
         last = ["Its last lines:", *said[-LOG_LINES:], f"All of them: {shown(self.log)}"]
         return "\n".join([f"{shlex.join(self.words)} ended.", *found, *last])

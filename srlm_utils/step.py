@@ -359,8 +359,9 @@ def drop_lock(lock: FileLock) -> None:
 
 def maker(path: str) -> str:
     """Name of the step that makes `path` in a run, whatever the run's length and variant."""
-    for learn_from in ("pairs", "positives"):
-        longest = Experiment({"common": {"iterations": 20, "learn_from": learn_from}})
+    for learn_from, future in (("pairs", False), ("positives", False), ("pairs", True)):
+        common = {"iterations": 20, "learn_from": learn_from}
+        longest = Experiment({"common": common, "dpo": {"future_chosen": future}})
         if name := maker_of(path, list_steps(longest)):
             return name
     return "the step that makes it"

@@ -65,9 +65,6 @@ def verify(run: Path) -> Verified:
     check.unfinished()
     check.ids()
     for model in sorted(p.name for p in run.iterdir() if p.is_dir() and is_of_run(p.name)):
-        if is_draft(model):
-            check.draft(model)
-            continue
         check.round(model)
         check.judge_pairs(model)
         check.selection(model)
@@ -182,7 +179,7 @@ class _Check:
         return {row.get(name) for row in self.rows(file)}
 
     def round(self, model: str) -> None:
-        """What a model wrote, how it was judged, and what is learned from it."""
+        """What a model wrote, how it was judged, and what is learned from it; a draft's folder has its round's too."""
         attempts, prompts, candidates, judgements, pairs, positives = (
             f"{model}/aift/{n}.jsonl" for n in ("attempts", "prompts", "candidates", "judgements", "pairs", "positives")
         )
@@ -190,43 +187,26 @@ class _Check:
         self.refer(prompts, "attempt_id", kept, attempts)
         self.refer(candidates, "prompt_id", self.ids_of(prompts, "prompt_id"), prompts)
         self.refer(judgements, "id", self.ids_of(candidates, "cand_id"), candidates)
-        wanted = self.param(f"04_self_instruct@{model}", "n_candidates", 0)
+        of_round = init_model(model) if is_draft(model) else model
+        wanted = self.param(f"04_self_instruct@{of_round}", "n_candidates", 0)
         n = Counter(c.get("prompt_id") for c in by_the_model(self.rows(candidates)))
         for row in self.rows(prompts) if wanted else ():
             if n[row.get("prompt_id")] != wanted:
                 self.fault(candidates, _id(row), f"{n[row.get('prompt_id')]} candidates", f"{wanted} of each prompt")
-        if (self.run / judgements).is_file() and not self.param(f"05_judge@{model}", "max_rows", 0):
+        if (self.run / judgements).is_file() and not self.param(f"05_judge@{of_round}", "max_rows", 0):
             for cand_id in self.ids_of(candidates, "cand_id") - self.ids_of(judgements, "id"):
                 self.fault(judgements, str(cand_id), "no judgement", "one of each candidate")
-        by_id, scores = self._scored(model)
-        self._pairs(pairs, self.param(f"06_build_pairs@{model}", "pair_rule", "score"), by_id, scores)
-        for row in self.rows(positives):
-            self._learned(positives, row, "cand_id", "response", "score", by_id, scores)
-
-    def draft(self, model: str) -> None:
-        """What a draft wrote to its round's prompts, and that pairs differ from the round's in chosen answers alone."""
-        start = init_model(model)
-        candidates, judgements, pairs = (f"{model}/aift/{n}.jsonl" for n in ("candidates", "judgements", "pairs"))
-        prompts, of_round = (f"{start}/aift/{n}.jsonl" for n in ("prompts", "pairs"))
-        self.refer(candidates, "prompt_id", self.ids_of(prompts, "prompt_id"), prompts)
-        self.refer(judgements, "id", self.ids_of(candidates, "cand_id"), candidates)
-        self.refer(pairs, "rejected_id", self.ids_of(of_round, "rejected_id"), of_round)
-        (older, of_older), (newer, of_newer) = self._scored(start), self._scored(model)
-        rule = self.param(f"06_build_pairs@{start}", "pair_rule", "score")
-        self._pairs(pairs, rule, older | newer, of_older | of_newer)
-
-    def _scored(self, model: str) -> tuple[dict, dict]:
-        """A model's candidates and their scores, by id."""
-        candidates, judgements = (self.rows(f"{model}/aift/{n}.jsonl") for n in ("candidates", "judgements"))
-        return {c.get("cand_id"): c for c in candidates}, {j.get("id"): j.get("score") for j in judgements}
-
-    def _pairs(self, file: str, rule: str, candidates: dict, scores: dict) -> None:
-        for row in self.rows(file):
+        by_id = {c.get("cand_id"): c for c in self.rows(candidates)}
+        scores = {j.get("id"): j.get("score") for j in self.rows(judgements)}
+        rule = self.param(f"06_build_pairs@{model}", "pair_rule", "score")
+        for row in self.rows(pairs):
             for side in ("chosen", "rejected"):
-                self._learned(file, row, f"{side}_id", side, f"{side}_score", candidates, scores)
+                self._learned(pairs, row, f"{side}_id", side, f"{side}_score", by_id, scores)
             if rule in BY_SCORE and not _above(row.get("chosen_score"), row.get("rejected_score")):
                 found = f"scores {row.get('chosen_score')} and {row.get('rejected_score')}"
-                self.fault(file, _id(row), found, "a chosen answer that scores above the rejected one")
+                self.fault(pairs, _id(row), found, "a chosen answer that scores above the rejected one")
+        for row in self.rows(positives):
+            self._learned(positives, row, "cand_id", "response", "score", by_id, scores)
 
     def _learned(self, file: str, row: dict, id: str, text: str, score: str, candidates: dict, scores: dict) -> None:
         """An answer that is learned from is a candidate of its prompt, word for word, with its judge's score."""

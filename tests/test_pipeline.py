@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from srlm_utils import cards, share
+from srlm_utils import cards, hub, open_run, share
 from srlm_utils.artefacts import read_json, read_jsonl
 from srlm_utils.judge import MODES
 from srlm_utils.metrics import METRICS
@@ -246,12 +246,23 @@ def test_variants_laid_over_each_other_run_to_their_end():
         draft, future = steps["07_dpo@F3"], steps["13_future@F3"]
         learned_from = {name for name in draft["inputs"] if name.endswith("pairs.jsonl")}
         assert learned_from == {"M2/aift/pairs.jsonl", "F2/aift/pairs.jsonl"} and "M2/model" in draft["inputs"]
-        raised = read_jsonl(run / "F3/aift/pairs.jsonl")
-        new = [new for old, new in zip(pairs["M2"], raised, strict=True) if old != new]
-        assert 0 < len(new) == future["figures"]["n_raised"] and all("-F3-" in pair["chosen_id"] for pair in new)
-        judged = read_jsonl(run / "F3/aift/judgements.jsonl")
-        assert {j["judge"] for j in judged} == {"M1"} and "M1/model" in future["inputs"]  # frozen, as in 05_judge
+        new = [pair for pair in read_jsonl(run / "F3/aift/pairs.jsonl") if "-F3-" in pair["chosen_id"]]
+        judged = {j["id"]: j for j in read_jsonl(run / "F3/aift/judgements.jsonl")}
+        assert new and {judged[pair["chosen_id"]]["judge"] for pair in new} == {"M1"}  # frozen, as in 05_judge
+        assert "M1/model" in future["inputs"]
+        rate = {r["metric"]: r for r in read_json(run / "F3/aift/health.json")["metrics"]}["draft_chosen_rate"]
+        assert rate["value"] == pytest.approx(len(new) / rate["n"])
+        table = pd.read_csv(run / "report/metrics.csv")
+        assert [*table[table.metric == "draft_chosen_rate"].model] == ["F2", "F3"]
+        opened = open_run(run)
+        assert (
+            set(opened.candidates("F3").cand_id) >= {pair["chosen_id"] for pair in new}
+            and "F3" not in opened.models.index
+        )
+        assert "F3, a draft of M3" in cards.from_run(run, "M3")
+        assert "F3/pairs.jsonl" in hub._aift(run, "M3")
         assert verify(run).findings == []
+        pairs = {m: read_jsonl(run / f"F{int(m[1]) + 1}/aift/pairs.jsonl") for m in ("M1", "M2")}
         n_old = round(len(pairs["M1"]) / 2)
         assert dpo["figures"]["n_pairs"] == len(pairs["M2"]) + n_old > n_old > 0
         total = len(pairs["M2"]) * pairs["M2"][0]["consistency"] + n_old * pairs["M1"][0]["consistency"]

@@ -366,7 +366,8 @@ def test_a_command_that_ends_says_why(tiny, engine, tmp_path, stopped):
 
 
 def test_the_first_error_of_a_server_is_said_whatever_it_wrote_behind_it(tiny, engine, tmp_path, stopped):
-    said = ["WARNING limits may cause OSError: too many files", "worker: RuntimeError: the cause", "EngineDead", "E: x"]
+    said = ["WARNING limits may cause OSError: too many files", "INFO ImportError: no such extra"]
+    said += ["worker: RuntimeError: the cause", "EngineDeadError"]
     code = f"print({chr(10).join([*said, *['noise'] * 40])!r}); raise SystemExit(1)"
     broken = behind(tiny, command=f"{shlex.join([sys.executable, '-c', code])} {{model}} {{port}}", logs=tmp_path)
     with pytest.raises(ModelError, match="ended.\nIts first error: RuntimeError: the cause\nIts last lines"):

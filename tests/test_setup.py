@@ -6,6 +6,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -39,6 +40,23 @@ def test_environment_yml_installs_the_project_and_nothing_else():
     python = next(d for d in conda if d.startswith("python="))
     assert SpecifierSet(PROJECT["requires-python"]).contains(python.split("=")[1] + ".0")
     assert pip == ["--constraint constraints.txt", "--editable .[test]"]
+
+
+@pytest.mark.parametrize("version,fits", [("3.10", False), ("3.11", True), ("3.13", True), ("3.14", False)])
+def test_the_set_up_takes_the_pythons_that_the_project_takes(version, fits, tmp_path):
+    assert SpecifierSet(PROJECT["requires-python"]).contains(f"{version}.1") == fits
+    python, code = tmp_path / "python", f"import sys; sys.version_info = ({version.replace('.', ', ')}, 1)"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} -c "{code}; $2"\necho asked "$@"; exit 9\n')
+    python.chmod(0o755)
+    result = subprocess.run(
+        ["sh", "scripts/setup.sh", tmp_path / "venv"],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == (9 if fits else 2), result.stderr  # it goes on to make the environment, or says no
+    assert fits or "Python 3.11, 3.12 or 3.13 is needed" in result.stderr
 
 
 def test_ci_calls_the_readmes_command():

@@ -14,6 +14,7 @@ from srlm_utils.artefacts import RowLog
 from srlm_utils.errors import DataError, ParamError
 from srlm_utils.params import Experiment
 from srlm_utils.plan import fingerprint, list_steps, make_step
+from srlm_utils.step import maker
 from srlm_utils.tokens import step_tokens
 from tests.test_pairs import case
 from tests.test_train import log_probs
@@ -228,52 +229,91 @@ def test_an_anchors_answers_carry_its_name(engine, tmp_path):
 def test_a_draft_comes_before_its_model_and_is_made_as_it_is():
     tree = {"common": {"iterations": 4}, "dpo": {"future_chosen": True, "replay": 0.5}}
     tree["by_model"] = {"M3": {"dpo": {"learning_rate": 3e-5}}, "M2": {"judge": {"rubric": "additive", "top_p": 0.5}}}
+    tree["by_model"]["M2"]["build_pairs"] = {"min_margin": 0.5}
     found, experiment = steps(tree), Experiment(tree)
     order = [name for name in found if name.split("@")[1] in ("M1", "F2", "M2")][2:]
     assert order == [
-        "04_self_instruct@M1", "05_judge@M1", "06_build_pairs@M1", "07_dpo@F2", "13_future@F2", "07_dpo@M2",
-        "08_evaluate@M2", "04_self_instruct@M2", "05_judge@M2", "06_build_pairs@M2",
+        "04_self_instruct@M1", "05_judge@M1", "06_build_pairs@M1", "07_dpo@F2", "13_future@F2", "06_build_pairs@F2",
+        "07_dpo@M2", "08_evaluate@M2", "04_self_instruct@M2", "05_judge@M2", "06_build_pairs@M2",
     ]  # fmt: skip
     assert found["07_dpo@F3"].reads == ("M2/model", "M2/aift/pairs.jsonl", "F2/aift/pairs.jsonl")
-    assert found["13_future@F3"].reads == ("F3/model", "M2/model", "M2/aift/prompts.jsonl", "M2/aift/pairs.jsonl")
+    of_round = [f"M2/aift/{name}.jsonl" for name in ("prompts", "candidates", "judgements")]
+    assert found["13_future@F3"].reads == ("F3/model", "M2/model", *of_round)
+    assert found["06_build_pairs@F3"].reads == found["13_future@F3"].writes
     assert found["07_dpo@M3"].reads == ("M2/model", "F3/aift/pairs.jsonl", "F2/aift/pairs.jsonl")
+    assert "F4/aift/health.json" in found["09_report@run"].reads
     draft, own = (experiment.flat("07_dpo", model, "") for model in ("F3", "M3"))
     assert draft | {"model": "M3"} == own and own["learning_rate"] == 3e-5
-    flat, round_2 = experiment.flat("13_future", "F3", ""), experiment.flat("05_judge", "M2", "")
-    assert flat["rubric"] == "additive" == round_2["rubric"] and flat["judge_top_p"] == 0.5 == round_2["top_p"]
+    assert experiment.flat("06_build_pairs", "F3", "")["min_margin"] == 0.5
+    flat, judging = experiment.flat("13_future", "F3", ""), experiment.flat("05_judge", "M2", "")
+    assert flat["rubric"] == "additive" == judging["rubric"] and flat["judge_top_p"] == 0.5 == judging["top_p"]
     assert flat["top_p"] == experiment.flat("04_self_instruct", "M2", "")["top_p"] == 0.9
     assert not any("F" in name.replace("SFT", "") for name in steps({}))
-    with pytest.raises(ParamError, match="unknown section 'future'"):
-        Experiment({"future": {"n_candidates": 2}})
     costs = [step_tokens(found[name], experiment) for name in ("13_future@F3", "04_self_instruct@M2")]
     assert 0 < costs[0]["generated"] < costs[1]["generated"] and costs[0]["judged"] > 0
+    assert maker("F3/aift/candidates.jsonl") == "13_future@F3" and maker("F2/model") == "07_dpo@F2"
 
 
 @pytest.mark.parametrize(
-    "scores,texts,chosen",
+    "tree,says",
     [
-        ([4.5, 4.8], ["good", "best"], "p-F2-1"),
-        ([4.0, None], ["good", "best"], "p-0"),  # not higher, and not scored
-        ([4.5, 4.8], ["good", ""], "p-F2-0"),  # nothing to learn from no text
-        ([3.0, 4.8], ["good", "b"], "p-0"),  # the rejected text itself
+        ({"future": {"n_candidates": 2}}, "unknown section 'future'"),
+        ({"common": {"judge_temperature": 0.5}}, "unknown parameter common.judge_temperature"),
+        ({"common": {"learn_from": "positives"}}, "does nothing with learn_from: positives"),
+        (
+            {"dpo": {"replay": 0.5, "future_chosen": False}, "by_model": {"M3": {"dpo": {"future_chosen": True}}}},
+            "M3 a",
+        ),
+        ({"judge": {"dtype": "float32"}}, "Set common.dtype"),
+        ({"judge": {"implicit_reference": "M0"}, "build_pairs": {"implicit_rule": "agree"}}, "no implicit reward"),
     ],
 )
-def test_a_drafts_better_answer_becomes_the_chosen_one(scores, texts, chosen):
-    (pair,), _ = pairs.build_pairs(*case([4.0, 1.0], ["a", "b"]))
-    _, cands, judged = case(scores, texts)
+def test_drafts_that_cannot_be(tree, says):
+    with pytest.raises(ParamError, match=says):
+        steps({"dpo": {"future_chosen": True}} | tree)
+
+
+def drafted(own, draft, texts=None):
+    """One prompt whose candidates are the model's own and its draft's; ids p-0 .. and p-F2-0 .."""
+    prompts, cands, judged = case([*own, *draft], texts)
     for i, (c, j) in enumerate(zip(cands, judged, strict=True)):
-        c["cand_id"] = j["id"] = f"p-F2-{i}"
-    (new,), n = pairs.raised([pair], cands, judged)
-    assert new["chosen_id"] == chosen and n == (chosen != "p-0")
-    assert {k: v for k, v in new.items() if not k.startswith("chosen")} == {
-        k: v for k, v in pair.items() if not k.startswith("chosen")
-    }
-    if n:
-        (own,) = [c for c in cands if c["cand_id"] == chosen]
-        (score,) = [j["score"] for j in judged if j["id"] == chosen]
-        assert (new["chosen"], new["chosen_score"], new["chosen_ended"]) == (own["text"], score, own["ended"])
-    else:
-        assert new == pair
+        if i >= len(own):
+            c["cand_id"] = j["id"] = f"p-F2-{i - len(own)}"
+            c["author"] = "F2"
+    return prompts, cands, judged
+
+
+@pytest.mark.parametrize(
+    "own,draft,chosen,rejected",
+    [
+        ([4.0, 2.0], [5.0, 4.5], "p-F2-0", "p-1"),
+        ([4.0, 2.0], [4.0, 1.0], "p-0", "p-1"),  # as good is not better, and the draft's are never rejected
+        ([3.0, 3.0], [3.5, 1.0], "p-F2-0", None),  # its own tie, and there is a pair all the same
+        ([3.0, None], [3.5, None], "p-F2-0", "p-0"),
+    ],
+)
+def test_a_drafts_answer_is_chosen_where_it_scores_higher(own, draft, chosen, rejected):
+    (pair,), _ = pairs.build_pairs(*drafted(own, draft))
+    assert pair["chosen_id"] == chosen and pair["rejected_id"] in ([rejected] if rejected else ["p-0", "p-1"])
+    assert pair["chosen_score"] == max([s for s in own + draft if s is not None])
+
+
+def test_a_draft_is_rejected_by_no_rule_and_leaves_its_rounds_signs_alone():
+    rows = drafted([3.0, 2.0], [5.0, 1.0], ["aa", "aaa", "a", "aaaa"])
+    for rule in ("score", "length_control", "random", "longer", "shorter"):
+        for seed in range(9):
+            (pair,), _ = pairs.build_pairs(*rows, seed=seed, rule=rule, length_rho=0.1)
+            assert pair["rejected_id"] in ("p-0", "p-1") and pair["chosen"] != pair["rejected"], rule
+    for seed in range(9):  # its own single answer cannot be both
+        (pair,), _ = pairs.build_pairs(*drafted([2.0], [5.0, 1.0]), seed=seed, rule="random")
+        assert pair["rejected_id"] == "p-0" != pair["chosen_id"]
+    assert pairs.build_pairs(*drafted([None], [5.0, 1.0]))[1]["few_scored"] == 1
+    own, both = case([4.0, 2.0]), drafted([4.0, 2.0], [5.0, 1.0])
+    old, new = (
+        {r["metric"]: r["value"] for r in health.round_metrics("F2", *x, pairs.build_pairs(*x)[0])} for x in (own, both)
+    )
+    assert new.pop("draft_chosen_rate") == 1.0 and "draft_chosen_rate" not in old
+    assert {k: v for k, v in new.items() if "chars" not in k} == {k: v for k, v in old.items() if "chars" not in k}
 
 
 def rewarded(scores, implicit, texts=None):

@@ -177,24 +177,29 @@ def test_answers_of_checkpoints_are_held_together(selected):
 @pytest.fixture
 def drafted(run):
     """A run whose draft F2 answered the first prompt of M1's round once, better than the answer that was chosen."""
-    (pair, *others), folder = read_jsonl(run / PAIRS), run / "F2/aift"
-    folder.mkdir(parents=True)
-    cand_id, own = f"{pair['prompt_id']}-F2-0", {"prompt_id": pair["prompt_id"], "text": "Better.", "ended": True}
-    write_jsonl(folder / "candidates.jsonl", [{"cand_id": cand_id, **own, "author": "F2"}])
-    write_jsonl(folder / "judgements.jsonl", [{"id": cand_id, "judge_mode": "expected", "score": 4.9}])
-    raised = pair | {"chosen_id": cand_id, "chosen": "Better.", "chosen_score": 4.9, "chosen_ended": True}
-    write_jsonl(folder / "pairs.jsonl", [raised, *others])
+    folder = run / "F2/aift"
+    shutil.copytree(run / "M1/aift", folder, ignore=shutil.ignore_patterns("attempts*"))
+    cand_id, own = "M1-p0000-F2-0", {"prompt_id": "M1-p0000", "text": "Better.", "ended": True, "author": "F2"}
+    edit(run, "F2/aift/candidates.jsonl", lambda rows: [*rows, {"cand_id": cand_id, **own}])
+    edit(run, "F2/aift/judgements.jsonl", lambda rows: [*rows, {"id": cand_id, "judge_mode": "expected", "score": 4.9}])
+    raised = {"chosen_id": cand_id, "chosen": "Better.", "chosen_score": 4.9, "chosen_ended": True}
+    edit(run, "F2/aift/pairs.jsonl", first(**raised))
     return run
+
+
+def last(**values):
+    return lambda rows: rows[-1].update(values)
 
 
 @pytest.mark.parametrize(
     "file,change,says",
     [
-        ("candidates", first(prompt_id="M1-p9999"), "prompt_id M1-p9999"),
-        ("candidates", first(text="Other."), "another text than that of M1-p0000-F2-0 as chosen"),
-        ("judgements", first(id="M1-p0000-F2-9"), "id M1-p0000-F2-9"),
+        ("candidates", last(prompt_id="M1-p9999"), "prompt_id M1-p9999"),
+        ("candidates", last(text="Other."), "another text than that of M1-p0000-F2-0 as chosen"),
+        ("candidates", lambda rows: rows[1:], "7 candidates"),
+        ("judgements", last(id="M1-p0000-F2-9"), "id M1-p0000-F2-9"),
+        ("judgements", lambda rows: rows[:-1], "no judgement"),
         ("pairs", first(chosen_score=4.0), "chosen_score 4.0"),
-        ("pairs", first(rejected_id="M1-p0000-F2-0"), "rejected_id M1-p0000-F2-0"),
     ],
 )
 def test_what_a_draft_wrote_is_held_together(drafted, file, change, says):
