@@ -6,7 +6,7 @@
 # make bench  how fast this machine is, against transformers and trl: benchmarks/latest.json (about 15 minutes;
 #             QUICKSTART=1 runs the quickstart for it, otherwise the last run's manifests are read)
 #
-# PYTHON       the interpreter that makes .venv (3.11 or newer)
+# PYTHON       the interpreter that makes .venv (3.11 to 3.13)
 # TORCH        what pip installs for torch; set by default to a CPU build where there is no NVIDIA GPU
 # TORCH_INDEX  a wheel index to take it from, e.g. https://download.pytorch.org/whl/cpu
 
