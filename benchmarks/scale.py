@@ -175,7 +175,7 @@ def run_once(n: int) -> dict:
     """Seconds of this process by part, its peak memory in GB, and how many bytes of rows there were."""
     with tempfile.TemporaryDirectory() as folder:
         run, seconds = Path(folder), {}
-        params = SimpleNamespace(iterations=2, seed=0, variant="scale", benchmarked=[])
+        params = SimpleNamespace(iterations=2, seed=0, variant="scale", benchmarked=[], drafts=[])
         step = SimpleNamespace(
             params=params, run=run, rows=lambda p: read_jsonl(run / p), input=lambda p: run / p, read_json=read_json
         )
