@@ -218,11 +218,12 @@ def list_steps(experiment: Experiment) -> list[Step]:
             )
     order += [("08_evaluate", m) for m in ("M0", "SFT", "M1")]
     _check_drafts(experiment)
+    drafts = experiment.drafts()
     for i in range(1, run.iterations):
         _check_round(experiment, f"M{i}")
         order += [(stage, f"M{i}") for stage in ("04_self_instruct", "05_judge", "06_build_pairs")]
         new, how = f"M{i + 1}", "07_dpo" if run.learn_from == "pairs" else "02_sft"
-        if draft_of(new) in experiment.drafts():
+        if draft_of(new) in drafts:
             order += [(stage, draft_of(new)) for stage in ("07_dpo", "13_future", "06_build_pairs")]
         order += [(how, new), ("08_evaluate", new)]
     for model in experiment.benchmarked():

@@ -159,14 +159,22 @@ def test_a_share_of_old_pairs_is_picked_by_the_seed():
     assert again[::-1] == pairs.replayed(old, 0.5, 3)
 
 
-def anchored(own, anchor, texts=None):
-    """One prompt whose candidates are the model's own and M0's; ids p-0 .. and p-M0-0 .."""
-    prompts, cands, judged = case([*own, *anchor], texts)
+def with_others(own, others, author, texts=None):
+    """One prompt whose candidates are the model's own and another author's; ids p-0 .. and p-<author>-0 .."""
+    prompts, cands, judged = case([*own, *others], texts)
     for i, (c, j) in enumerate(zip(cands, judged, strict=True)):
         if i >= len(own):
-            c["cand_id"] = j["id"] = f"p-M0-{i - len(own)}"
-            c["author"] = "M0"
+            c["cand_id"] = j["id"] = f"p-{author}-{i - len(own)}"
+            c["author"] = author
     return prompts, cands, judged
+
+
+def anchored(own, anchor, texts=None):
+    return with_others(own, anchor, "M0", texts)
+
+
+def drafted(own, draft, texts=None):
+    return with_others(own, draft, "F2", texts)
 
 
 @pytest.mark.parametrize(
@@ -271,16 +279,6 @@ def test_a_draft_comes_before_its_model_and_is_made_as_it_is():
 def test_drafts_that_cannot_be(tree, says):
     with pytest.raises(ParamError, match=says):
         steps({"dpo": {"future_chosen": True}} | tree)
-
-
-def drafted(own, draft, texts=None):
-    """One prompt whose candidates are the model's own and its draft's; ids p-0 .. and p-F2-0 .."""
-    prompts, cands, judged = case([*own, *draft], texts)
-    for i, (c, j) in enumerate(zip(cands, judged, strict=True)):
-        if i >= len(own):
-            c["cand_id"] = j["id"] = f"p-F2-{i - len(own)}"
-            c["author"] = "F2"
-    return prompts, cands, judged
 
 
 @pytest.mark.parametrize(
