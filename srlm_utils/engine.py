@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from srlm_utils import attention, chat, context
+from srlm_utils import attention, chat, context, vocabulary
 from srlm_utils.errors import ModelError, ResourceError, StepFailed
 from srlm_utils.prefill import BATCH_TOKENS, read
 from srlm_utils.resources import check_weights, free_memory, out_of_memory, too_large
@@ -383,10 +383,7 @@ class Engine:
             use_cache=False,
             logits_to_keep=targets.roll(-1, 1),
         ).logits
-        found: list[float] = []
-        parts = (logits.view(-1, logits.shape[-1]).split(256), ids[targets].split(256))
-        for part, target in zip(*parts, strict=True):  # all of them in float32 at once would fill a GPU
-            found += (-torch.nn.functional.cross_entropy(part.float(), target, reduction="none")).tolist()
+        found = vocabulary.read(logits.view(-1, logits.shape[-1]), ids[targets]).log_probs.tolist()
         rows = []
         for key, _, text in batch:
             if not all(map(math.isfinite, found[: len(text)])):

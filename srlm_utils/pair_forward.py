@@ -9,12 +9,9 @@ import contextlib
 from dataclasses import dataclass
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-from srlm_utils import packing
-
-SCORED = 256  # answer tokens at a time
+from srlm_utils import packing, vocabulary
 
 
 @dataclass
@@ -75,26 +72,12 @@ def _forward_pairs(forward, kept, input_ids, attention_mask, labels, **kwargs) -
     with kept.reading(pairs, lengths) if kept else contextlib.nullcontext():
         logits = forward(**inputs, logits_to_keep=keep.view(n, width), **kwargs).logits
     logits, target = logits.view(-1, logits.shape[-1])[number], torch.tensor(target, device=device)
-    parts = [  # a part at a time, each made again for its gradients: all answers' float32 logits at once fill a GPU
-        checkpoint(_figures, *part, use_reentrant=False)
-        for part in zip(logits.split(SCORED), target.split(SCORED), strict=True)
-    ]
-    figures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    found = vocabulary.read(logits, target)
     size = (2 * n, labels.shape[1] - 1)
     return Figures(
         **{
-            name: v.new_zeros(size).index_put((torch.tensor(row), torch.tensor(column)), v)
-            for name, v in figures.items()
+            name: value.new_zeros(size).index_put((torch.tensor(row), torch.tensor(column)), value)
+            for name, value in found._asdict().items()
+            if name != "chosen"
         }
     )
-
-
-def _figures(logits: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What trl asks of each answer token, (tokens,): its log-probability, and figures of its distribution."""
-    log_probs = logits.float().log_softmax(-1)
-    out = {"log_probs": log_probs.gather(-1, target[:, None]).squeeze(-1)}
-    with torch.no_grad():
-        out["entropy"] = -(log_probs.exp() * log_probs).sum(-1)
-        out["mean_logits"] = logits.float().mean(-1)
-        out["is_top1"] = logits.argmax(-1) == target
-    return out

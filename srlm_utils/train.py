@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from srlm_utils import attention, chat, context, frozen, judge, packing, ranks, tracking
+from srlm_utils import attention, chat, context, frozen, judge, packing, ranks, tracking, vocabulary
 from srlm_utils.artefacts import replace_folder, write_text
 from srlm_utils.engine import keep_memory, pick_device, pick_dtype
 from srlm_utils.errors import DataError, ModelError, ParamError, ResourceError, StepFailed
@@ -165,6 +165,16 @@ def batch_order(lengths: list[int], batch_size: int, epochs: int, seed: int) -> 
 # ---- trainers
 
 
+def as_it_comes(trainer) -> None:
+    """Have adapters take their input as it is, where autocast rounds it to bfloat16 anyway.
+
+    peft turns it into float32 first, as their weights are: two copies of each input forth and back, for the same bits.
+    """
+    for module in trainer.model.modules() if trainer.accelerator.native_amp else ():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+
+
 def batch_sizes(params) -> tuple[int, int]:
     """(rows a micro-batch, micro-batches an optimizer step)."""
     micro = min(params.micro_batch_size, params.train_batch_size)
@@ -276,6 +286,7 @@ class PackedSFTTrainer(ranks.AcrossRanks, SFTTrainer):
     def __init__(self, *args, score_ids: list[int], rank_weight: float, **kwargs):
         super().__init__(*args, **kwargs)
         self.score_ids, self.rank_weight = score_ids, rank_weight
+        as_it_comes(self)
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
         self.kept = None
 
@@ -310,12 +321,13 @@ def supervised_losses(
     each stands in, (targets,); digits are the targets with a rank.
     """
     digits, out = ranks != packing.NO_RANK, {}
+    found = vocabulary.read(logits, targets, tuple(score_ids))
     for name, where in (("text_loss", ~digits), ("score_loss", digits)):
         if where.any():
-            out[name] = torch.nn.functional.cross_entropy(logits[where].float(), targets[where])
+            out[name] = -found.log_probs[where].mean()
     if rank_weight and digits.any():
         values = torch.arange(len(score_ids), dtype=torch.float32, device=logits.device)
-        expected = logits[digits][:, score_ids].float().softmax(-1) @ values
+        expected = found.chosen[digits].softmax(-1) @ values
         sequence, rank = sequence[digits], ranks[digits]
         better = (sequence[:, None] == sequence[None]) & (rank[:, None] < rank[None])
         gaps = (expected[:, None] - expected[None])[better]
@@ -395,6 +407,7 @@ class TokenisedDPOTrainer(DPOTrainer):
         self.share, self.keep, self.lengths, self.less_memory = share, keep, lengths, less_memory
         self._to_read = iter(ids)
         super().__init__(*args, **kwargs)
+        as_it_comes(self)
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
