@@ -258,8 +258,6 @@ class Engine:
             alive = [i for i, key in enumerate(held) if key]
             self._at_work = {held[i]: tokens_of[held[i]] for i in alive}
             logits = slots.step(tokens, torch.tensor([bool(key) for key in held], device=self.device))
-            if len(alive) < len(held):
-                logits = logits[alive]
             keys = [held[i] for i in alive]
             tokens[alive] = drawn = draw(logits, keys)
             for i, goes in zip(alive, texts.add(keys, drawn.tolist()), strict=True):

@@ -4,6 +4,8 @@ Each row has a slot, filled when its prompt has been read and refilled when its 
 its beginning, and attention reads all slots up to the longest, hiding what lies behind each one's end.
 """
 
+import weakref
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -21,7 +23,7 @@ class _Layer(CacheLayerMixin):
 
     def __init__(self, owner: "Slots"):
         super().__init__()
-        self.owner = owner
+        self.owner = weakref.proxy(owner)  # or a gigabyte would wait in a cycle for the garbage collector
 
     def lazy_initialization(self, key_states, value_states) -> None:
         n, heads, _, d = key_states.shape
@@ -93,8 +95,8 @@ class Slots(Cache):
         self.mask[to.flatten(), 0, 0] = self.mask.new_zeros(hidden.shape).masked_fill(hidden, self._hide)
 
     def step(self, tokens: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
-        """Logits, (n, vocabulary), behind one more token in each slot. Slots that are not `alive` (n,) stay as they
-        are: what they are given is written where the next token will be, and their logits mean nothing."""
+        """Logits, (alive slots, vocabulary), behind one more token in each. Slots that are not `alive` (n,) stay as
+        they are: what they are given is written where the next token will be, and read by nobody."""
         self._reserve(int(self.lengths.max()) + 1)
         self._next.clear()
         self.mask.view(self.n, -1).scatter_(1, self.lengths[:, None], 0.0)
@@ -104,9 +106,10 @@ class Slots(Cache):
             position_ids=self.lengths[:, None],
             past_key_values=self,
             use_cache=True,
+            logits_to_keep=alive[:, None],
         )
         self.lengths += alive
-        return out.logits[:, -1]
+        return out.logits
 
     def keep(self, slots: torch.Tensor) -> None:
         """Go on with these slots alone, in this order."""

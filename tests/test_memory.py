@@ -127,15 +127,27 @@ def test_one_text_that_does_not_fit_is_named(tiny, ask):
 
 
 def test_what_was_done_before_is_not_done_again(tiny):
-    _, enough = measured(sampled, tiny, 2)
-    engine, made, machine = small(tiny, batch_size=4), [], Allocator()
     how = {"n": 1, "max_new_tokens": 5, "temperature": 0.9, "top_p": 0.9, "seed": 0}
-    with machine:
-        for batch in engine.generate(requests(engine, MORE), **how):
-            made += [s.key for s in batch]
-            machine.most = enough if len(made) >= 2 else math.inf
-    assert sorted(made) == sorted(f"q{i}-0" for i in range(len(MORE)))
-    assert machine.n_refused and engine.batch_size <= 2
+
+    def made(engine, machine, then):
+        """Keys of the texts; `then()` is called until two are there."""
+        keys = []
+        with machine:
+            for batch in engine.generate(requests(engine, MORE), **how):
+                keys += [s.key for s in batch]
+                if len(keys) <= 2:
+                    then()
+        return keys
+
+    largest = {}
+    for size in (2, 4):
+        machine = Allocator()
+        made(small(tiny, size), machine, lambda m=machine: setattr(m, "largest", 0))
+        largest[size] = machine.largest  # behind the first two
+    engine, machine = small(tiny, 4), Allocator()
+    keys = made(engine, machine, lambda: setattr(machine, "most", largest[2]))
+    assert sorted(keys) == sorted(f"q{i}-0" for i in range(len(MORE)))
+    assert machine.n_refused and engine.batch_size <= 2 and largest[2] < largest[4]
 
 
 def trainer_of(kind, tiny, folder, **kw):

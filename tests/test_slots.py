@@ -1,5 +1,7 @@
 """Continuous batching and packed reading give what each prompt gives alone."""
 
+import gc
+
 import pytest
 import torch
 
@@ -115,6 +117,29 @@ def test_slots_go_on_from_the_edge_of_a_block(engine, length):
             logits = slots.step(torch.tensor([token]), torch.tensor([True]))
             ids = [*ids, token]
             torch.testing.assert_close(logits[0], engine.model(torch.tensor([ids])).logits[0, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_logits_are_those_of_the_slots_that_are_alive(engine):
+    ids = [i for _, i in requests(engine)[:3]]
+    with torch.inference_mode():
+        (reading,) = read(engine.model, ids)
+        slots = Slots(engine.model, 3, max(map(len, ids)) + 2)
+        slots.put([[i] for i in reading.prompts], reading)
+        logits = slots.step(torch.tensor([5, 6, 7]), torch.tensor([True, False, True]))
+        for row, i, token in ((0, 0, 5), (1, 2, 7)):
+            alone = engine.model(torch.tensor([[*ids[i], token]])).logits[0, -1]
+            torch.testing.assert_close(logits[row], alone, atol=1e-4, rtol=1e-4)
+    assert len(logits) == 2 and slots.lengths.tolist() == [len(ids[0]) + 1, len(ids[1]), len(ids[2]) + 1]
+
+
+def test_slots_are_given_back_when_all_texts_are_there(engine):
+    gc.collect()
+    gc.disable()  # a cycle would keep them until it runs
+    try:
+        generate(engine, requests(engine), n=2)
+        assert not [x for x in gc.get_objects() if isinstance(x, Slots)]
+    finally:
+        gc.enable()
 
 
 def test_no_requests_give_no_texts(engine):
