@@ -32,12 +32,13 @@ class _Layer(CacheLayerMixin):
         self.keys, self.values = (x.new_zeros(self.owner.n, heads, 0, x.shape[3]) for x in (key_states, value_states))
         self.is_initialized = True
 
-    def reshape(self, capacity: int, slots=slice(None)) -> None:
-        """Keep `slots`, each with room for `capacity` tokens."""
-        old, both = min(capacity, self.keys.shape[2]), []
+    def reshape(self, capacity: int, slots: torch.Tensor | None = None) -> None:
+        """Keep `slots` (None: all), each with room for `capacity` tokens."""
+        both = []
         for stored, memory in zip((self.keys, self.values), self._memory, strict=True):
-            kept = stored[slots, :, :old].clone()
-            n, heads, _, d = kept.shape
+            # copied, as it lies where what is made of it will lie
+            kept = stored.clone() if slots is None else stored[slots, :, :capacity]
+            n, heads, old, d = kept.shape
             both.append(memory[: n * heads * capacity * d].view(n, heads, capacity, d))
             both[-1][:, :, :old] = kept
             both[-1][:, :, old:] = 0  # the mask hides it, but what is no number shows through
