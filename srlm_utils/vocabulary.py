@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-ROWS = {"cpu": 32, "cuda": 1024}  # read at once: their float32 logits are all that is made beside the gradient
+ROWS = {"cpu": 32, "cuda": 256}  # read at once: their float32 logits are all that is made beside the gradient
 
 
 class Read(NamedTuple):
@@ -35,7 +35,7 @@ def read(logits: torch.Tensor, targets: torch.Tensor, choices: tuple[int, ...] =
 class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, choices):
-        size = ROWS.get(logits.device.type, 1024)
+        size = ROWS.get(logits.device.type, 256)
         parts = [_read(*part) for part in zip(logits.split(size), targets.split(size), strict=True)]
         log_probs, log_sums, *rest = (torch.cat(column) for column in zip(*parts, strict=True))
         ctx.save_for_backward(logits, targets, log_sums)
