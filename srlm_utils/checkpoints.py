@@ -193,12 +193,16 @@ class AtSteps(TrainerCallback):
             self._compare(state.global_step)
 
     def _compare(self, n: int) -> None:
+        from srlm_utils.train import as_it_comes  # trl and all: `verify` asks this file for the best alone
+
         model, training = plain_model(self.trainer), self.trainer.model.training
         self.trainer.model.eval()
         # trl's fused head and accelerate's autocast, under which keys of a cache would be of two dtypes, stand aside
         patched = vars(model).pop("forward", None)
+        as_it_comes(self.trainer, False)
         with untouched_randomness():
             self.selection.compare(n, model, self.trainer.processing_class)
+        as_it_comes(self.trainer)
         if patched:
             model.forward = patched
         self.trainer.model.train(training)

@@ -72,7 +72,7 @@ def _forward_pairs(forward, kept, input_ids, attention_mask, labels, **kwargs) -
     with kept.reading(pairs, lengths) if kept else contextlib.nullcontext():
         logits = forward(**inputs, logits_to_keep=keep.view(n, width), **kwargs).logits
     logits, target = logits.view(-1, logits.shape[-1])[number], torch.tensor(target, device=device)
-    found = vocabulary.read(logits, target)
+    found = vocabulary.read(logits, target, figures=True)
     size = (2 * n, labels.shape[1] - 1)
     return Figures(
         **{

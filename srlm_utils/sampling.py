@@ -27,8 +27,8 @@ def check_finite(x: torch.Tensor) -> None:
 def nucleus(
     logits: torch.Tensor, temperature: float, top_p: float, k: int = TOP_K
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Kept probabilities (normalised, descending) and their token ids, both (rows, k or more); what is behind the kept
-    ones has probability 0.
+    """Kept probabilities (normalised, descending) and their token ids, both (rows, `k` if there are so many, or more);
+    what is behind the kept ones has probability 0.
 
     The nucleus is the smallest set of most likely tokens whose mass reaches `top_p` (Holtzman et al.
     2020). Only the `k` largest logits are sorted: a token's probability needs the sum over the

@@ -165,14 +165,18 @@ def batch_order(lengths: list[int], batch_size: int, epochs: int, seed: int) -> 
 # ---- trainers
 
 
-def as_it_comes(trainer) -> None:
+def as_it_comes(trainer, on: bool = True) -> None:
     """Have adapters take their input as it is, where autocast rounds it to bfloat16 anyway.
 
-    peft turns it into float32 first, as their weights are: two copies of each input forth and back, for the same bits.
+    peft turns it into float32 first, as their weights are: two copies of each input forth and back, for the same bits
+    (but behind dropout, which keeps its copies). Without autocast they cannot do without: `on` False is for that. FSDP
+    has adapters of its own dtype and no autocast.
     """
-    for module in trainer.model.modules() if trainer.accelerator.native_amp else ():
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False
+    if trainer.is_fsdp_enabled or not trainer.accelerator.native_amp:
+        return
+    for module in trainer.model.modules():
+        if hasattr(module, "lora_dropout") and all(type(d) is torch.nn.Identity for d in module.lora_dropout.values()):
+            module.cast_input_dtype_enabled = not on
 
 
 def batch_sizes(params) -> tuple[int, int]:

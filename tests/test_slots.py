@@ -137,7 +137,11 @@ def test_slots_are_given_back_when_all_texts_are_there(engine):
     gc.disable()  # a cycle would keep them until it runs
     try:
         generate(engine, requests(engine), n=2)
-        assert not [x for x in gc.get_objects() if isinstance(x, Slots)]
+        assert not [x for x in gc.get_objects() if type(x) is Slots]
+        texts = engine.generate(requests(engine), max_new_tokens=3, temperature=0, top_p=1.0, seed=0)
+        next(texts)
+        texts.close()  # in the middle
+        assert not [x for x in gc.get_objects() if type(x) is Slots]
     finally:
         gc.enable()
 

@@ -37,7 +37,7 @@ def test_figures_and_gradients_are_those_of_torch(dtype, close):
     with torch.no_grad():
         logits[0, targets[0]], logits[1, targets[1]] = 30, -30  # sure, and all but impossible
         targets[2] = CHOICES[0]
-    ours, theirs = vocabulary.read(logits, targets, CHOICES)._asdict(), by_torch(logits, targets)
+    ours, theirs = vocabulary.read(logits, targets, CHOICES, figures=True)._asdict(), by_torch(logits, targets)
     assert theirs["is_top1"].any() and not theirs["is_top1"].all()
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-5)  # figures are float32 in any case
@@ -48,15 +48,23 @@ def test_figures_and_gradients_are_those_of_torch(dtype, close):
 
 def test_gradients_go_through_what_is_asked_for_alone():
     logits = torch.randn(3, 8, requires_grad=True)
-    found = vocabulary.read(logits, torch.tensor([1, 2, 3]), (4,))
+    found = vocabulary.read(logits, torch.tensor([1, 2, 3]), (4,), figures=True)
     assert [x.requires_grad for x in found] == [True, True, False, False, False]
     found.chosen[1].sum().backward()
     assert logits.grad.nonzero().tolist() == [[1, 4]]
 
 
-def test_one_of_several_likeliest_tokens_is_top1():
-    found = vocabulary.read(torch.tensor([[1.0, 1.0, 0.0]] * 3), torch.tensor([0, 1, 2]))
-    assert found.is_top1.tolist() == [True, True, False]
+def test_the_first_of_several_likeliest_tokens_is_top1():
+    found = vocabulary.read(torch.tensor([[1.0, 1.0, 0.0]] * 3), torch.tensor([0, 1, 2]), figures=True)
+    assert found.is_top1.tolist() == [True, False, False]
+
+
+def test_large_logits_cost_no_precision():
+    logits = (torch.randn(5, 40) + 1000).requires_grad_()
+    targets = torch.arange(5)
+    vocabulary.read(logits, targets).log_probs.sum().backward()
+    exact = torch.nn.functional.one_hot(targets, 40) - logits.detach().double().softmax(-1)
+    torch.testing.assert_close(logits.grad.double(), exact, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("make", [sft, dpo])
