@@ -3,13 +3,13 @@
 import itertools
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from benchmarks.measure import row
+from srlm_utils import resources
 from srlm_utils.artefacts import read_json
 from srlm_utils.paths import PROJ_ROOT
 
@@ -106,7 +106,7 @@ def _answer_and_judge(n: int) -> None:
     items = [{"id": k, "prompt": p, "response": texts[k]} for (k, _), p in zip(requests, prompts, strict=True)]
     scores = [r["score"] for batch in judge.expected_scores(engine, rubric, items) for r in batch]
     assert len(scores) == n
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    peak = resources.peak_memory() / 1e9
     print(json.dumps({"seconds": time.perf_counter() - start, "memory_gb": peak}))
 
 

@@ -6,7 +6,6 @@ seconds of this process and its peak memory. ``python -m benchmarks scale`` does
 """
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from benchmarks.measure import row
-from srlm_utils import evaluate, health, measures, metrics, pairs, report
+from srlm_utils import evaluate, health, measures, metrics, pairs, report, resources
 from srlm_utils.artefacts import read_json, read_jsonl, write_json, write_jsonl
 from srlm_utils.paths import PROJ_ROOT
 
@@ -186,7 +185,7 @@ def run_once(n: int) -> dict:
             seconds[name] = round(time.process_time() - start, 1)
             print(f"  {n} prompts: {name} {seconds[name]} s", file=sys.stderr, flush=True)
         size = sum(p.stat().st_size for p in run.rglob("*.jsonl"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    peak = resources.peak_memory() / 1e9
     total = sum(s for name, s in seconds.items() if name != "write_run")
     return {"seconds": round(total, 1), "memory_gb": round(peak, 2), "rows_gb": round(size / 1e9, 2), "parts": seconds}
 

@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import re
+import resource
 import shutil
+import sys
 from pathlib import Path
 
 from srlm_utils.errors import ModelError, ResourceError, SrlmError
@@ -13,6 +16,17 @@ MARGIN = 50e6  # bytes of disk that rows, a notebook and a manifest take
 PYTHON = 0.5e9  # bytes of memory of a kernel with torch in it
 # torch raises a class of its own on a GPU alone
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+
+
+def peak_memory() -> int:
+    """The most bytes of main memory that this process has held.
+
+    On Linux the kernel's figure of this program: `getrusage` also counts the process that started it.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def free_memory() -> int:

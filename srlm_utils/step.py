@@ -14,7 +14,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -266,7 +265,7 @@ class StepRun:
                 "git": git_revision(),
                 "started": time.strftime("%FT%TZ", time.gmtime(self.started)),
                 "seconds": round(time.time() - self.started, 1),
-                "peak_memory_gb": round(_peak_memory_gb(), 2),
+                "peak_memory_gb": round(resources.peak_memory() / 1e9, 2),
             },
         )
         self.release()
@@ -390,11 +389,6 @@ def git_revision() -> str:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-def _peak_memory_gb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == "darwin" else 1e6)
 
 
 def _quiet_kit_errors() -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -110,3 +112,11 @@ def test_status_of_a_run_with_damaged_and_stale_steps(tmp_path, capsys):
     assert "05_judge@M2            its manifest is damaged" in out
     assert "04_self_instruct@M1    is stale: input changed: M1/model" in out
     assert "06_build_pairs@M1      is stale: after 04_self_instruct@M1" in out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the kernel counts the process that started it as well")
+def test_the_peak_of_memory_is_that_of_the_process_itself():
+    held = bytearray(b"x") * 600_000_000
+    code = "from srlm_utils import resources; x = bytearray(b'x') * 50_000_000; print(resources.peak_memory())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 50_000_000 < int(out.stdout) < len(held) < resources.peak_memory()
