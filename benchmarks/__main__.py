@@ -60,7 +60,9 @@ def figure(rows: list[dict], path: Path) -> None:
     ax.set_xscale("log")
     ax.set_xlim(right=ax.get_xlim()[1] * 1.8)
     ax.set_yticks(range(len(rows)), [r["name"] for r in rows])
-    ax.set_xlabel("times its target (right of the line is better); dot: median of the rounds, bar: lowest to highest")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("{x:g}")
+    ax.set_xlabel("times its target (right of the line is better)\ndot: median of the rounds, bar: lowest to highest")
     fig.savefig(path, dpi=150)
 
 
