@@ -11,7 +11,7 @@ from srlm_utils.params import Experiment, stage_key
 from srlm_utils.plan import Step, init_model, list_steps, models_before, parse_win_judge
 
 # relative to one sampled token on two CPU cores (LOG.md has the rates)
-COST = {"generated": 1.0, "judged": 0.2, "trained": 1.3}
+COST = {"generated": 1.0, "judged": 0.2, "trained": 1.1}
 STEP_OVERHEAD = 800  # start of a kernel and loading a model, in sampled tokens
 SEED_ROWS = {  # bundled
     "ift": 244,

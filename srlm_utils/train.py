@@ -172,7 +172,7 @@ def as_it_comes(trainer, on: bool = True) -> None:
     (but behind dropout, which keeps its copies). Without autocast they cannot do without: `on` False is for that. FSDP
     has adapters of its own dtype and no autocast.
     """
-    if trainer.is_fsdp_enabled or not trainer.accelerator.native_amp:
+    if getattr(trainer.accelerator.state, "fsdp_plugin", None) or not trainer.accelerator.native_amp:
         return
     for module in trainer.model.modules():
         if hasattr(module, "lora_dropout") and all(type(d) is torch.nn.Identity for d in module.lora_dropout.values()):

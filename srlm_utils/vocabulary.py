@@ -1,8 +1,8 @@
 """What training and scoring ask of logits: log-probabilities of target tokens, in one pass over the vocabulary.
 
 `torch.nn.functional.cross_entropy` wants float32 logits and keeps their softmax, and each choice of rows or columns has
-a gradient of full size: for a micro-batch's text, digits and ranks that was a tenth of a training step (LOG.md). Here
-rows are read a few at a time, while they fit into the processor's cache, and one gradient is made, from the logits.
+a gradient of full size: for a micro-batch's text, digits and ranks that was 4 % of a training step (LOG.md). Here rows
+are read a few at a time, while they fit into the processor's cache, and one gradient is made, from the logits.
 """
 
 from typing import NamedTuple
