@@ -60,8 +60,7 @@ class Device:
 
 # The kit on two cores with AVX512-BF16 and SmolLM2-135M, seed 2 of the standard run (LOG.md, 2026-11-26) with nothing
 # beside it: 192,935 candidates' tokens in 183 seconds; judged and trained ones relative to it as its other runs had
-# them. Other work beside it left 777 a second in seed 0, and a slower machine of the kind made 590
-# (benchmarks/latest.json). A CPU's rates hold the passes of training.
+# them. Other work beside it left 777 a second in seed 0. A CPU's rates hold the passes of training.
 _CPU_TOKENS, _SMOLLM2 = 1055.0, SIZES["smollm2-135m-instruct"]
 CPU = Device(
     "cpu",

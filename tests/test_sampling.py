@@ -8,7 +8,7 @@ from srlm_utils import sampling
 
 
 @pytest.mark.parametrize("temperature,top_p", [(1.0, 0.9), (0.7, 0.9), (0.3, 0.5), (1.5, 0.99), (0.7, 1.0)])
-@pytest.mark.parametrize("spread", [0.1, 2.0, 8.0, [0.1, 8.0, 2.0, 0.5]])  # 0.1 is nearly flat: few hold no top_p
+@pytest.mark.parametrize("spread", [0.1, 2.0, 8.0, [0.1, 8.0, 2.0, 0.5]])  # 0.1 is nearly flat: 64 do not hold top_p
 def test_nucleus_equals_the_reference_warpers(temperature, top_p, spread):
     logits = torch.randn(4, 3000, generator=torch.Generator().manual_seed(1)) * torch.tensor(spread).view(-1, 1)
     warped = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, logits.clone()))
