@@ -16,6 +16,7 @@ from pathlib import Path
 from srlm_utils.errors import DataError, StorageError
 
 PIECE = 4_000_000  # characters of rows that are written at a time
+CARD = "README.md"  # of a model
 
 
 def write_text(path: Path, text: str) -> None:
@@ -255,10 +256,14 @@ def _sha256(path: str, size: int, mtime_ns: int) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file, or of a folder's file names and contents. Remembered while the file is unchanged."""
+    """Hash of a file, or of a folder's file names and contents. Remembered while the file is unchanged.
+
+    A model's card is left out: it names the run, and equal weights are one model in whatever run.
+    """
     if path.is_dir():
         h = hashlib.sha256()
-        for p in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        files = (p for p in path.rglob("*") if p.is_file() and p.name != CARD and not p.name.startswith("."))
+        for p in sorted(files):
             h.update(f"{p.relative_to(path).as_posix()} {sha256(p)}\n".encode())
         return h.hexdigest()
     stat = path.stat()

@@ -50,6 +50,12 @@ def scored_prompts(ranked: list[dict], judged: list[dict]) -> list[dict]:
     ]
 
 
+def of_prompts(ranked: list[dict], values: dict[str, list[float]]) -> tuple[list[float], list[int]]:
+    """What `metrics.ratio` takes: sum and number of each prompt's `values`, by reply as in `ranked_items`."""
+    found = [[v for r in row["replies"] for v in values[f"{row['prompt_id']}/{r['reply_id']}"]] for row in ranked]
+    return [sum(f) for f in found], [len(f) for f in found]
+
+
 def agreement_rows(model: str, ranked: list[dict], judged: list[dict], mode: str, set_name: str) -> list[dict]:
     """Metric rows of a judge's agreement with one ranked set; `judged` may hold replies of others."""
     ids = {item["id"] for item in ranked_items(ranked)}
@@ -58,12 +64,10 @@ def agreement_rows(model: str, ranked: list[dict], judged: list[dict], mode: str
     valid = [r["score"] for r in judged if r["score"] is not None]
     figures["score_std"] = metrics.plain(metrics.std(valid), len(valid))
     if mode != "expected":
-        tries = [r["samples"] for r in judged]
-        figures["parse_rate"] = metrics.ratio(
-            [sum(s["score"] is not None for s in t) for t in tries], [len(t) for t in tries]
-        )
+        tries = {r["id"]: [s["score"] is not None for s in r["samples"]] for r in judged}
+        figures["parse_rate"] = metrics.ratio(*of_prompts(ranked, tries))
     else:
-        figures["score_mass"] = metrics.mean([r["mass"] for r in judged])
+        figures["score_mass"] = metrics.ratio(*of_prompts(ranked, {r["id"]: [r["mass"]] for r in judged}))
     return metrics.metric_rows(figures, model=model, set=set_name, judge=model, judge_mode=mode)
 
 
@@ -153,7 +157,9 @@ def compare_answers(
     theirs = {a["prompt_id"]: a["text"] for a in opponent_answers}
     ours = {a["prompt_id"]: a["text"] for a in answers if a["prompt_id"] in theirs}
     if mode == "human":
-        rows = verdicts.from_votes(verdicts.read_votes(resolve(name)), model, opponent, ours)
+        votes = verdicts.read_votes(resolve(name))
+        verdicts.check_answers(votes, model, opponent, ours, theirs, name)
+        rows = verdicts.from_votes(votes, model, opponent, ours)
     elif mode == "score":
 
         def by_id(table):

@@ -26,15 +26,16 @@ def round_metrics(
     flat = [s for values in scores.values() for s in values]
     within = [s for values in scores.values() if (s := std(values)) is not None]
     ties = [_ties(values) for values in scores.values()]
-    tries = {j["id"]: j.get("samples", [j]) for j in judgements}
-    by_judgement = [[s["score"] is not None for s in tries[c["cand_id"]]] for c in candidates if c["cand_id"] in tries]
+    tries, cut = {j["id"]: j.get("samples", [j]) for j in judgements}, {j["id"]: bool(j.get("cut")) for j in judgements}
+    judged = [[c["cand_id"] for c in cs if c["cand_id"] in tries] for cs in by_prompt.values()]
+    parsed = [[s["score"] is not None for i in ids for s in tries[i]] for ids in judged]
     figures = {
         "pair_yield": mean([p["prompt_id"] in kept_ids for p in prompts]),
-        "candidate_parse_rate": ratio([sum(t) for t in by_judgement], [len(t) for t in by_judgement]),
+        "candidate_parse_rate": ratio([sum(t) for t in parsed], [len(t) for t in parsed]),
         "candidate_score_std": plain(std(flat), len(flat)),
         "within_prompt_score_std": mean(within, share=False) if within else plain(None, 0),
         "candidate_tie_rate": ratio([t for t, _ in ties], [n for _, n in ties]),
-        "cut_rate": mean([bool(j.get("cut")) for j in judgements]),
+        "cut_rate": ratio([sum(cut[i] for i in ids) for ids in judged], [len(ids) for ids in judged]),
     }
     points = Counter(int(s + 0.5) for s in flat)
     shares = [n / len(flat) for n in points.values()]
@@ -76,4 +77,7 @@ def ailments(metrics: list[dict], limits: dict[str, float]) -> list[str]:
         if value is not None and (value < bound if side == "min" else value > bound):
             than = "less" if side == "min" else "more"
             found.append(f"{names.get(name, name)} is {value:.2f}, {than} than {limit} = {bound:g}")
+    # no matter of taste: pairs weighed by less than a half are learned the other way round
+    if (agree := values.get("reward_consistency")) is not None and agree < 0.5:
+        found.append(f"reward_consistency is {agree:.2f}, less than 0.5: the two rewards contradict each other")
     return found

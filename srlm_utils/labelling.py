@@ -5,7 +5,6 @@ without a further extension.
 """
 
 import hashlib
-import json
 import time
 from pathlib import Path
 
@@ -16,10 +15,10 @@ from markupsafe import escape
 
 from srlm_utils import metrics, winrates
 from srlm_utils.artefacts import RowLog, write_jsonl
-from srlm_utils.errors import DataError, MissingInputError, ParamError
+from srlm_utils.errors import MissingInputError, ParamError
 from srlm_utils.explore import Run, cards_html
 from srlm_utils.paths import resolve, shown
-from srlm_utils.verdicts import from_votes, judge_label, read_votes
+from srlm_utils.verdicts import answers_digest, check_answers, from_votes, judge_label, read_votes
 
 P_FIRST = {"1": 1.0, "t": 0.5, "2": 0.0}  # key: p_first
 MAJORITY = "majority of readers"
@@ -42,7 +41,8 @@ class Study:
         )
         ids = sorted(both.prompt_id, key=lambda i: _draw(seed, i))
         self.items = both.set_index("prompt_id").loc[ids[: n_prompts or None], ["prompt", "text_a", "text_b"]]
-        self._check_answers()
+        texts = (self.items.text_a.to_dict(), self.items.text_b.to_dict())
+        check_answers(self.votes(), model, opponent, *texts, shown(self.path))
 
     def votes(self) -> list[dict]:
         """All verdicts so far on this comparison, of every reader."""
@@ -65,7 +65,7 @@ class Study:
         """Append one verdict and flush it to disk, unless this reader gave one from another page."""
         row = {"model_a": self.model, "model_b": self.opponent, "judge": reader, "judge_mode": "human"}
         row |= {"prompt_id": prompt_id, "order": order, "p_first": p_first, "seconds": round(seconds, 1)}
-        row |= {"answers": self._fingerprint(prompt_id)}
+        row |= {"answers": answers_digest(*self.items.loc[prompt_id, ["text_a", "text_b"]])}
         with self._lock():
             log = RowLog(self.path)
             if not any(self._is_by(r, reader) and r["prompt_id"] == prompt_id for r in log.rows):
@@ -162,19 +162,6 @@ class Study:
 
     def _is_by(self, row: dict, reader: str) -> bool:
         return row.get("judge") == reader and {row["model_a"], row["model_b"]} == {self.model, self.opponent}
-
-    def _fingerprint(self, prompt_id: str) -> str:
-        """Which two texts were compared, whichever model is named first."""
-        row = self.items.loc[prompt_id]
-        return hashlib.sha256(json.dumps(sorted([row.text_a, row.text_b])).encode()).hexdigest()[:12]
-
-    def _check_answers(self) -> None:
-        for r in self.votes():
-            if "answers" in r and r["answers"] != self._fingerprint(r["prompt_id"]):
-                raise DataError(
-                    f"{shown(self.path)} has verdicts on other answers of {self.model} and {self.opponent} than "
-                    f"{self.run.name} has now ({r['prompt_id']}). Give these answers a labels file of their own."
-                )
 
 
 class Page(widgets.VBox):

@@ -104,9 +104,9 @@ def build_pairs(
     from the same prompts. An anchor's candidates may be rejected, never chosen, and a draft's chosen, never rejected:
     so with "score" the anchor's worst is rejected where it scores below the model's own worst, and the draft's best is
     chosen where it scores above the model's own best (Wang et al. 2025). Candidates without a valid score take no part:
-    unparsed is not "worst". Reasons to drop a prompt: few_scored (fewer than two valid scores), tie (all equal),
-    small_margin (best and worst are nearer than `min_margin`), same_text, empty_chosen; and same_length, where longer
-    and shorter have nothing to choose between.
+    unparsed is not "worst"; nor do those without a token to learn from, empty and not ended. Reasons to drop a prompt:
+    few_scored (fewer than two that take part), tie (all equal), small_margin (best and worst are nearer than
+    `min_margin`), same_text, empty_chosen; and same_length, where longer and shorter have nothing to choose between.
 
     `implicit_rule` "agree" keeps a pair only if the implicit reward prefers the same answer (Zhou et al. 2025); others
     are dropped as rewards_disagree. "weigh" gives every pair the round's mean `consistency`, by which `train` weighs
@@ -128,7 +128,7 @@ def build_pairs(
         return _tie_key(seed, c["cand_id"])
 
     for p in prompts:
-        valid = [c for c in by_prompt[p["prompt_id"]] if c["score"] is not None]
+        valid = [c for c in by_prompt[p["prompt_id"]] if c["score"] is not None and (c["text"] or c["ended"])]
         if len(valid) < 2 or not by_the_model(valid):
             drops["few_scored"] += 1
             continue
@@ -188,6 +188,7 @@ ADVICE = {
     "small_margin": "lower min_margin",
     "same_text": "raise self_instruct.temperature: the candidates are alike",
     "empty_chosen": "look at the candidates: the best of them are empty",
+    "none_ended": "raise self_instruct.max_new_tokens: hardly an answer ends",
     "low_score": "lower positive_min_score",
 }
 
@@ -219,14 +220,16 @@ def build_positives(
     """The positives-only variant (appendix A.4): the best candidate of a prompt if it scores `min_score`.
 
     The paper takes perfect 5s; an expected score counts as 5 from 4.5, where it rounds to it. Answers
-    that did not end are left out, since they would be learned with an end they never had.
+    that did not end are left out, since they would be learned with an end they never had. Reasons to drop a prompt:
+    few_scored (no valid score), none_ended (no scored answer that ended and says something), low_score.
     """
     by_prompt = scored_candidates(by_the_model(candidates), judgements)
-    positives, drops = [], dict.fromkeys(("few_scored", "low_score"), 0)
+    positives, drops = [], dict.fromkeys(("few_scored", "none_ended", "low_score"), 0)
     for p in prompts:
-        valid = [c for c in by_prompt[p["prompt_id"]] if c["score"] is not None and c["ended"] and c["text"]]
+        scored = [c for c in by_prompt[p["prompt_id"]] if c["score"] is not None]
+        valid = [c for c in scored if c["ended"] and c["text"]]
         if not valid:
-            drops["few_scored"] += 1
+            drops["none_ended" if scored else "few_scored"] += 1
             continue
         best = min(valid, key=lambda c: (-c["score"], _tie_key(seed, c["cand_id"])))
         if best["score"] < min_score:

@@ -456,6 +456,7 @@ class Experiment:
         """How the answers to a round's prompts are written and judged, by the names of `Future`."""
         writing, judging = self.flat("04_self_instruct", model, ""), self.flat("05_judge", model, "")
         as_judge = ("temperature", "top_p", "max_new_tokens")
-        found = {k: v for k, v in judging.items() if k not in as_judge} | writing
+        # a judge's max_rows are candidates, a draft's prompts
+        found = {k: v for k, v in judging.items() if k not in (*as_judge, "max_rows")} | writing
         found |= {f"judge_{k}": judging[k] for k in as_judge}
         return {k: v for k, v in found.items() if k in cls.model_fields}

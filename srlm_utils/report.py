@@ -8,7 +8,7 @@ from srlm_utils import metrics, pages, winrates
 from srlm_utils.artefacts import read_json, write_text
 from srlm_utils.errors import MissingInputError
 from srlm_utils.pairs import by_the_model
-from srlm_utils.plan import model_names, models_before
+from srlm_utils.plan import draft_of, model_names, models_before
 from srlm_utils.printable import printable
 from srlm_utils.verdicts import judge_label
 
@@ -68,12 +68,18 @@ def metrics_table(step) -> pd.DataFrame:
     return table[COLUMNS].drop_duplicates()  # the outside judge's exam stands in every model's file
 
 
+def learned_from(step, model: str) -> str:
+    """Whose folder has what was learned from the round of `model`: its own, or that of the next model's draft."""
+    draft = draft_of(f"M{int(model[1:]) + 1}")
+    return draft if draft in step.params.drafts else model
+
+
 def funnel_table(step) -> pd.DataFrame:
     """Rows of `plots.funnel` for every round."""
     rows = []
     for m in model_names(step.params.iterations)[2:-1]:
         attempts = pd.DataFrame(step.rows(f"{m}/aift/attempts.jsonl"))
-        health = read_json(step.input(f"{m}/aift/health.json"))
+        health = read_json(step.input(f"{learned_from(step, m)}/aift/health.json"))
         rows.append((m, "prompts written", len(attempts), ""))
         dropped = attempts[attempts.reason != "kept"].reason.value_counts()
         rows += [(m, "prompts written", int(n), reason) for reason, n in dropped.items()]
@@ -104,7 +110,7 @@ def score_table(step) -> pd.DataFrame:
 
 def example_pairs(step, n: int) -> list[dict]:
     """The first `n` pairs of the first round, each with all candidates and their scores."""
-    m = "M1"
+    m = learned_from(step, "M1")
     try:
         pairs = step.rows(f"{m}/aift/pairs.jsonl")
     except MissingInputError:  # a positives-only run
@@ -156,7 +162,8 @@ def wide(table: pd.DataFrame, names: list[str], **where) -> pd.DataFrame:
         rows = rows[rows[column] == value]
     rows = rows.assign(cell=[rate(r) for r in rows.to_dict("records")])
     table = rows.pivot_table(index="metric", columns="model", values="cell", aggfunc="first")
-    order = [m for m in model_names(20) if m in table.columns]
+    everyone = model_names(20)
+    order = [m for m in (*everyone, *map(draft_of, everyone[3:])) if m in table.columns]
     return table.reindex([n for n in names if n in table.index])[order].fillna("")
 
 

@@ -14,7 +14,7 @@ from srlm_utils.cells import DEFAULT, Cell
 from srlm_utils.step import git_revision
 from srlm_utils.verdicts import from_scores, judge_label
 
-CONTROL = {DEFAULT: "random_pairs"}  # of every other variant it is the default
+CONTROL = {DEFAULT: "random_pairs", "meta_judge": "written_judge"}  # of every other variant it is the default
 
 # metric: (unit, its value where nothing differs, what a lower and a higher one is)
 FIGURES = {

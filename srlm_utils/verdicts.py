@@ -1,5 +1,7 @@
 """Head-to-head verdicts between two models' answers: by a judge that compares, by one that scores, by people."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -92,6 +94,26 @@ def read_votes(path: Path) -> list[dict]:
         if wrong:
             raise DataError(f"{path}: row {i} is no verdict: {wrong}.")
     return rows
+
+
+def answers_digest(a: str, b: str) -> str:
+    """12 digits that say which two texts a verdict is about, whichever stands first."""
+    return hashlib.sha256(json.dumps(sorted([a, b])).encode()).hexdigest()[:12]
+
+
+def check_answers(votes: list[dict], model: str, opponent: str, ours: dict, theirs: dict, source: str) -> None:
+    """`DataError` where votes on two models (`read_votes`) say that they are about other texts than these, by
+    prompt_id. Votes that do not say (no "answers") are taken as they are."""
+    for row in votes:
+        pid = row["prompt_id"]
+        if {row["model_a"], row["model_b"]} != {model, opponent} or pid not in ours or pid not in theirs:
+            continue
+        digest = answers_digest(ours[pid], theirs[pid])
+        if row.get("answers", digest) != digest:
+            raise DataError(
+                f"{source} has verdicts on other answers of {model} and {opponent} than this run's ({pid}). "
+                "Give these answers a labels file of their own."
+            )
 
 
 def from_votes(votes: list[dict], model: str, opponent: str, prompt_ids) -> list[dict]:

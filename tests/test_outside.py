@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 
 from srlm_utils import evaluate, metrics, outside, seed_model, verdicts
-from srlm_utils.artefacts import read_jsonl
+from srlm_utils.artefacts import read_jsonl, write_jsonl
 from srlm_utils.errors import DataError, ParamError
 from srlm_utils.params import Experiment
 from srlm_utils.plan import external_inputs, parse_win_judge
+from srlm_utils.step import StepRun
 
 RANKED = [
     {
@@ -152,6 +153,17 @@ def test_it_is_made_once(monkeypatch, tmp_path):
     ]
 
 
+def test_its_revision_says_which_weights_score(monkeypatch, tmp_path):
+    """Another machine rounds otherwise, and makes another judge by the same recipe."""
+    monkeypatch.setattr(outside, "fetch", lambda step: str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    one = StepRun.model_revision(SimpleNamespace(), "outside")
+    (tmp_path / "README.md").write_text("a card")
+    assert StepRun.model_revision(SimpleNamespace(), "outside") == one and len(one) == 12
+    (tmp_path / "model.safetensors").write_bytes(b"another")
+    assert StepRun.model_revision(SimpleNamespace(), "outside") != one
+
+
 def test_no_lesson_is_an_exam_question():
     """No prompt of the judge's lessons stands in a set that it, or a model of a run, is measured or trained on."""
     lessons = {r["prompt"] for path in outside.LESSONS for r in read_jsonl(path)}
@@ -207,6 +219,20 @@ def test_people_decide_by_majority_whoever_stood_first():
     rows = verdicts.from_votes(votes, "M2", "M1", {"p", "q", "r"})
     assert metrics.outcomes(rows) == {"p": 1.0, "q": 0.5, "r": 0.5}
     assert metrics.outcomes(verdicts.from_votes(votes, "M1", "M2", {"p"})) == {"p": 0.0}
+
+
+def test_votes_on_other_answers_do_not_count_here(tmp_path):
+    step = SimpleNamespace(model_revision=lambda name: name)
+    path, answers = tmp_path / "votes.jsonl", [{"prompt_id": "p", "prompt": "Q?", "text": "ours"}]
+
+    def decide(text):
+        write_jsonl(path, [vote("p", "M2", "M1", "AB", 1) | {"answers": verdicts.answers_digest("theirs", text)}])
+        theirs = [{"prompt_id": "p", "text": "theirs"}]
+        return evaluate.compare_answers(step, str(path), "human", None, "M2", answers, [], "M1", theirs)
+
+    assert metrics.outcomes(decide("ours")) == {"p": 1.0}
+    with pytest.raises(DataError, match="votes.jsonl has verdicts on other answers of M2 and M1"):
+        decide("of another run")
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ import pytest
 from scipy import stats
 
 from srlm_utils import health, pairs
+from srlm_utils.artefacts import read_jsonl
 from srlm_utils.errors import ParamError
-from srlm_utils.params import Experiment
+from srlm_utils.params import Experiment, read_yaml
+from srlm_utils.paths import EXAMPLE, PARAMS
 from srlm_utils.plan import list_steps
 
 
@@ -65,7 +67,24 @@ def test_positives_are_good_ended_answers():
     (row,), _ = pairs.build_positives(*case([4.6, 4.9, 1.0]))
     assert (row["cand_id"], row["response"]) == ("p-1", "answer 1")
     assert pairs.build_positives(*case([4.4, 1.0]))[1]["low_score"] == 1
-    assert pairs.build_positives(*case([5.0], ended=False))[1]["few_scored"] == 1
+    assert pairs.build_positives(*case([5.0], ended=False))[1]["none_ended"] == 1
+
+
+def test_the_overlay_leaves_positives_of_a_small_judge():
+    least = read_yaml(PARAMS / "variants" / "positives.yaml")["build_pairs"]["positive_min_score"]
+    for model in ("M1", "M2"):
+        tables = [read_jsonl(EXAMPLE / model / "aift" / f"{n}.jsonl") for n in ("prompts", "candidates", "judgements")]
+        assert len(pairs.build_positives(*tables, min_score=least)[0]) >= 20  # of 100 prompts
+        assert len(pairs.build_positives(*tables, min_score=4.0)[0]) <= 1  # what the header says
+
+
+def test_an_answer_without_a_token_is_never_rejected():
+    prompts, cands, judged = case([4.0, 2.0, 1.0], ["good", "bad", ""], ended=False)
+    (pair,), _ = pairs.build_pairs(prompts, cands, judged)
+    assert pair["rejected_id"] == "p-1"
+    cands[2]["ended"] = True  # its end is a token
+    (pair,), _ = pairs.build_pairs(prompts, cands, judged)
+    assert pair["rejected_id"] == "p-2"
 
 
 def test_health_figures():
@@ -120,7 +139,7 @@ def test_random_rounds_lose_no_prompt_and_ignore_row_order():
 
 @pytest.mark.parametrize(
     "scores,texts,reason",
-    [([None, None], None, "few_scored"), ([5.0], [""], "few_scored"), ([4.49, 1.0], None, "low_score")],
+    [([None, None], None, "few_scored"), ([5.0], [""], "none_ended"), ([4.49, 1.0], None, "low_score")],
 )
 def test_prompts_without_a_positive_are_counted_once(scores, texts, reason):
     made, drops = pairs.build_positives(*case(scores, texts))
