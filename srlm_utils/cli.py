@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         "runs", nargs="+", type=Path, metavar="RUN", help="two or more; the first is what others differ from"
     )
     side.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: results/compare_A_B)")
-    agree = commands.add_parser("agree", help="how well a model judges replies that people ranked")
+    agree = commands.add_parser("agree", help="how well a model judges ranked replies")
     agree.add_argument("--model", required=True, help="a folder such as results/quickstart/M1/model, or a hub id")
     agree.add_argument(
         "--ranked", required=True, metavar="FILE", help="ranked rows, Open Assistant trees or a preference set"

@@ -1,4 +1,4 @@
-"""The three questions of 08_evaluate: does it judge as people do, what does it answer, who wins."""
+"""The three questions of 08_evaluate: does it judge as replies are ranked, what does it answer, who wins."""
 
 from srlm_utils import api, judge, metrics, outside, verdicts, winrates
 from srlm_utils.paths import resolve
@@ -72,7 +72,7 @@ def agreement_rows(model: str, ranked: list[dict], judged: list[dict], mode: str
 
 
 def calibration(ranked: list[dict], judged: list[dict]) -> list[dict]:
-    """Where people ranked the replies that got each score, rounded: rows {"score", "value", "low", "high", "n"}.
+    """Where the replies that got each score, rounded, are ranked: rows {"score", "value", "low", "high", "n"}.
 
     `value` is the mean place, 0 for the best reply of a prompt and 1 for the worst, with its interval over prompts. A
     judge is calibrated if it falls from score to score. Prompts whose replies all rank alike are left out.

@@ -23,10 +23,10 @@ METRICS = {
     "similar_length_accuracy": ("share", "the judge's half-tie accuracy on pairs whose lengths differ by 20 % at most"),
     "score_beyond_length": (
         "log-odds",
-        "logistic model of the human preference: weight of a score gap of one standard deviation beside length",
+        "logistic model of which reply ranks higher: weight of a score gap of one standard deviation beside length",
     ),
     "five_best": ("share", "replies scored 5 (4.5 or more) that are ranked best"),
-    "exact_match": ("share", "prompts whose whole ranking is the human one; a tie is a miss"),
+    "exact_match": ("share", "prompts whose whole ranking is the given one; a tie is a miss"),
     "spearman": ("correlation", "mean over prompts of Spearman's rho of score and rank; 0 where all scores are equal"),
     "kendall": ("correlation", "mean over prompts of Kendall's tau-b of score and rank; 0 where all scores are equal"),
     "parse_rate": ("share", "sampled judgements that end in a valid score"),
@@ -200,14 +200,14 @@ AGREEMENT = (
 
 
 def ordered_pairs(ranks) -> list[tuple[int, int]]:
-    """Index pairs (better, worse) by human rank; equal ranks make no pair."""
+    """Index pairs (better, worse) by rank; equal ranks make no pair."""
     return [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
 
 
 def agreement(prompts: list[dict]) -> dict[str, dict]:
-    """The judge's agreement with human rankings.
+    """The judge's agreement with rankings.
 
-    `prompts`: {"ranks": human ranks (0 best), "scores": the judge's scores or None, "lengths":
+    `prompts`: {"ranks": ranks (0 best), "scores": the judge's scores or None, "lengths":
     characters} for each prompt. Replies without a valid score are left out of that prompt. The paper
     does not say how it treats ties; pairwise accuracy is over pairs that the judge does not tie, and
     tie_rate and half credit stand beside it.
@@ -262,7 +262,7 @@ def agreement_counts(p: dict) -> tuple[dict, list] | None:
 
 
 def beyond_length(prompts: list[list[tuple[float, float]]], *, n_draws: int = 1000, seed: int = 0) -> dict:
-    """What the judge's score says of the human preference that length does not.
+    """What the judge's score says of the preference that length does not.
 
     `prompts`: for each prompt, for each pair of replies, (score, log of length) of the better one minus that of the
     worse one. In a logistic model without intercept, P(better) = sigmoid(a * score gap / its standard deviation + b *

@@ -127,7 +127,7 @@ def _agreement_panel(ax, metrics: pd.DataFrame, min_pairs: int) -> None:
 
 
 def calibration(table: pd.DataFrame, model: str):
-    """Mean human place of replies by their score (`evaluate.calibration`); a panel a set, a line a judge mode."""
+    """Mean place of replies by their score (`evaluate.calibration`); a panel a set, a line a judge mode."""
     sets, modes = sorted(table.set.unique()), sorted(table.judge_mode.unique())
     fig, axes = plt.subplots(1, len(sets), figsize=(1 + 3.4 * len(sets), 3.4), sharey=True, squeeze=False)
     for ax, name in zip(axes[0], sets, strict=True):
@@ -145,7 +145,7 @@ def calibration(table: pd.DataFrame, model: str):
         ax.set_title(name)
         ax.set_xlim(-0.4, 5.4)
         ax.set_ylim(1.05, -0.05)
-    axes[0][0].set_ylabel("mean human place\n(0 best, 1 worst of its prompt)")
+    axes[0][0].set_ylabel("mean place in the ranking\n(0 best, 1 worst of its prompt)")
     fig.supxlabel(f"score, rounded; below it n replies ({', '.join(modes)})", fontsize=9)
     if len(modes) > 1:
         fig.legend(*axes[0][0].get_legend_handles_labels(), title="judge mode", fontsize=8, loc="outside right center")

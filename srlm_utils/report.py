@@ -167,6 +167,16 @@ def wide(table: pd.DataFrame, names: list[str], **where) -> pd.DataFrame:
     return table.reindex([n for n in names if n in table.index])[order].fillna("")
 
 
+def agreement_table(table: pd.DataFrame) -> pd.DataFrame:
+    """`wide` of reward agreement, ranked sets and judge modes under each other; "" where a model was not measured."""
+    judging = table[table.metric == "pairwise_accuracy"]
+    found = {
+        (name, mode): wide(table, AGREEMENT, judge_mode=mode, set=name, opponent="")
+        for name, mode in sorted(set(zip(judging.set, judging.judge_mode, strict=True)))
+    }
+    return pd.concat(found).fillna("")
+
+
 def duels(step) -> pd.DataFrame:
     """Every comparison of two answers, a row each.
 

@@ -26,7 +26,9 @@ STARTS = ("shared/index.html", "compared/index.html", "report/report.html")
 
 def write_report(to) -> None:
     """The example's report as it is written today: its figures, a table, what models wrote."""
-    step = SimpleNamespace(rows=lambda path: read_jsonl(EXAMPLE / path), params=SimpleNamespace(iterations=3))
+    step = SimpleNamespace(
+        rows=lambda path: read_jsonl(EXAMPLE / path), params=SimpleNamespace(iterations=3, drafts=[])
+    )
     table = report.wide(srlm_utils.open_run(EXAMPLE).metrics(), report.ANSWERS)
     figures = sorted((EXAMPLE / "report/figures").glob("*.png"))
     sections = [{"title": p.stem, "text": "A figure and a table.", "figure": p, "table": table} for p in figures]

@@ -1,8 +1,13 @@
+from types import SimpleNamespace
+
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
+import srlm_utils
 from srlm_utils import evaluate, metrics, report
+from srlm_utils.paths import EXAMPLE
 
 
 def prompt(ranks, scores, lengths=None):
@@ -368,3 +373,38 @@ def test_calibration_by_hand():
     rows = evaluate.calibration(ranked, [{"id": k, "score": v} for k, v in scores.items()])
     assert [(r["score"], r["value"], r["n"]) for r in rows] == [(0, 1.0, 1), (4, 0.25, 2), (5, 0.0, 1)]
     assert rows[0]["low"] is None and rows[1]["low"] < 0.25 < rows[1]["high"] < 1
+
+
+def test_the_agreement_table_is_empty_where_a_model_was_not_measured():
+    table = report.agreement_table(srlm_utils.open_run(EXAMPLE).metrics().fillna({"opponent": ""}))
+    assert not table.isna().any(axis=None)
+    written = table.loc[("ranked_eval", "sampled")]
+    assert written.loc["pairwise_accuracy", "M1"] and written.loc["pairwise_accuracy", "M2"] == ""
+
+
+def test_a_reports_pairs_are_those_that_were_learned_from():
+    pair = {"prompt_id": "p", "prompt": "Q?", "chosen_id": "b", "rejected_id": "a"}
+    rows = {
+        "M1/aift/pairs.jsonl": [pair | {"chosen_id": "a", "rejected_id": "c"}],
+        "F2/aift/pairs.jsonl": [pair],
+        "F2/aift/judgements.jsonl": [{"id": i, "score": s} for i, s in (("a", 1.0), ("b", 3.0))],
+        "F2/aift/candidates.jsonl": [{"cand_id": i, "prompt_id": "p", "text": i} for i in "ab"],
+    }
+    step = SimpleNamespace(rows=rows.__getitem__, params=SimpleNamespace(drafts=["F2"], iterations=2))
+    (shown,) = report.example_pairs(step, 1)
+    assert [(c["cand_id"], c["role"]) for c in shown["candidates"]] == [("b", "chosen"), ("a", "rejected")]
+    table = pd.DataFrame([{"metric": "pair_yield", "model": m, "value": 1.0, "n": 1} for m in ("F2", "M1")])
+    table = table.assign(low=None, high=None, unit="share")
+    assert [*report.wide(table, ["pair_yield"]).columns] == ["M1", "F2"]
+
+
+def test_a_reply_is_no_prompt_of_its_own():
+    """Ten replies to each of two prompts: as far as intervals go, two of a kind."""
+    ranked = [
+        {"prompt_id": p, "replies": [{"reply_id": str(i), "rank": i, "text": "a"} for i in range(10)]} for p in "pq"
+    ]
+    for row in ranked:
+        row["prompt"] = "Q?"
+    judged = [{"id": f"{p}/{i}", "score": float(i), "mass": m} for p, m in (("p", 0.2), ("q", 0.8)) for i in range(10)]
+    (mass,) = [r for r in evaluate.agreement_rows("M1", ranked, judged, "expected", "s") if r["metric"] == "score_mass"]
+    assert mass["value"] == pytest.approx(0.5) and mass["high"] - mass["low"] > 0.5 and mass["n"] == 20

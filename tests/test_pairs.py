@@ -234,3 +234,11 @@ def test_a_pair_of_one_candidate_is_refused_before_a_run():
         list_steps(Experiment(one))
     list_steps(Experiment(one | {"common": {"learn_from": "positives"}}))
     list_steps(Experiment({"self_instruct": {"n_candidates": 1, "anchor_model": "M0"}}))
+
+
+def test_rewards_that_contradict_each_other_are_an_ailment():
+    def of(agree):
+        return [{"metric": "reward_consistency", "value": agree}]
+
+    assert health.ailments(of(0.51), {}) == [] == health.ailments(of(None), {})
+    assert "contradict" in health.ailments(of(0.33), {})[0]
