@@ -256,18 +256,23 @@ def _sha256(path: str, size: int, mtime_ns: int) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file, or of a folder's file names and contents. Remembered while the file is unchanged.
-
-    A model's card is left out: it names the run, and equal weights are one model in whatever run.
-    """
+    """Hash of a file, or of a folder's file names and contents. Remembered while the file is unchanged."""
     if path.is_dir():
-        h = hashlib.sha256()
-        files = (p for p in path.rglob("*") if p.is_file() and p.name != CARD and not p.name.startswith("."))
-        for p in sorted(files):
-            h.update(f"{p.relative_to(path).as_posix()} {sha256(p)}\n".encode())
-        return h.hexdigest()
+        return _of_files(path, (p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")))
     stat = path.stat()
     return _sha256(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+def model_sha256(folder: Path) -> str:
+    """`sha256` of a model's folder without its card, which names the run: equal weights are one model in any run."""
+    return _of_files(folder, (p for p in folder.iterdir() if p.is_file() and p.name != CARD and p.name[0] != "."))
+
+
+def _of_files(folder: Path, files: Iterable[Path]) -> str:
+    h = hashlib.sha256()
+    for p in sorted(files):
+        h.update(f"{p.relative_to(folder).as_posix()} {sha256(p)}\n".encode())
+    return h.hexdigest()
 
 
 def describe(path: Path) -> dict:

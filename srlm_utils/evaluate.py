@@ -1,6 +1,7 @@
 """The three questions of 08_evaluate: does it judge as replies are ranked, what does it answer, who wins."""
 
 from srlm_utils import api, judge, metrics, outside, verdicts, winrates
+from srlm_utils.errors import DataError
 from srlm_utils.paths import resolve
 from srlm_utils.plan import parse_win_judge
 
@@ -107,11 +108,9 @@ def score_answers(step, engine, rubric: judge.Rubric, name: str, answers: list[d
     rubric = outside.rubric() if name == outside.NAME else rubric
     items = [{"id": a["prompt_id"], "prompt": a["prompt"], "response": a["text"]} for a in answers]
     batches = judge.expected_scores(engine, rubric, items, max_response_tokens=step.params.max_response_tokens)
-    rows = [r for batch in batches for r in batch]
-    return [
-        {"prompt_id": r["id"], "judge": name, "judge_rev": step.model_revision(name), "score": r["score"]}
-        for r in sorted(rows, key=lambda r: r["id"])
-    ]
+    rows = sorted((r for batch in batches for r in batch), key=lambda r: r["id"])
+    who = {"judge": name, "judge_rev": step.model_revision(name)}
+    return [{"prompt_id": r["id"], **who, "score": r["score"]} for r in rows]
 
 
 def check_judges(judges: list[str], params) -> None:
@@ -161,11 +160,14 @@ def compare_answers(
         verdicts.check_answers(votes, model, opponent, ours, theirs, name)
         rows = verdicts.from_votes(votes, model, opponent, ours)
     elif mode == "score":
-
-        def by_id(table):
-            return {r["prompt_id"]: r["score"] for r in table if r["judge"] == name and r["prompt_id"] in ours}
-
-        rows = verdicts.from_scores(by_id(scores), by_id(step.rows(f"{opponent}/eval/answer_scores.jsonl")))
+        known = scores, step.rows(f"{opponent}/eval/answer_scores.jsonl")
+        sides = [[r for r in table if r["judge"] == name and r["prompt_id"] in ours] for table in known]
+        if len({r["judge_rev"] for side in sides for r in side}) > 1:
+            raise DataError(
+                f"{opponent}/eval/answer_scores.jsonl is by other weights of {name} than the present ones (another "
+                f"machine, or an emptied cache). Score its answers again: --only 08_evaluate@{opponent} --force."
+            )
+        rows = verdicts.from_scores(*({r["prompt_id"]: r["score"] for r in side} for side in sides))
     else:
         prompts = {a["prompt_id"]: a["prompt"] for a in answers}
         rows = [v for batch in compare(prompts, ours, {pid: theirs[pid] for pid in ours}) for v in batch]

@@ -64,10 +64,10 @@ def _ties(scores: list[float]) -> tuple[int, int]:
     return sum(math.comb(n, 2) for n in counts), math.comb(len(scores), 2)
 
 
-def ailments(metrics: list[dict], limits: dict[str, float]) -> list[str]:
+def ailments(metrics: list[dict], limits: dict[str, float], *, weighed: bool = False) -> list[str]:
     """What is outside `limits`, ``min_<name>`` and ``max_<name>``, in words; a self-judge may come to give one score.
 
-    Figures that could not be measured are no ailment.
+    Figures that could not be measured are no ailment. `weighed`: pairs count as far as two rewards agree (`pairs`).
     """
     names = {"parse_rate": "candidate_parse_rate", "tie_rate": "candidate_tie_rate"}
     values, found = {m["metric"]: m["value"] for m in metrics}, []
@@ -77,7 +77,7 @@ def ailments(metrics: list[dict], limits: dict[str, float]) -> list[str]:
         if value is not None and (value < bound if side == "min" else value > bound):
             than = "less" if side == "min" else "more"
             found.append(f"{names.get(name, name)} is {value:.2f}, {than} than {limit} = {bound:g}")
-    # no matter of taste: pairs weighed by less than a half are learned the other way round
-    if (agree := values.get("reward_consistency")) is not None and agree < 0.5:
-        found.append(f"reward_consistency is {agree:.2f}, less than 0.5: the two rewards contradict each other")
+    # no limit to choose: by a weight of less than a half a pair is learned the other way round
+    if weighed and (agree := values.get("reward_consistency")) is not None and agree < 0.5:
+        found.append(f"reward_consistency is {agree:.2f}, less than 0.5: pairs are learned the other way round")
     return found

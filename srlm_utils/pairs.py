@@ -183,7 +183,8 @@ def build_pairs(
 
 
 ADVICE = {
-    "few_scored": "two scored candidates make a pair: raise self_instruct.n_candidates, or take judge_mode expected",
+    "few_scored": "two scored candidates make a pair: raise self_instruct.n_candidates (max_new_tokens, where they are "
+    "empty), or take judge_mode expected",
     "tie": "look at the score histogram of 05_judge; in judge_mode expected hardly any two scores are equal",
     "small_margin": "lower min_margin",
     "same_text": "raise self_instruct.temperature: the candidates are alike",

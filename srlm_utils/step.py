@@ -24,7 +24,17 @@ from types import SimpleNamespace
 from filelock import FileLock, Timeout
 
 from srlm_utils import resources, seed_model, serve, tracking, trainings
-from srlm_utils.artefacts import RowLog, describe, named_faults, read_json, read_jsonl, sha256, write_json, write_text
+from srlm_utils.artefacts import (
+    RowLog,
+    describe,
+    model_sha256,
+    named_faults,
+    read_json,
+    read_jsonl,
+    sha256,
+    write_json,
+    write_text,
+)
 from srlm_utils.errors import DataError, LockedError, MissingInputError, ParamError
 from srlm_utils.params import STAGES, Experiment, check, stage_key
 from srlm_utils.paths import EXAMPLE, PROJ_ROOT, resolve, shown
@@ -168,17 +178,18 @@ class StepRun:
         return chat.load_tokenizer(**self.model_source(model))
 
     def model_revision(self, model: str) -> str:
-        """Which weights a name means: 12 digits of the sha256 of a run's model or of the outside judge; the name itself
-        of any other."""
+        """Which weights a name means: 12 digits of `model_sha256` of a run's model or of the outside judge; the name
+        itself of any other."""
         if model == OUTSIDE:
             from srlm_utils import outside
 
-            return sha256(Path(outside.fetch(self)))[:12]
+            return model_sha256(Path(outside.fetch(self)))[:12]
         if not is_of_run(model):
             return model
         if self.scratch and not (self.run / weights(model)).exists():
             model = "M0"  # its stand-in, see model_source()
-        return describe(self.input(weights(model)))["sha256"][:12]
+        path = self.input(weights(model))
+        return (model_sha256(path) if path.is_dir() else sha256(path))[:12]  # M0's is a file that names it
 
     # ---- life
 

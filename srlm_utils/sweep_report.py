@@ -48,6 +48,8 @@ def compare(found: list[Cell]) -> pd.DataFrame:
         last = next(iter(of_seed.values())).last
         rows += _rows(inside, variant=name, model=last, against=name, opponent="M1")
         control = CONTROL.get(name, DEFAULT)
+        if control not in variants and name != DEFAULT:
+            control = DEFAULT
         if control in variants:
             both = {s: (c, variants[control][s]) for s, c in of_seed.items() if s in variants[control]}
             sides = {s: measured(a, a.last, b, b.last) for s, (a, b) in both.items()}

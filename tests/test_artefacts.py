@@ -223,8 +223,11 @@ def test_hashes_of_folders(tmp_path):
     a, b, c = (artefacts.sha256(tmp_path / f) for f in "abc")
     assert a == b != c  # the place within the folder counts, the folder's own does not
     (tmp_path / "a" / ".hidden").write_text("x")
-    (tmp_path / "a" / "README.md").write_text("# M1 of the run a")  # a model's card names the run
     assert artefacts.sha256(tmp_path / "a") == a
+    m = artefacts.model_sha256(tmp_path / "a")
+    (tmp_path / "a" / "README.md").write_text("# M1 of the run a")
+    assert artefacts.model_sha256(tmp_path / "a") == m and artefacts.sha256(tmp_path / "a") != a
+    (tmp_path / "a" / "README.md").unlink()
     (tmp_path / "a" / "more").write_text("")
     assert artefacts.sha256(tmp_path / "a") != a
     # of the four bytes "same", by sha256sum

@@ -39,7 +39,8 @@ class Bar:
 
 
 def fake_step():
-    return SimpleNamespace(params=SimpleNamespace(device="cpu", dtype="float32"), progress=lambda total, unit: Bar())
+    params = SimpleNamespace(device="cpu", dtype="float32", max_response_tokens=0)
+    return SimpleNamespace(params=params, progress=lambda total, unit: Bar(), model_revision=lambda name: "0" * 12)
 
 
 def test_a_lesson_is_a_reply_behind_the_rubric_and_its_digit_alone_carries_loss(engine):
@@ -118,9 +119,8 @@ def test_the_outside_judge_is_asked_what_it_was_taught(monkeypatch):
     monkeypatch.setattr(
         evaluate.judge, "expected_scores", lambda e, rubric, items, **how: asked.append(rubric.name) or []
     )
-    step = SimpleNamespace(params=SimpleNamespace(max_response_tokens=0))
     for name in ("outside", "M1"):
-        evaluate.score_answers(step, None, evaluate.judge.Rubric("additive"), name, [])
+        evaluate.score_answers(fake_step(), None, evaluate.judge.Rubric("additive"), name, [])
     assert asked == ["short", "additive"]
 
 
@@ -233,6 +233,20 @@ def test_votes_on_other_answers_do_not_count_here(tmp_path):
     assert metrics.outcomes(decide("ours")) == {"p": 1.0}
     with pytest.raises(DataError, match="votes.jsonl has verdicts on other answers of M2 and M1"):
         decide("of another run")
+
+
+def test_scores_of_two_judges_of_one_name_are_not_set_against_each_other():
+    def decide(theirs_by):
+        ours, theirs = (
+            [{"prompt_id": "p", "judge": "outside", "judge_rev": r, "score": s}] for r, s in (("a", 3), theirs_by)
+        )
+        step = SimpleNamespace(rows=lambda path: theirs, model_revision=lambda name: "a")
+        answers = [{"prompt_id": "p", "prompt": "Q?", "text": "t"}]
+        return evaluate.compare_answers(step, "outside", "score", None, "M2", answers, ours, "M1", answers)
+
+    assert metrics.outcomes(decide(("a", 2))) == {"p": 1.0}
+    with pytest.raises(DataError, match="M1/eval/answer_scores.jsonl is by other weights of outside"):
+        decide(("b", 2))
 
 
 @pytest.mark.parametrize(

@@ -240,5 +240,5 @@ def test_rewards_that_contradict_each_other_are_an_ailment():
     def of(agree):
         return [{"metric": "reward_consistency", "value": agree}]
 
-    assert health.ailments(of(0.51), {}) == [] == health.ailments(of(None), {})
-    assert "contradict" in health.ailments(of(0.33), {})[0]
+    assert health.ailments(of(0.51), {}, weighed=True) == [] == health.ailments(of(None), {}, weighed=True)
+    assert "the other way round" in health.ailments(of(0.33), {}, weighed=True)[0] and not health.ailments(of(0.33), {})

@@ -548,3 +548,23 @@ def test_positives_only_variant_trains_on_positives():
     compared = "seed/valid_prompts.jsonl", "M0/model.json"  # the checkpoints' answers, and their judge
     assert steps["02_sft@M2"].reads == ("M1/model", "seed/ift.jsonl", "M1/aift/positives.jsonl", *compared)
     assert "M1/aift/positives.jsonl" in steps["06_build_pairs@M1"].writes
+
+
+@pytest.mark.slow
+def test_steps_without_a_model_run_in_a_copy_of_the_example():
+    """The README's try-out in a minute."""
+    run = ROOT / "results" / "test-margin"
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(ROOT / "results" / "example", run)
+    how = ("run", "params/quickstart.yaml", "--run-name", run.name, "--set", "build_pairs.min_margin=1.5", "--only")
+    try:
+        before = read_jsonl(run / "M1/aift/pairs.jsonl")
+        for step in ("06_build_pairs@M1", "09_report@run"):
+            result = srlm(*how, step)
+            assert result.returncode == 0, result.stdout + result.stderr
+        after = read_jsonl(run / "M1/aift/pairs.jsonl")
+        assert 0 < len(after) < len(before) and all(p in before for p in after)
+        assert read_json(run / "steps/06_build_pairs@M1.json")["params"]["min_margin"] == 1.5
+        assert ">NaN<" not in (run / "report/report.html").read_text()
+    finally:
+        shutil.rmtree(run, ignore_errors=True)

@@ -304,6 +304,16 @@ def test_without_a_judge_of_the_same_weights_nobody_says_who_wins():
     assert said[said.compared.str.contains("of default")].verdict.tolist() == ["nobody to say"]
 
 
+def test_a_variant_has_a_control_of_its_own_or_the_default():
+    found = [planted(name, 0) for name in ("default", "meta_judge", "written_judge")]
+
+    def against(cells):
+        table = sweep_report.compare(cells)
+        return {*table[(table.variant == "meta_judge") & (table.against != "meta_judge")].against}
+
+    assert against(found) == {"written_judge"} and against(found[:2]) == {"default"}
+
+
 def test_other_prompts_under_the_same_id_are_no_pair():
     one, other = planted("default", 0), planted("longer_wins", 0)
     for a in other.answers[: 5 * 32]:
