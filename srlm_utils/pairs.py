@@ -87,6 +87,7 @@ def build_pairs(
     min_margin: float = 0.0,
     rule: str = "score",
     length_rho: float = 0.0,
+    chosen_ended: bool = False,
     implicit_rule: str = "",
 ) -> tuple[list[dict], dict[str, int]]:
     """One pair a prompt; (pairs, drops by reason).
@@ -108,6 +109,9 @@ def build_pairs(
     few_scored (fewer than two that take part), tie (all equal), small_margin (best and worst are nearer than
     `min_margin`), same_text, empty_chosen; and same_length, where longer and shorter have nothing to choose between.
 
+    `chosen_ended`: only answers that ended by themselves may be chosen, so that nobody learns to be cut off; a prompt
+    without one is dropped as none_ended.
+
     `implicit_rule` "agree" keeps a pair only if the implicit reward prefers the same answer (Zhou et al. 2025); others
     are dropped as rewards_disagree. "weigh" gives every pair the round's mean `consistency`, by which `train` weighs
     what it teaches (Wang et al. 2024).
@@ -121,6 +125,8 @@ def build_pairs(
         )
     if rule in ("longer", "shorter"):
         drops["same_length"] = 0
+    if chosen_ended:
+        drops["none_ended"] = 0
     if implicit_rule == "agree":
         drops["rewards_disagree"] = 0
 
@@ -133,6 +139,11 @@ def build_pairs(
             drops["few_scored"] += 1
             continue
         good = [c for c in valid if not c.get("author") or by_a_draft(c)]
+        if chosen_ended:
+            good = [c for c in good if c["ended"]]
+        if not good:
+            drops["none_ended"] += 1
+            continue
         bad = [c for c in valid if not by_a_draft(c)]
         chosen, rejected = _best_and_worst(good, bad, order)
         margin = chosen["score"] - rejected["score"]

@@ -242,3 +242,20 @@ def test_rewards_that_contradict_each_other_are_an_ailment():
 
     assert health.ailments(of(0.51), {}, weighed=True) == [] == health.ailments(of(None), {}, weighed=True)
     assert "the other way round" in health.ailments(of(0.33), {}, weighed=True)[0] and not health.ailments(of(0.33), {})
+
+
+def test_an_answer_that_was_cut_off_is_not_chosen():
+    prompts, cands, judged = case([5.0, 3.0, 1.0])
+    cands[0]["ended"] = False
+    (pair,), drops = pairs.build_pairs(prompts, cands, judged, chosen_ended=True)
+    assert (pair["chosen_id"], pair["rejected_id"], sum(drops.values())) == ("p-1", "p-2", 0)
+    cands[2]["ended"] = False  # may still be rejected
+    assert pairs.build_pairs(prompts, cands, judged, chosen_ended=True)[0] == [pair | {"rejected_ended": False}]
+    for rule in ("random", "longer", "shorter", "length_control"):
+        made, _ = pairs.build_pairs(prompts, cands, judged, chosen_ended=True, rule=rule)
+        assert all(p["chosen_id"] == "p-1" for p in made)
+    judged[1]["score"] = 0.5  # the only one that ended is the worst
+    assert pairs.build_pairs(prompts, cands, judged, chosen_ended=True)[1]["tie"] == 1
+    cands[1]["ended"] = False
+    assert pairs.build_pairs(prompts, cands, judged, chosen_ended=True)[1]["none_ended"] == 1
+    assert pairs.build_pairs(prompts, cands, judged)[0][0]["chosen_id"] == "p-0"
