@@ -107,6 +107,6 @@ def judge_pairs(
                 {"prompt_id": f"{key}/judge", "prompt": tasks[key], "chosen": texts[best], "rejected": texts[worst]}
                 | {"chosen_ended": True, "rejected_ended": True}
             )
-    if not pairs:
+    if verdicts and not pairs:
         print(f"WARNING: no judgement to learn from: the first place won {weights[1]:.0%} of {len(verdicts)} verdicts")
     return pairs, {"n_disputed": len(tasks), "first_place_rate": round(weights[1], 4)}

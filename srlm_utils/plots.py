@@ -59,6 +59,11 @@ def save(fig, data: pd.DataFrame, folder: Path, name: str) -> None:
     data.to_csv(folder / f"{name}.csv", index=False)
 
 
+def _numbers(table: pd.DataFrame) -> pd.DataFrame:
+    """Figures and bounds as floats: where nothing has an interval, as over one prompt, the bounds are objects."""
+    return table.astype({name: float for name in ("value", "low", "high") if name in table})
+
+
 def _bars(ax, x, row, model):
     """One point with its interval, in per cent."""
     v = 100 * row["value"]
@@ -80,6 +85,7 @@ def agreement(metrics: pd.DataFrame, min_pairs: int = 10):
     Beside chance, beside "longer wins" and, in points, beside M0 on the same pairs. Models with fewer
     than `min_pairs` scored pairs (a judge that can hardly be parsed) are named, not drawn.
     """
+    metrics = _numbers(metrics)
     acc = metrics[metrics.metric == "pairwise_accuracy"]
     sets, modes = sorted(acc.set.unique()), sorted(acc.judge_mode.unique())
     # not every model is measured in every mode; "longer wins" is written behind the last
@@ -128,6 +134,7 @@ def _agreement_panel(ax, metrics: pd.DataFrame, min_pairs: int) -> None:
 
 def calibration(table: pd.DataFrame, model: str):
     """Mean place of replies by their score (`evaluate.calibration`); a panel a set, a line a judge mode."""
+    table = _numbers(table)
     sets, modes = sorted(table.set.unique()), sorted(table.judge_mode.unique())
     fig, axes = plt.subplots(1, len(sets), figsize=(1 + 3.4 * len(sets), 3.4), sharey=True, squeeze=False)
     for ax, name in zip(axes[0], sets, strict=True):
@@ -155,6 +162,7 @@ def calibration(table: pd.DataFrame, model: str):
 
 def win_rates(metrics: pd.DataFrame):
     """Win, tie and loss of each model against those before it; one panel a judge."""
+    metrics = _numbers(metrics)
     h2h = metrics[metrics.metric.isin(["win", "tie", "loss", "win_rate"])]
     judges = list(h2h[["judge", "judge_mode"]].drop_duplicates().itertuples(index=False))
     pairs = list(h2h[["model", "opponent"]].drop_duplicates().itertuples(index=False))[::-1]
@@ -202,6 +210,7 @@ def overlay(rows: pd.DataFrame, runs: list[str], label: str, factor: float):
 
     `rows` have `run` and the columns of metrics.csv. A run has a colour and a marker; intervals where there are any.
     """
+    rows = _numbers(rows)
     who = rows.judge.where(rows.set == "test_prompts", "itself")  # on ranked sets each model is the judge
     keys = rows.assign(who=who).groupby(["judge_mode", "set", "who"])
     width = min(len(keys), 3)
@@ -237,6 +246,7 @@ def overlay(rows: pd.DataFrame, runs: list[str], label: str, factor: float):
 
 def answers(metrics: pd.DataFrame):
     """Length, own endings and repetition of the test answers by model."""
+    metrics = _numbers(metrics)
     panels = [
         ("answer_chars", "mean length, characters", 1),
         ("ended_rate", "ended by themselves, %", 100),
@@ -261,6 +271,7 @@ def answers(metrics: pd.DataFrame):
 
 def mean_scores(metrics: pd.DataFrame):
     """Mean score of the test answers by each scoring judge."""
+    metrics = _numbers(metrics)
     data = metrics[(metrics.metric == "mean_score") & metrics.value.notna()]
     judges = sorted(data.judge.unique())
     fig, axes = plt.subplots(
@@ -387,6 +398,7 @@ def selection(table: pd.DataFrame, model: str, judge: str):
 
 def length_control(metrics: pd.DataFrame):
     """Win rates as judged, with the effect of length taken out, among answers of similar length; a panel a judge."""
+    metrics = _numbers(metrics)
     kinds = {
         "win_rate": ("as judged", "o"),
         "win_rate_length_controlled": ("length-controlled", "D"),
@@ -432,6 +444,7 @@ def ratings(table: pd.DataFrame):
 
     `table` has judge, judge_mode, model, value, low, high, n.
     """
+    table = _numbers(table)
     judges = list(table[["judge", "judge_mode"]].drop_duplicates().itertuples(index=False))
     fig, axes = _panels(len(judges), 4.4, 3.1)
     for ax, (judge, mode) in zip(axes, judges, strict=False):
@@ -452,6 +465,7 @@ def categories(table: pd.DataFrame):
 
     `table` has judge, judge_mode, model, opponent, by ("category" or "length"), group, value, low, high, n.
     """
+    table = _numbers(table)
     judges = list(table[["judge", "judge_mode"]].drop_duplicates().itertuples(index=False))
     groups = list(dict.fromkeys(table.group))[::-1]
     n_lengths = table[table.by == "length"].group.nunique()
@@ -505,6 +519,7 @@ def answer_lengths(lengths: pd.DataFrame):
 
 def judge_agreement(table: pd.DataFrame):
     """Cohen's kappa of every two win judges; `table` has first, second (labels), value, low, high, n."""
+    table = _numbers(table)
     fig, ax = plt.subplots(figsize=(7.2, 1.1 + 0.5 * len(table)))
     for y, row in table.reset_index(drop=True).iterrows():
         _interval(ax, row, y, fmt="o", color="#333333")
@@ -526,6 +541,7 @@ def variants(table: pd.DataFrame, title: str):
 
     `table` has panel, name (of a row), model, seed ("" over all), n_seeds, value, low, high, n and unit.
     """
+    table = _numbers(table)
     panels, names = list(dict.fromkeys(table.panel)), list(dict.fromkeys(table.name))
     fig, axes = _panels(len(panels), 3.4, 1.4 + 0.42 * len(names))
     for ax, panel in zip(axes, panels, strict=True):

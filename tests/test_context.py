@@ -128,7 +128,7 @@ def test_judgements_that_cannot_be_compared_are_left_out_and_counted(engine, tmp
 
     def ask(requests, _):
         asked.extend(requests)
-        yield [(key, [0.9, 0.1], 1.0) for key, _ in requests]
+        yield [(key, [0.9, 0.1] if int(key) % 3 else [0.1, 0.9], 1.0) for key, _ in requests]
 
     few = SimpleNamespace(tokenizer=engine.tokenizer, context=0, choice_probs=ask)
     meta.judge_pairs(a_step(tmp_path / "a"), few, judge.Rubric("short"), PROMPTS, CANDIDATES, rows, 0)

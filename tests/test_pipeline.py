@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from srlm_utils import cards, hub, open_run, share
-from srlm_utils.artefacts import read_json, read_jsonl
+from srlm_utils.artefacts import model_sha256, read_json, read_jsonl
 from srlm_utils.judge import MODES
 from srlm_utils.metrics import METRICS
 from srlm_utils.report import COLUMNS
@@ -43,7 +43,7 @@ def test_every_step_left_notebook_and_manifest(smoke):
     )
     assert not list((smoke / "steps").glob("*.work")) and not list((smoke / "steps").glob("*.lock"))
     m = read_json(smoke / "steps" / "07_dpo@M2.json")
-    assert m["inputs"]["M1/model"]["sha256"].startswith(m["figures"]["reference_revision"])
+    assert m["figures"]["reference_revision"] == model_sha256(smoke / "M1/model")[:12]
     assert m["inputs"]["M1/aift/pairs.jsonl"]["n_rows"] == m["figures"]["n_pairs"] > 0
     assert {"torch", "transformers", "trl", "peft", "papermill"} <= set(m["versions"])
     assert m["seconds"] > 0 and m["params"]["beta"] == 0.1
