@@ -240,7 +240,7 @@ def test_scores_of_two_judges_of_one_name_are_not_set_against_each_other():
         ours, theirs = (
             [{"prompt_id": "p", "judge": "outside", "judge_rev": r, "score": s}] for r, s in (("a", 3), theirs_by)
         )
-        step = SimpleNamespace(rows=lambda path: theirs, model_revision=lambda name: "a")
+        step = SimpleNamespace(rows=lambda path: theirs, model_revision=lambda name: "a", scratch=False)
         answers = [{"prompt_id": "p", "prompt": "Q?", "text": "t"}]
         return evaluate.compare_answers(step, "outside", "score", None, "M2", answers, ours, "M1", answers)
 
