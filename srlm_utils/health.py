@@ -26,16 +26,16 @@ def round_metrics(
     flat = [s for values in scores.values() for s in values]
     within = [s for values in scores.values() if (s := std(values)) is not None]
     ties = [_ties(values) for values in scores.values()]
-    tries, cut = {j["id"]: j.get("samples", [j]) for j in judgements}, {j["id"]: bool(j.get("cut")) for j in judgements}
-    judged = [[c["cand_id"] for c in cs if c["cand_id"] in tries] for cs in by_prompt.values()]
-    parsed = [[s["score"] is not None for i in ids for s in tries[i]] for ids in judged]
+    by_id = {j["id"]: j for j in judgements}
+    judged = [[by_id[c["cand_id"]] for c in cs if c["cand_id"] in by_id] for cs in by_prompt.values()]
+    parsed = [[s["score"] is not None for j in js for s in j.get("samples", [j])] for js in judged]
     figures = {
         "pair_yield": mean([p["prompt_id"] in kept_ids for p in prompts]),
         "candidate_parse_rate": ratio([sum(t) for t in parsed], [len(t) for t in parsed]),
         "candidate_score_std": plain(std(flat), len(flat)),
         "within_prompt_score_std": mean(within, share=False) if within else plain(None, 0),
         "candidate_tie_rate": ratio([t for t, _ in ties], [n for _, n in ties]),
-        "cut_rate": ratio([sum(cut[i] for i in ids) for ids in judged], [len(ids) for ids in judged]),
+        "cut_rate": ratio([sum(bool(j.get("cut")) for j in js) for js in judged], [len(js) for js in judged]),
     }
     points = Counter(int(s + 0.5) for s in flat)
     shares = [n / len(flat) for n in points.values()]

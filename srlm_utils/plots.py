@@ -64,10 +64,10 @@ def _numbers(table: pd.DataFrame) -> pd.DataFrame:
     return table.astype({name: float for name in ("value", "low", "high") if name in table})
 
 
-def _bars(ax, x, row, model):
-    """One point with its interval, in per cent."""
-    v = 100 * row["value"]
-    low, high = (v if pd.isna(row[k]) else 100 * row[k] for k in ("low", "high"))
+def _bars(ax, x, row, model, *, scale: float = 100):
+    """One point with its interval, if it has one; in per cent."""
+    v = scale * row["value"]
+    low, high = (v if pd.isna(row[k]) else scale * row[k] for k in ("low", "high"))
     ax.errorbar(
         x,
         v,
@@ -246,7 +246,6 @@ def overlay(rows: pd.DataFrame, runs: list[str], label: str, factor: float):
 
 def answers(metrics: pd.DataFrame):
     """Length, own endings and repetition of the test answers by model."""
-    metrics = _numbers(metrics)
     panels = [
         ("answer_chars", "mean length, characters", 1),
         ("ended_rate", "ended by themselves, %", 100),
@@ -257,10 +256,7 @@ def answers(metrics: pd.DataFrame):
     for ax, (name, label, scale) in zip(axes, panels, strict=True):
         rows = data[data.metric == name].reset_index(drop=True)
         for x, r in rows.iterrows():
-            yerr = [[scale * (r.value - r.low)], [scale * (r.high - r.value)]]
-            ax.errorbar(
-                x, scale * r.value, yerr=yerr, fmt=marker(r.model), color=color(r.model), capsize=3, markersize=7
-            )
+            _bars(ax, x, r, r.model, scale=scale)
         ax.set_xticks(range(len(rows)), rows.model)
         ax.set_xlim(-0.6, len(rows) - 0.4)
         ax.set_ylim(bottom=0)
@@ -271,7 +267,6 @@ def answers(metrics: pd.DataFrame):
 
 def mean_scores(metrics: pd.DataFrame):
     """Mean score of the test answers by each scoring judge."""
-    metrics = _numbers(metrics)
     data = metrics[(metrics.metric == "mean_score") & metrics.value.notna()]
     judges = sorted(data.judge.unique())
     fig, axes = plt.subplots(
@@ -280,15 +275,7 @@ def mean_scores(metrics: pd.DataFrame):
     for ax, judge in zip(axes[0], judges, strict=False):
         rows = data[data.judge == judge].reset_index(drop=True)
         for x, r in rows.iterrows():
-            ax.errorbar(
-                x,
-                r.value,
-                yerr=[[r.value - r.low], [r.high - r.value]],
-                fmt=marker(r.model),
-                color=color(r.model),
-                capsize=3,
-                markersize=7,
-            )
+            _bars(ax, x, r, r.model, scale=1)
         ax.set_xticks(range(len(rows)), rows.model)
         ax.set_xlim(-0.6, len(rows) - 0.4)
         ax.set_title(f"judge: {judge_label(judge)}, n={rows.n.max()}", fontsize=9)
@@ -398,7 +385,6 @@ def selection(table: pd.DataFrame, model: str, judge: str):
 
 def length_control(metrics: pd.DataFrame):
     """Win rates as judged, with the effect of length taken out, among answers of similar length; a panel a judge."""
-    metrics = _numbers(metrics)
     kinds = {
         "win_rate": ("as judged", "o"),
         "win_rate_length_controlled": ("length-controlled", "D"),
@@ -444,7 +430,6 @@ def ratings(table: pd.DataFrame):
 
     `table` has judge, judge_mode, model, value, low, high, n.
     """
-    table = _numbers(table)
     judges = list(table[["judge", "judge_mode"]].drop_duplicates().itertuples(index=False))
     fig, axes = _panels(len(judges), 4.4, 3.1)
     for ax, (judge, mode) in zip(axes, judges, strict=False):
@@ -465,7 +450,6 @@ def categories(table: pd.DataFrame):
 
     `table` has judge, judge_mode, model, opponent, by ("category" or "length"), group, value, low, high, n.
     """
-    table = _numbers(table)
     judges = list(table[["judge", "judge_mode"]].drop_duplicates().itertuples(index=False))
     groups = list(dict.fromkeys(table.group))[::-1]
     n_lengths = table[table.by == "length"].group.nunique()
@@ -519,7 +503,6 @@ def answer_lengths(lengths: pd.DataFrame):
 
 def judge_agreement(table: pd.DataFrame):
     """Cohen's kappa of every two win judges; `table` has first, second (labels), value, low, high, n."""
-    table = _numbers(table)
     fig, ax = plt.subplots(figsize=(7.2, 1.1 + 0.5 * len(table)))
     for y, row in table.reset_index(drop=True).iterrows():
         _interval(ax, row, y, fmt="o", color="#333333")
@@ -541,7 +524,6 @@ def variants(table: pd.DataFrame, title: str):
 
     `table` has panel, name (of a row), model, seed ("" over all), n_seeds, value, low, high, n and unit.
     """
-    table = _numbers(table)
     panels, names = list(dict.fromkeys(table.panel)), list(dict.fromkeys(table.name))
     fig, axes = _panels(len(panels), 3.4, 1.4 + 0.42 * len(names))
     for ax, panel in zip(axes, panels, strict=True):

@@ -8,7 +8,7 @@ from srlm_utils import metrics, pages, winrates
 from srlm_utils.artefacts import read_json, write_text
 from srlm_utils.errors import MissingInputError
 from srlm_utils.pairs import by_the_model
-from srlm_utils.plan import draft_of, model_names, models_before
+from srlm_utils.plan import draft_of, model_names, models_before, next_model
 from srlm_utils.printable import printable
 from srlm_utils.verdicts import judge_label
 
@@ -70,7 +70,7 @@ def metrics_table(step) -> pd.DataFrame:
 
 def learned_from(step, model: str) -> str:
     """Whose folder has what was learned from the round of `model`: its own, or that of the next model's draft."""
-    draft = draft_of(f"M{int(model[1:]) + 1}")
+    draft = draft_of(next_model(model))
     return draft if draft in step.params.drafts else model
 
 
