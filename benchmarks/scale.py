@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.measure import row
 from srlm_utils import evaluate, health, measures, metrics, pairs, report, resources
-from srlm_utils.artefacts import read_json, read_jsonl, write_json, write_jsonl
+from srlm_utils.artefacts import read_jsonl, write_json, write_jsonl
 from srlm_utils.paths import PROJ_ROOT
 
 SIZES = (2_500, 20_000)  # prompts
@@ -175,9 +175,7 @@ def run_once(n: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         run, seconds = Path(folder), {}
         params = SimpleNamespace(iterations=2, seed=0, variant="scale", benchmarked=[], drafts=[])
-        step = SimpleNamespace(
-            params=params, run=run, rows=lambda p: read_jsonl(run / p), input=lambda p: run / p, read_json=read_json
-        )
+        step = SimpleNamespace(params=params, run=run, rows=lambda p: read_jsonl(run / p), input=lambda p: run / p)
         for part in (lambda run, step: write_run(run, n), build, measure, tables):
             start = time.process_time()
             part(run, step)

@@ -21,12 +21,7 @@ CARD = "README.md"  # of a model
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to a temporary name, flush it to disk and move it into place."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """As `write_text`."""
-    _write_whole(path, [data])
+    _write_whole(path, [text.encode()])
 
 
 def _write_whole(path: Path, pieces: Iterable[bytes]) -> None:

@@ -18,7 +18,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from srlm_utils import evaluate, metrics
-from srlm_utils.artefacts import read_json, read_jsonl, replace_folder, write_json, write_jsonl, write_text
+from srlm_utils.artefacts import (
+    model_sha256,
+    read_json,
+    read_jsonl,
+    replace_folder,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from srlm_utils.errors import DataError, MissingInputError
 from srlm_utils.instructions import followed
 from srlm_utils.params import model_names
@@ -114,7 +122,6 @@ def from_run(run: Path) -> Cell:
         raise MissingInputError(f"{shown(run)}: not a finished run (09_report@run is not done).")
     params = _params(run / "params.yaml")
     manifests = {p.stem: read_json(p) for p in sorted((run / "steps").glob("*.json"))}
-    outputs = {name: o for m in manifests.values() for name, o in m["outputs"].items()}
     names = _models(params)
     tests = {p["prompt_id"]: p for p in read_jsonl(run / "seed/test_prompts.jsonl")}
     ranked = read_jsonl(run / "seed/ranked_eval.jsonl")
@@ -132,7 +139,7 @@ def from_run(run: Path) -> Cell:
     about = {
         "minutes": round(sum(m["seconds"] for m in manifests.values()) / 60, 1),
         "git": manifests["09_report@run"]["git"],
-        "weights": {m: outputs[f"{m}/model"]["sha256"][:12] for m in names if f"{m}/model" in outputs},
+        "weights": {m: model_sha256(run / m / "model")[:12] for m in names if (run / m / "model").is_dir()},
     }
     # the same prompt in one place: what repeats nearby costs nothing in the archive
     rows["answers"].sort(key=lambda a: (a["prompt_id"], names.index(a["model"])))

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a step failed or `verify` found a fault, 2 bad input.
 
 import argparse
 import shlex
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -114,7 +115,9 @@ def _run(args) -> int:
     from srlm_utils.runner import execute
 
     experiment = Experiment.load(args.params, args.sets)
-    words = ["srlm", "run", *map(str, args.params)]
+    program = Path(sys.argv[0])
+    found = shutil.which("srlm") or program.name != "srlm"
+    words = ["srlm" if found else str(program), "run", *map(str, args.params)]  # make calls it by its path
     for s in args.sets:
         words += ["--set", s]
     for option, value in (("--run-name", args.run_name), ("--from", args.start), ("--only", args.only)):

@@ -32,7 +32,6 @@ OVERLAID = {
     "ended_rate": ("Answers that end by themselves", "%", 100),
     "repeated_4grams": ("Repetition in the test answers", "repeated 4-grams, %", 100),
 }
-MIN_PAIRS = 10  # of a judge that can hardly be parsed, as in `plots.agreement`
 _COUNTS = {  # figures of reward agreement that are ratios of counts over prompts
     "pairwise_accuracy": (lambda c: c["right"], lambda c: c["n"] - c["ties"]),
     "tie_rate": (lambda c: c["ties"], lambda c: c["n"]),
@@ -71,7 +70,7 @@ def compare(runs: list[Path], out: Path) -> None:
     plots.use_style()
     for name, (title, label, factor) in OVERLAID.items():
         rows = figures[(figures.metric == name) & figures.value.notna()]
-        rows = rows[rows.n >= MIN_PAIRS] if name == "pairwise_accuracy" else rows
+        rows = rows[rows.n >= plots.MIN_PAIRS] if name == "pairwise_accuracy" else rows
         if len(rows):
             fig = plots.overlay(rows, names, label, factor)
             plots.save(fig, rows, tmp / "figures", name)

@@ -8,6 +8,11 @@ from srlm_utils import judge
 from srlm_utils.errors import ParamError
 from srlm_utils.metrics import ordered_pairs
 
+ADVICE = (
+    "A model too small to justify its scores can learn scores made of the ranks: set build_eft.scores_from: ranks and "
+    "build_eft.formats: [score_first]."
+)
+
 
 def has_scores(row: dict) -> bool:
     """Whether every reply of a ranked prompt already carries a score and a justification."""

@@ -272,6 +272,14 @@ def _summary(samples: list[dict]) -> dict:
     }
 
 
+def spread(row: dict) -> float:
+    """How unsure a judgement is: the variance of its digits (expected) or of its samples' scores, 0 for fewer than two;
+    in points squared."""
+    if row["judge_mode"] == "expected":
+        return sum((digit - row["score"]) ** 2 * prob for digit, prob in enumerate(row["probs"]))
+    return row["variance"] or 0.0
+
+
 def justification(text: str) -> str:
     """What a judgement says before its last score line."""
     lines = text.rstrip().splitlines()

@@ -44,26 +44,27 @@ def by_a_draft(candidate: dict) -> bool:
     return is_draft(candidate.get("author", ""))
 
 
-# each takes the candidates that may be chosen, the model's own and a draft's, and those that may be rejected, its own
-# and an anchor's; where two are equal its own come first
+# each takes the candidates that may be chosen, the model's own and a draft's, those that may be rejected, its own and
+# an anchor's, a seeded order among equals, and length_rho
 
 
-def _best_and_worst(good: list[dict], bad: list[dict], order) -> tuple[dict, dict]:
+def _best_and_worst(good: list[dict], bad: list[dict], order, _) -> tuple[dict, dict]:
+    # where two are equal the model's own come first
     best = min(good, key=lambda c: (-c["score"], bool(c.get("author")), order(c)))
     return best, min(bad, key=lambda c: (c["score"], bool(c.get("author")), order(c)))
 
 
-def _at_random(good: list[dict], bad: list[dict], order) -> tuple[dict, dict]:
+def _at_random(good: list[dict], bad: list[dict], order, _) -> tuple[dict, dict]:
     chosen = next(c for c in sorted(good, key=order) if c["text"] and any(b["text"] != c["text"] for b in bad))
     return chosen, next(c for c in sorted(bad, key=order) if c["text"] != chosen["text"])
 
 
-def _longest_and_shortest(good: list[dict], bad: list[dict], order) -> tuple[dict, dict]:
+def _longest_and_shortest(good: list[dict], bad: list[dict], order, _) -> tuple[dict, dict]:
     longest = min(good, key=lambda c: (-len(c["text"]), order(c)))
     return longest, min(bad, key=lambda c: (len(c["text"]), order(c)))
 
 
-def _shortest_and_longest(good: list[dict], bad: list[dict], order) -> tuple[dict, dict]:
+def _shortest_and_longest(good: list[dict], bad: list[dict], order, _) -> tuple[dict, dict]:
     # nobody is to learn that an empty answer is the better one
     shortest = min((c for c in good if c["text"]), key=lambda c: (len(c["text"]), order(c)))
     return shortest, min(bad, key=lambda c: (-len(c["text"]), order(c)))
@@ -76,6 +77,15 @@ def _length_controlled(good: list[dict], bad: list[dict], order, rho: float) -> 
     bad = [c for c in bad if c["score"] <= bottom + slack]
     chosen = min(good, key=lambda c: (len(c["text"]), -c["score"], order(c)))
     return chosen, min(bad, key=lambda c: (-len(c["text"]), c["score"], order(c)))
+
+
+RULES = {  # by params.PairRule
+    "score": _best_and_worst,
+    "random": _at_random,
+    "longer": _longest_and_shortest,
+    "shorter": _shortest_and_longest,
+    "length_control": _length_controlled,
+}
 
 
 def build_pairs(
@@ -145,7 +155,7 @@ def build_pairs(
             drops["none_ended"] += 1
             continue
         bad = [c for c in valid if not by_a_draft(c)]
-        chosen, rejected = _best_and_worst(good, bad, order)
+        chosen, rejected = _best_and_worst(good, bad, order, length_rho)
         margin = chosen["score"] - rejected["score"]
         reason = (
             "tie"
@@ -158,14 +168,12 @@ def build_pairs(
             if not chosen["text"]
             else None
         )
-        if not reason and rule == "random":
-            chosen, rejected = _at_random(good, bad, order)
-        elif not reason and rule == "length_control":
-            chosen, rejected = _length_controlled(good, bad, order, length_rho)
-            reason = "same_text" if chosen["text"] == rejected["text"] else None
-        elif not reason and rule in ("longer", "shorter"):
-            chosen, rejected = (_longest_and_shortest if rule == "longer" else _shortest_and_longest)(good, bad, order)
-            reason = "same_length" if len(chosen["text"]) == len(rejected["text"]) else None
+        if not reason:
+            chosen, rejected = RULES[rule](good, bad, order, length_rho)
+            if rule in ("longer", "shorter") and len(chosen["text"]) == len(rejected["text"]):
+                reason = "same_length"
+            elif chosen["text"] == rejected["text"]:
+                reason = "same_text"
         if not reason and implicit_rule == "agree":
             implicit = [c["implicit"] for c in (chosen, rejected)]
             reason = "rewards_disagree" if None in implicit or implicit[0] <= implicit[1] else None

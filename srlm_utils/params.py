@@ -90,7 +90,7 @@ class SeedData(Step):
 
 
 class _Train(_Judged):
-    max_rows: int = Field(0, ge=0)  # 0 takes all rows; more is a taste of the step
+    max_rows: int = Field(0, ge=0)  # 0 takes all rows; a number the first so many, for a quick try
     lora_r: int = Field(16, ge=0)  # 0 trains all weights
     lora_alpha: int = Field(32, ge=1)
     lora_layers: int = Field(0, ge=0)  # adapters on the last so many layers, 0 is all; fewer train faster
@@ -424,8 +424,10 @@ class Experiment:
 
     @classmethod
     def load(cls, files: list[Path], sets: list[str] = ()) -> "Experiment":
+        """Files laid over each other, then sets. Overlays name the variant, unless one of them does it itself."""
         trees = [read_yaml(f) for f in files] + [parse_set(s) for s in sets]
-        return cls(merge(*trees), str(files[0]))
+        named = {"common": {"variant": "+".join(f.stem for f in files[1:])}} if files[1:] else {}
+        return cls(merge(named, *trees), str(files[0]))
 
     def benchmarked(self) -> list[str]:
         """Models whose 10_benchmarks step is part of this experiment."""

@@ -296,7 +296,7 @@ def _check_round(experiment: Experiment, model: str) -> None:
         )
 
 
-def external_inputs(stage: str, params: dict) -> dict[str, Path]:
+def external_inputs(params: dict) -> dict[str, Path]:
     """Files outside the run folder that a step depends on: seed files, the judge's rubric and its folder, benchmarks
     and their tasks. A data set of the hub is none: its name stands among the parameters."""
     files = {}
@@ -346,7 +346,7 @@ def fingerprint(step: Step, params: dict, run: Path) -> dict:
     Raises FileNotFoundError if an input is missing. Places do not count, so a run can be moved, and its models too.
     """
     inputs = {p: sha256(run / p) for p in step.reads}
-    inputs |= {name: sha256(path) for name, path in external_inputs(step.stage, params).items()}
+    inputs |= {name: sha256(path) for name, path in external_inputs(params).items()}
     return {"params": {k: v for k, v in params.items() if k not in ("run_dir", *PLACE)}, "inputs": inputs}
 
 

@@ -16,6 +16,7 @@ from srlm_utils.verdicts import judge_label
 
 _COLORS = ["#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442"]  # M1, M2, M3, ...
 _MARKERS = ["o", "s", "^", "D", "v", "P"]
+MIN_PAIRS = 10  # below it an accuracy is not drawn: a judge that can hardly be parsed
 
 
 def color(model: str) -> str:
@@ -64,26 +65,11 @@ def _numbers(table: pd.DataFrame) -> pd.DataFrame:
     return table.astype({name: float for name in ("value", "low", "high") if name in table})
 
 
-def _bars(ax, x, row, model, *, scale: float = 100):
-    """One point with its interval, if it has one; in per cent."""
-    v = scale * row["value"]
-    low, high = (v if pd.isna(row[k]) else scale * row[k] for k in ("low", "high"))
-    ax.errorbar(
-        x,
-        v,
-        yerr=[[max(v - low, 0)], [max(high - v, 0)]],
-        fmt=marker(model),
-        color=color(model),
-        capsize=3,
-        markersize=7,
-    )
-
-
-def agreement(metrics: pd.DataFrame, min_pairs: int = 10):
+def agreement(metrics: pd.DataFrame):
     """Pairwise accuracy on held-out rankings: a row of panels a set, a column a judge mode.
 
     Beside chance, beside "longer wins" and, in points, beside M0 on the same pairs. Models with fewer
-    than `min_pairs` scored pairs (a judge that can hardly be parsed) are named, not drawn.
+    than `MIN_PAIRS` scored pairs (a judge that can hardly be parsed) are named, not drawn.
     """
     metrics = _numbers(metrics)
     acc = metrics[metrics.metric == "pairwise_accuracy"]
@@ -99,23 +85,23 @@ def agreement(metrics: pd.DataFrame, min_pairs: int = 10):
         squeeze=False,
     )
     for (i, set_name), (j, mode) in product(enumerate(sets), enumerate(modes)):
-        _agreement_panel(axes[i][j], metrics[(metrics.set == set_name) & (metrics.judge_mode == mode)], min_pairs)
+        _agreement_panel(axes[i][j], metrics[(metrics.set == set_name) & (metrics.judge_mode == mode)])
         axes[i][j].set_title(f"{set_name}, {mode}")
         axes[i][0].set_ylabel("pairs ordered as ranked,\n% of untied")
     fig.suptitle("Reward agreement with held-out rankings (95 % intervals over prompts)", fontsize=11)
     return fig, acc
 
 
-def _agreement_panel(ax, metrics: pd.DataFrame, min_pairs: int) -> None:
+def _agreement_panel(ax, metrics: pd.DataFrame) -> None:
     rows = metrics[metrics.metric == "pairwise_accuracy"].reset_index(drop=True)
     ties = metrics[metrics.metric == "tie_rate"].set_index("model").value
     gains = metrics[(metrics.metric == "agreement_gain") & (metrics.opponent == "M0")].set_index("model")
     labels = []
     for x, row in rows.iterrows():
-        if row.n < min_pairs:
+        if row.n < MIN_PAIRS:
             labels.append(f"{row.model}\n{row.n} pairs\ntoo few")
             continue
-        _bars(ax, x, row, row.model)
+        _interval(ax, row, x, upright=True, scale=100, **_look(row.model))
         labels.append(f"{row.model}\n{row.n} pairs\nties {100 * ties[row.model]:.0f} %")
         if row.model in gains.index:
             g = gains.loc[row.model]
@@ -178,7 +164,7 @@ def win_rates(metrics: pd.DataFrame):
             for part, shade, ink in (
                 ("win", color(m), "white"),
                 ("tie", "#d9d9d9", "#333333"),
-                ("loss", color(o), "white"),
+                ("loss", color(o), "black" if o == "M0" else "white"),  # grey holds no white
             ):
                 width = 100 * table.loc[(m, o, part), "value"]
                 hatch = "//" if part == "loss" else None
@@ -256,7 +242,7 @@ def answers(metrics: pd.DataFrame):
     for ax, (name, label, scale) in zip(axes, panels, strict=True):
         rows = data[data.metric == name].reset_index(drop=True)
         for x, r in rows.iterrows():
-            _bars(ax, x, r, r.model, scale=scale)
+            _interval(ax, r, x, upright=True, scale=scale, **_look(r.model))
         ax.set_xticks(range(len(rows)), rows.model)
         ax.set_xlim(-0.6, len(rows) - 0.4)
         ax.set_ylim(bottom=0)
@@ -268,17 +254,18 @@ def answers(metrics: pd.DataFrame):
 def mean_scores(metrics: pd.DataFrame):
     """Mean score of the test answers by each scoring judge."""
     data = metrics[(metrics.metric == "mean_score") & metrics.value.notna()]
-    judges = sorted(data.judge.unique())
+    judges = sorted(data.judge.unique(), key=is_of_run)  # those from outside first
     fig, axes = plt.subplots(
         1, max(len(judges), 1), figsize=(4.4 * max(len(judges), 1), 3.1), squeeze=False, sharey=True
     )
     for ax, judge in zip(axes[0], judges, strict=False):
         rows = data[data.judge == judge].reset_index(drop=True)
         for x, r in rows.iterrows():
-            _bars(ax, x, r, r.model, scale=1)
+            _interval(ax, r, x, upright=True, **_look(r.model))
         ax.set_xticks(range(len(rows)), rows.model)
         ax.set_xlim(-0.6, len(rows) - 0.4)
         ax.set_title(f"judge: {judge_label(judge)}, n={rows.n.max()}", fontsize=9)
+        ax.set_ylim(0, 5)
         ax.set_ylabel("mean score, 0 to 5")
     fig.suptitle("Score of the test answers (95 % intervals over prompts)", fontsize=11)
     return fig, data
@@ -305,9 +292,9 @@ def funnel(steps: pd.DataFrame):
 
     `steps` has columns model, stage, n, and drop ("" for what is kept, else the reason).
     """
-    models = list(dict.fromkeys(steps.model))
+    models, words = list(dict.fromkeys(steps.model)), {"not_needed": "more than wanted"}
     labels = {
-        m: [f"{r.stage}" if not r.drop else f"  – {r.drop}" for r in steps[steps.model == m].itertuples()]
+        m: [f"  – {words.get(r.drop, r.drop)}" if r.drop else r.stage for r in steps[steps.model == m].itertuples()]
         for m in models
     }
     height = 1 + 0.27 * max((len(v) for v in labels.values()), default=1)
@@ -341,6 +328,7 @@ def training(logs: pd.DataFrame):
         "rewards/accuracies": "pairs ordered right",
         "rewards/margins": "reward margin",
     }
+    nothing = {"rewards/accuracies": 0.5, "rewards/margins": 0.0}  # what a model that has learned nothing has
     panels = [c for c in titles if c in logs and logs[c].notna().any()]
     if "text_loss" in panels:  # its sum with the others says nothing that the parts do not
         panels.remove("loss")
@@ -348,10 +336,14 @@ def training(logs: pd.DataFrame):
     for ax, column in zip(axes[0], panels, strict=True):
         for m in dict.fromkeys(logs.model):
             rows = logs[(logs.model == m) & logs[column].notna()]
+            if column == "rewards/accuracies":  # at first model and reference are one: no pair can be right
+                rows = rows[rows["rewards/margins"].abs() > 1e-6]
             if len(rows):
                 smooth = rows[column].rolling(max(3, len(rows) // 20), min_periods=1, center=True).mean()
                 ax.plot(rows.step, rows[column], color=color(m), marker=marker(m), markersize=2, lw=0, alpha=0.35)
                 ax.plot(rows.step, smooth, color=color(m), lw=1.6, label=m)
+        if column in nothing:
+            ax.axhline(nothing[column], color="#555555", lw=1, ls=":")
         ax.set_xlabel("optimizer step")
         ax.set_title(titles[column], fontsize=10)
         ax.legend(fontsize=8)
@@ -366,10 +358,8 @@ def selection(table: pd.DataFrame, model: str, judge: str):
     fig, ax = plt.subplots(figsize=(max(5.0, 1.6 + 0.45 * len(table)), 3.2))
     ax.plot(table.step, 100 * table.win_rate, color=color(model), lw=1, alpha=0.5)
     for row in table.to_dict("records"):
-        value = 100 * row["win_rate"]
-        low, high = (value if pd.isna(row[k]) else 100 * row[k] for k in ("low", "high"))
-        style = {"color": color(model), "mfc": color(model) if row["kept"] else "white", "capsize": 3, "markersize": 7}
-        ax.errorbar(row["step"], value, yerr=[[value - low], [high - value]], fmt=marker(model), **style)
+        style = _look(model) | {"mfc": color(model) if row["kept"] else "white"}
+        _interval(ax, row | {"value": row["win_rate"]}, row["step"], upright=True, scale=100, **style)
     kept = table[table.kept].iloc[0]
     ax.annotate("kept", (kept.step, 100 * kept.win_rate), (6, 6), textcoords="offset points", fontsize=8)
     ax.axhline(50, color="#555555", lw=1, ls="--")
@@ -435,7 +425,7 @@ def ratings(table: pd.DataFrame):
     for ax, (judge, mode) in zip(axes, judges, strict=False):
         rows = table[(table.judge == judge) & (table.judge_mode == mode)].reset_index(drop=True)
         for y, row in rows.iterrows():
-            _interval(ax, row, y, fmt=marker(row.model), color=color(row.model), markersize=7)
+            _interval(ax, row, y, **_look(row.model))
         ax.axvline(0, color="#555555", lw=1, ls="--")
         ax.set_yticks(range(len(rows)), [f"{r.model}\nn={r.n:.0f}" for r in rows.itertuples()], fontsize=8)
         ax.set_ylim(len(rows) - 0.5, -0.5)
@@ -539,7 +529,7 @@ def variants(table: pd.DataFrame, title: str):
                 ax.plot(scale * row["value"], y + 0.22, ".", color="#999999")
             else:
                 _interval(ax, row, y, scale=scale, fmt=marker(row["model"]), color=color(row["model"]))
-                n = f"n={row['n']}\n{row['n_seeds']} seed{'s' * (row['n_seeds'] > 1)}"
+                n = f"n={row['n']} in\n{row['n_seeds']} seed{'s' * (row['n_seeds'] > 1)}"
                 ax.text(1.01, y, n, transform=ax.get_yaxis_transform(), fontsize=7, va="center")
         ax.axvline(same, color="black", lw=0.8, ls="--")
         ax.set_yticks(range(len(names)), names, fontsize=8)
@@ -558,8 +548,16 @@ def _panels(n: int, width: float, height: float):
     return fig, axes[0]
 
 
-def _interval(ax, row, y: float, *, scale: float = 1, **style) -> None:
-    """One figure as a point with its interval, lying."""
+def _look(model: str) -> dict:
+    return {"fmt": marker(model), "color": color(model), "markersize": 7}
+
+
+def _interval(ax, row, place: float, *, upright: bool = False, scale: float = 1, **style) -> None:
+    """One figure at `place` as a point with its interval, if it has one."""
     value = scale * row["value"]
     low, high = (value if pd.isna(row[k]) else scale * row[k] for k in ("low", "high"))
-    ax.errorbar(value, y, xerr=[[max(value - low, 0)], [max(high - value, 0)]], capsize=3, **style)
+    spread = [[max(value - low, 0)], [max(high - value, 0)]]
+    if upright:
+        ax.errorbar(place, value, yerr=spread, capsize=3, **style)
+    else:
+        ax.errorbar(value, place, xerr=spread, capsize=3, **style)

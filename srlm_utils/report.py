@@ -144,9 +144,11 @@ def example_answers(step, n: int) -> list[dict]:
 
 
 def rate(row) -> str:
-    """``63.2 % [51.0, 74.1], n=112`` for shares, points for their differences, plain numbers otherwise."""
+    """``63.2 % [51.0, 74.1], n=112`` for shares, points for differences, p-values as such, else plain numbers."""
     if row["value"] is None or pd.isna(row["value"]):
         return f"– (n={row['n']})"
+    if row["unit"] == "p":
+        return ("p < 0.001" if row["value"] < 0.001 else f"p = {row['value']:.3f}") + f", n={row['n']}"
     scale, unit = {"share": (100, " %"), "share difference": (100, " points")}.get(row["unit"], (1, ""))
     digits = 1 if row["unit"] in ("share", "share difference", "characters", "tokens") else 2
     text = f"{scale * row['value']:.{digits}f}{unit}"

@@ -66,6 +66,9 @@ def _execute(experiment, run, command, steps, start, only, force) -> int:
             continue
         if not done or force:
             todo.append((step, params))
+    if not todo and (only or start):
+        print(f"{only or f'{start} and what follows'}: done already; --force runs it again")
+        return 0
     if not todo:
         print(f"{shown(run)}: all {len(steps)} steps are done. Report: {shown(run / 'report/report.html')}")
         return 0

@@ -112,6 +112,17 @@ def write_prompts(engine, ids: list[str], demos: list[str], kept: list[str], par
     return [(i, written[i]) for i in ids]
 
 
+def shown_to(attempt_id: str, attempts: list[dict], ift: list[dict], params: dict) -> list[str]:
+    """The demonstrations above an attempt, from the rows of attempts.jsonl and seed/ift.jsonl and its step's params."""
+    seeds = [row["prompt"] for row in ift if is_demo(row["prompt"], params["max_prompt_words"])]
+    place = [row["attempt_id"] for row in attempts].index(attempt_id)
+    # requests go out in waves; those of a wave are shown what was kept before it
+    before = [row["text"] for row in attempts[: place // WAVE * WAVE] if row["reason"] == "kept"]
+    return pick_demos(
+        seeds, before, params["n_seed_demos"], params["n_generated_demos"], f"{params['seed']}:{attempt_id}"
+    )
+
+
 def is_demo(prompt: str, max_words: int) -> bool:
     """Whether a seed prompt can stand as one line of the list."""
     return "\n" not in prompt and len(prompt.split()) <= max_words

@@ -73,10 +73,16 @@ class StepRun:
     # ---- files
 
     def input(self, path: str) -> Path:
-        """Where an input is. A scratch run borrows what it has not made itself from results/example."""
+        """Where an input is. A scratch run borrows what it has not made itself from results/example, but to its own
+        candidates no scores: the ids are the same there, the texts are not."""
         if (self.run / path).exists():
             return self.run / path
         if self.scratch and (EXAMPLE / path).exists():
+            if path.endswith("aift/judgements.jsonl") and (self.run / path).with_name("candidates.jsonl").exists():
+                raise MissingInputError(
+                    f"{shown(self.run / path)} is missing, and the example's scores are of other candidates than those "
+                    f"of {shown(self.run)}: run 05_judge first, or delete {shown(self.run)} to begin with the example."
+                )
             self._borrowed.add(path)
             return EXAMPLE / path
         raise MissingInputError(f"{shown(self.run / path)} is missing: run {maker(path)} first.")
@@ -219,9 +225,9 @@ class StepRun:
     def _check_inputs(self) -> None:
         for path in self.declared.reads:
             if self.scratch and path.endswith("/model"):
-                continue  # model_path() has a stand-in
+                continue  # model_source() has a stand-in
             self.input(path)
-        for name, path in external_inputs(self.declared.stage, vars(self.params)).items():
+        for name, path in external_inputs(vars(self.params)).items():
             if not path.exists():
                 raise MissingInputError(f"{name.split(':')[0]}: {path}: no such file.")
 
@@ -256,7 +262,7 @@ class StepRun:
         missing = [p for p in self.declared.writes if not (self.run / p).exists()]
         if missing:
             raise DataError(f"{self.name}: {missing[0]} was not written. Run the notebook from the top.")
-        externals = external_inputs(self.declared.stage, vars(self.params))
+        externals = external_inputs(vars(self.params))
         inputs = {
             p: describe(self.input(p))
             for p in self.declared.reads

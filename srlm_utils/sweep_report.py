@@ -206,6 +206,8 @@ def drawn(table: pd.DataFrame, metric_names: list[str], *, inside: bool):
     rows = table[table.metric.isin(metric_names) & ((table.variant == table.against) == inside)]
     if not len(rows):
         return None
+    if not inside:  # the default's control against the default is what the default against its control is
+        rows = rows[rows.variant != CONTROL[DEFAULT]]
     names = rows.variant if inside else rows.variant + " vs " + rows.against
     rows = rows.assign(panel=[_panel(r) for r in rows.to_dict("records")], name=names)
     return plots.variants(rows, "The last model against M1" if inside else "The last model against its control's")
@@ -235,7 +237,7 @@ def rounds(found: list[Cell]) -> pd.DataFrame:
 def cells_table(found: list[Cell]) -> pd.DataFrame:
     rows = [
         {"variant": c.variant, "seed": c.seed, "weights of M1": (c.about.get("weights") or {}).get("M1", "")}
-        | {"minutes": c.about.get("minutes"), "revision": c.about.get("git")}
+        | {"minutes, shared steps included": c.about.get("minutes"), "revision": c.about.get("git")}
         for of_seed in by_variant(found).values()
         for c in of_seed.values()
     ]

@@ -1,7 +1,10 @@
 """Shared fixtures: the tiny model, and one smoke run that every pipeline test reads."""
 
+import contextlib
+import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +26,21 @@ def srlm(*args: str, env: dict | None = None, timeout: int = 600) -> subprocess.
         timeout=timeout,
         env=os.environ | (env or {}),
     )
+
+
+def cli(*args: str) -> subprocess.CompletedProcess:
+    """The command line in this process: no imports again, and its kernels are forked from one server."""
+    from srlm_utils.cli import main
+
+    out, err, terminated = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main([*args])
+    except SystemExit as e:
+        code = e.code
+    finally:
+        signal.signal(signal.SIGTERM, terminated)
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
 def before_dpo(smoke, run) -> None:

@@ -71,6 +71,7 @@ def test_an_unknown_part_is_named(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_growth_is_measured_in_a_process_of_its_own():
     import subprocess
     import sys

@@ -14,7 +14,7 @@ from srlm_utils.checkpoints import COLUMNS, Selection, best, strengths
 from srlm_utils.engine import Engine
 from srlm_utils.errors import ParamError
 from srlm_utils.params import Dpo, Experiment, Sft
-from tests.conftest import srlm
+from tests.conftest import cli
 from tests.test_train import ANSWERS, PAIRS, FakeStep
 
 PROMPTS = [{"prompt_id": f"v{i}", "prompt": q} for i, q in enumerate(["Name a tree.", "Why not?", "What is rain?"])]
@@ -309,7 +309,7 @@ def test_a_judge_that_is_not_there_is_refused(stage, model, judge_name, says):
 
 
 def test_a_judge_that_is_not_there_stops_a_run_before_its_first_step():
-    result = srlm("run", "params/smoke.yaml", "--set", "common.select_judge=M1:score", "--run-name", "test-no-judge")
+    result = cli("run", "params/smoke.yaml", "--set", "common.select_judge=M1:score", "--run-name", "test-no-judge")
     assert result.returncode == 2 and "sft.select_judge: M1 does not exist yet while SFT is trained" in result.stderr
 
 
@@ -341,10 +341,10 @@ def test_what_a_step_reads_and_writes():
     assert step.reads == (*off.reads, "seed/valid_prompts.jsonl", "SFT/model")
     assert step.writes == (*off.writes, "M2/selection.csv", "M2/selection_answers.jsonl")
     outside = e.flat("07_dpo", "M2", "")
-    assert [*plan.external_inputs("07_dpo", outside)] == ["select_rubric:short"]
-    files = plan.external_inputs("07_dpo", outside | {"select_judge": "outside:score"})
+    assert [*plan.external_inputs(outside)] == ["select_rubric:short"]
+    files = plan.external_inputs(outside | {"select_judge": "outside:score"})
     assert [*files] == ["select_judge:outside:judge_train", "select_judge:outside:judge_onpolicy"]
-    assert not plan.external_inputs("07_dpo", outside | {"select_steps": 0})
+    assert not plan.external_inputs(outside | {"select_steps": 0})
     assert plan.sft_files("SFT", True) == ("seed/ift.jsonl",)  # no validation prompt is trained on
     assert plan.sft_files("M1", True) == ("seed/ift.jsonl", "SFT/eft/train.jsonl")
     assert plan.sft_files("M1", False) == ("seed/ift.jsonl",)

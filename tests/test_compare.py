@@ -10,7 +10,7 @@ from srlm_utils import compare, metrics
 from srlm_utils.artefacts import read_json, read_jsonl, write_json, write_jsonl
 from srlm_utils.errors import DataError, MissingInputError
 from srlm_utils.paths import EXAMPLE
-from tests.conftest import srlm
+from tests.conftest import cli
 from tests.test_share import Links
 
 
@@ -94,13 +94,13 @@ def test_the_page_opens_offline(pages):
 
 
 def test_the_example_and_itself_do_not_differ(tmp_path):
-    result = srlm("compare", str(EXAMPLE), str(EXAMPLE), "--out", str(tmp_path / "out"))
+    result = cli("compare", str(EXAMPLE), str(EXAMPLE), "--out", str(tmp_path / "out"))
     assert result.returncode == 0, result.stderr
     table = pd.read_csv(tmp_path / "out/differences.csv")
     assert (table.difference == 0).all() and (table.low.dropna() == 0).all()
     html = (tmp_path / "out/index.html").read_text()
     assert "example (1)" in html and "None: the steps of these runs had the same parameters" in html
-    again = srlm("compare", str(EXAMPLE), str(EXAMPLE), "--out", str(tmp_path))
+    again = cli("compare", str(EXAMPLE), str(EXAMPLE), "--out", str(tmp_path))
     assert again.returncode == 2 and "was not written by srlm compare" in again.stderr
 
 

@@ -331,6 +331,25 @@ def test_no_candidates_are_said(stages):
     assert "no pairs out of 0 prompts" in said and "no prompts came" in said
 
 
+def test_a_seed_that_no_judgement_is_kept_of_is_said(stages):
+    run, name = stages, "03_build_eft@SFT"
+    prepared(run, name)
+    rows = read_jsonl(run / "seed/ranked_train.jsonl")
+    alike = [{"reply_id": r["reply_id"], "text": r["text"], "rank": 0} for r in rows[0]["replies"]]
+    write_jsonl(run / "seed/ranked_train.jsonl", [rows[0] | {"replies": alike}])
+    said = refused(run, name, scores_from="ranks", formats=["score_first"])
+    assert "no judgement of 1 prompts was kept" in said and "build_eft.scores_from: ranks" in said
+
+
+def test_an_unhealthy_round_stops_where_it_is_told_to(stages):
+    run, name = stages, "06_build_pairs@M1"
+    prepared(run, name)
+    finish(run, name, max_modal_share=0.01)
+    (ill,) = read_json(run / "M1/aift/health.json")["ailments"]
+    assert ill.startswith("modal_share is")
+    assert f"the round is not healthy: {ill}" in refused(run, name, max_modal_share=0.01, on_unhealthy="stop")
+
+
 def test_texts_without_room_in_the_context_are_refused_before_a_model_is_loaded(stages, monkeypatch):
     prepared(stages, "04_self_instruct@M1")
     monkeypatch.setattr(StepRun, "engine", lambda self, model: 1 / 0)

@@ -9,7 +9,7 @@ import nbformat
 import papermill as pm
 import pytest
 
-from srlm_utils import alpaca_eval, field_benchmarks, harness, metrics, mt_bench
+from srlm_utils import alpaca_eval, field_benchmarks, harness, metrics, mt_bench, warm
 from srlm_utils.api import Api
 from srlm_utils.artefacts import read_json, read_jsonl, write_json, write_jsonl
 from srlm_utils.errors import DataError, MissingInputError, ParamError, StepFailed
@@ -89,7 +89,7 @@ def notebook(run, params, tmp_path):
     out = tmp_path / "out.ipynb"
     pm.execute_notebook(
         str(ROOT / "notebooks/10_benchmarks.ipynb"), str(out), parameters=flat, cwd=str(ROOT), progress_bar=False,
-        kernel_name="python3",
+        kernel_name="python3", **({"kernel_manager_class": warm.Manager} if warm.possible() else {}),
     )  # fmt: skip
     step = next(s for s in list_steps(experiment) if s.name == "10_benchmarks@M0")
     assert status(step, flat, run) == (True, "done")

@@ -79,6 +79,13 @@ def test_sampled_judgements_keep_their_mean_and_variance(engine):
     assert (row["score"], row["variance"]) == (3.5, 4.5)
 
 
+def test_a_judgement_is_as_unsure_as_its_digits_or_samples_differ():
+    even = {"judge_mode": "expected", "probs": [0.5, 0, 0, 0, 0.5, 0], "score": 2.0}
+    assert judge.spread(even) == 4 and judge.spread(even | {"probs": [0, 0, 1, 0, 0, 0]}) == 0
+    assert judge.spread({"judge_mode": "sampled", "variance": 4.5}) == 4.5
+    assert judge.spread({"judge_mode": "sampled", "variance": None}) == 0
+
+
 def test_digits_are_read_where_the_judge_wrote_its_score(engine):
     texts = ("It is a drink.\nScore: 4", "Score: 1", "no score")
     fake = Judge(engine.tokenizer, texts=texts, probs=(0, 0.5, 0, 0, 0.5, 0))

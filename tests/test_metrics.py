@@ -360,6 +360,22 @@ def test_a_training_figure_shows_the_parts_of_the_loss():
     assert titles[1] == ["loss", "reward margin"]
 
 
+def test_no_pair_counts_as_wrong_before_the_first_step():
+    import pandas as pd
+
+    from srlm_utils import plots
+
+    log = {"model": "M2", "step": [1, 2, 3], "rewards/margins": [-2e-8, 0.1, 0.2], "rewards/accuracies": [0, 0.8, 0.9]}
+    fig, _ = plots.training(pd.DataFrame(log))
+    (right,) = [ax for ax in fig.axes if (ax.get_title(loc="left") or ax.get_title()) == "pairs ordered right"]
+    assert min(y for line in right.lines[:2] for y in line.get_ydata()) >= 0.8
+
+
+def test_p_values_keep_three_digits():
+    row = {"unit": "p", "low": None, "high": None, "n": 64}
+    assert [report.rate(row | {"value": v}) for v in (0.0004, 0.0412)] == ["p < 0.001, n=64", "p = 0.041, n=64"]
+
+
 def test_calibration_by_hand():
     ranked = [
         {"prompt_id": "p", "replies": [{"reply_id": str(i), "text": "x", "rank": i} for i in range(3)]},

@@ -184,7 +184,7 @@ def test_a_judge_that_is_none_is_refused(text):
 
 def test_a_file_of_verdicts_is_an_input(tmp_path):
     assert parse_win_judge("votes/a:b.jsonl:human") == ("votes/a:b.jsonl", "human")
-    files = external_inputs("08_evaluate", {"win_judges": [f"{tmp_path}/v.jsonl:human", "outside:score"]})
+    files = external_inputs({"win_judges": [f"{tmp_path}/v.jsonl:human", "outside:score"]})
     lessons = {f"win_judges:outside:{path.stem}": path for path in outside.LESSONS}
     assert files == {f"win_judges:{tmp_path}/v.jsonl": tmp_path / "v.jsonl"} | lessons
 

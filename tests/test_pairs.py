@@ -1,15 +1,17 @@
 import math
 import random
+from typing import get_args
 
 import pytest
 from scipy import stats
 
 from srlm_utils import health, pairs
-from srlm_utils.artefacts import read_jsonl
-from srlm_utils.errors import ParamError
-from srlm_utils.params import Experiment, read_yaml
+from srlm_utils.artefacts import read_jsonl, write_jsonl
+from srlm_utils.errors import MissingInputError, ParamError
+from srlm_utils.params import BuildPairs, Experiment, PairRule, read_yaml
 from srlm_utils.paths import EXAMPLE, PARAMS
 from srlm_utils.plan import list_steps
+from srlm_utils.step import StepRun
 
 
 def case(scores, texts=None, ended=True, pid="p"):
@@ -42,6 +44,19 @@ def test_the_papers_example():
 def test_drops_are_counted_with_their_reason(scores, texts, reason):
     made, drops = pairs.build_pairs(*case(scores, texts), min_margin=0.5)
     assert made == [] and drops[reason] == 1 and sum(drops.values()) == 1
+
+
+def test_every_rule_of_the_parameter_is_there():
+    assert {*pairs.RULES} == {*get_args(PairRule)}
+
+
+def test_a_scratch_run_gives_its_own_candidates_no_scores_of_the_example(tmp_path):
+    run = tmp_path / "scratch"
+    step = StepRun("06_build_pairs", BuildPairs().model_dump() | {"run_dir": str(run)})
+    assert step.input("M1/aift/judgements.jsonl") == EXAMPLE / "M1/aift/judgements.jsonl"
+    write_jsonl(run / "M1/aift/candidates.jsonl", [])
+    with pytest.raises(MissingInputError, match="are of other candidates than those of .*: run 05_judge first"):
+        step.input("M1/aift/judgements.jsonl")
 
 
 def test_unparsed_is_never_rejected():

@@ -144,6 +144,14 @@ def test_files_then_overlays_then_sets(tmp_path):
     assert (flat["beta"], flat["epochs"], flat["seed"]) == (0.3, 2, 9)
 
 
+def test_overlays_name_the_variant(tmp_path):
+    for name, text in (("base", "{}"), ("a", "dpo: {beta: 0.3}"), ("b", "{}"), ("named", "common: {variant: mine}")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    for overlays, variant in ((), "default"), (("a",), "a"), (("a", "b"), "a+b"), (("a", "named"), "mine"):
+        found = Experiment.load([tmp_path / f"{name}.yaml" for name in ("base", *overlays)])
+        assert found.flat("09_report", "run", "r")["variant"] == variant
+
+
 def test_by_model_knows_as_many_models_as_there_are_rounds():
     beta = {"M2": {"dpo": {"beta": 0.2}}}
     assert Experiment({"common": {"iterations": 2}, "by_model": beta}).flat("07_dpo", "M2", "r")["beta"] == 0.2

@@ -13,13 +13,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from srlm_utils import cards, hub, open_run, share
+from srlm_utils import cards, hub, open_run, runner, share
 from srlm_utils.artefacts import model_sha256, read_json, read_jsonl
 from srlm_utils.judge import MODES
 from srlm_utils.metrics import METRICS
 from srlm_utils.report import COLUMNS
 from srlm_utils.verify import verify
-from tests.conftest import ROOT, srlm
+from tests.conftest import ROOT, cli, srlm
 
 MODELS = ["M0", "SFT", "M1", "M2", "M3"]
 
@@ -163,43 +163,36 @@ def test_a_judge_of_the_run_is_named_as_inside_the_loop():
     assert judge_label("gemma-3-270m", "pairwise") == "gemma-3-270m, pairwise"
 
 
-def test_what_a_model_wrote_is_escaped(tmp_path):
-    from srlm_utils.report import write_html
-
-    evil = "<script>alert(1)</script><img src=x onerror=alert(2)>"
-    write_html(
-        tmp_path / "r.html",
-        title="t",
-        lead="l",
-        foot="f",
-        sections=[{"title": "s", "text": "x", "table": pd.DataFrame({"a": [evil]})}],
-        pairs=[
-            {"prompt": evil, "candidates": [{"cand_id": "c", "score": 1.0, "role": "", "ended": True, "text": evil}]}
-        ],
-        answers=[{"prompt": evil, "answers": [("M1", evil, True)]}],
-    )
-    html = (tmp_path / "r.html").read_text()
-    assert "<script" not in html and "<img" not in html and "&lt;script&gt;" in html
-
-
 def test_a_second_run_does_nothing(smoke):
     before = {p: p.stat().st_mtime_ns for p in smoke.rglob("*.json*")}
-    result = srlm("run", "params/smoke.yaml", "--run-name", smoke.name)
+    result = cli("run", "params/smoke.yaml", "--run-name", smoke.name)
     assert result.returncode == 0 and "all 18 steps are done" in result.stdout
     assert before == {p: p.stat().st_mtime_ns for p in smoke.rglob("*.json*")}
-    assert "18 of 18 steps done" in srlm("plan", "params/smoke.yaml", "--run-name", smoke.name).stdout
-    status = srlm("status", str(smoke)).stdout
+    assert "18 of 18 steps done" in cli("plan", "params/smoke.yaml", "--run-name", smoke.name).stdout
+    status = cli("status", str(smoke)).stdout
     assert "18 steps done" in status and "07_dpo@M3" in status
 
 
-def test_from_and_force_run_the_steps_they_name(smoke):
-    result = srlm("run", "params/smoke.yaml", "--run-name", smoke.name, "--from", "09_report@run", "--force")
-    assert result.returncode == 0 and "[1/1] 09_report@run" in result.stdout
+def test_from_only_and_force_run_the_steps_they_name(smoke, monkeypatch):
+    ran = []
+    monkeypatch.setattr(runner, "_run_notebook", lambda step, *rest: ran.append(step.name))
+    words = "run", "params/smoke.yaml", "--run-name", smoke.name
+    last = ["08_evaluate@M3", "09_report@run"]
+    for options, expected in (
+        (["--from", last[0], "--force"], last),
+        (["--only", "05_judge@M1", "--force"], ["05_judge@M1"]),
+        (["--from", last[0]], []),
+        (["--only", "05_judge@M1"], []),
+    ):
+        ran.clear()
+        result = cli(*words, *options)
+        assert result.returncode == 0 and ran == expected, (options, result.stderr)
+        assert ("done already; --force runs it again" in result.stdout) == (not ran)
 
 
 def test_what_comes_out_the_same_makes_nothing_else_run(smoke):
     (smoke / "steps/06_build_pairs@M1.json").unlink()
-    result = srlm("run", "params/smoke.yaml", "--run-name", smoke.name)
+    result = cli("run", "params/smoke.yaml", "--run-name", smoke.name)
     assert result.returncode == 0 and "06_build_pairs@M1" in result.stdout
     assert "07_dpo@M2" not in result.stdout and "09_report@run" not in result.stdout
 
@@ -212,7 +205,7 @@ def test_positives_only_runs_to_its_end():
     # the random model's scores are near 2.5 and few of its answers end
     sets = ["common.iterations=2", "build_pairs.positive_min_score=1.0", "self_instruct.max_new_tokens=200"]
     args = [a for s in sets for a in ("--set", s)]
-    result = srlm("run", "params/smoke.yaml", "params/variants/positives.yaml", *args, "--run-name", run.name)
+    result = cli("run", "params/smoke.yaml", "params/variants/positives.yaml", *args, "--run-name", run.name)
     try:
         assert result.returncode == 0, result.stdout + result.stderr
         positives = read_jsonl(run / "M1/aift/positives.jsonl")
@@ -230,7 +223,7 @@ def test_variants_laid_over_each_other_run_to_their_end():
     names = ["length_control", "frozen_judge", "without_eft", "dpo_nll", "replay"]
     names += ["anchored_rejects", "consistency_weighted", "future_chosen"]
     files = [f"params/variants/{name}.yaml" for name in names]
-    result = srlm("run", "params/smoke.yaml", *files, "--run-name", run.name)
+    result = cli("run", "params/smoke.yaml", *files, "--run-name", run.name)
     try:
         assert result.returncode == 0, result.stdout + result.stderr
         steps = {p.stem: read_json(p) for p in (run / "steps").glob("*.json")}
@@ -275,7 +268,7 @@ def test_variants_laid_over_each_other_run_to_their_end():
 
 
 def test_plan_says_what_a_change_touches(smoke):
-    out = srlm("plan", "params/smoke.yaml", "--run-name", smoke.name, "--set", "dpo.beta=0.3").stdout
+    out = cli("plan", "params/smoke.yaml", "--run-name", smoke.name, "--set", "dpo.beta=0.3").stdout
     state = {line.split()[1]: line for line in out.splitlines() if "@" in line}
     assert "beta changed: 0.1 -> 0.3" in state["07_dpo@M2"]
     assert "after 07_dpo@M2" in state["08_evaluate@M2"] and state["05_judge@M2"].startswith("run")
@@ -288,7 +281,7 @@ def test_an_input_edited_by_hand_makes_its_steps_stale(smoke):
     original = path.read_bytes()
     try:
         path.write_bytes(original.replace(b'"ended": ', b'"ended":  ', 1))
-        out = srlm("plan", "params/smoke.yaml", "--run-name", smoke.name).stdout
+        out = cli("plan", "params/smoke.yaml", "--run-name", smoke.name).stdout
         assert "output was changed: M1/aift/candidates.jsonl" in out
         assert "input changed: M1/aift/candidates.jsonl" in out
     finally:
@@ -407,7 +400,7 @@ def test_a_failing_cell_is_named_with_the_command_that_resumes(smoke):
         path = run / "M1/aift/candidates.jsonl"
         rows = [{k: v for k, v in r.items() if k != "ended"} for r in read_jsonl(path)]
         path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-        result = srlm("run", "params/smoke.yaml", "--run-name", run.name, "--only", "06_build_pairs@M1")
+        result = cli("run", "params/smoke.yaml", "--run-name", run.name, "--only", "06_build_pairs@M1")
         assert result.returncode == 1
         assert re.search(
             r"06_build_pairs@M1 failed in results/test-failing/notebooks/06_build_pairs@M1\.ipynb, cell \d+: "
@@ -438,7 +431,7 @@ def test_a_run_from_open_assistant_trees(tmp_path):
         sets += ["--set", f"{name}={value}"]
     try:
         for step in ("01_seed_data@run", "02_sft@SFT", "03_build_eft@SFT", "02_sft@M1", "08_evaluate@M0"):
-            result = srlm("run", "params/smoke.yaml", *sets, "--only", step, "--run-name", run.name)
+            result = cli("run", "params/smoke.yaml", *sets, "--only", step, "--run-name", run.name)
             assert result.returncode == 0, result.stdout + result.stderr
         rows = read_jsonl(run / "SFT/eft/train.jsonl")
         assert sorted({(r["rank"], r["score"]) for r in rows}) == [(0, 5), (1, 3), (2, 1)]
@@ -447,23 +440,6 @@ def test_a_run_from_open_assistant_trees(tmp_path):
         assert {r["set"] for r in read_json(run / "M0/eval/metrics.json") if r["metric"] == "tie_rate"} == {"oa"}
         read = {n: {r["prompt_id"] for r in read_jsonl(run / f"seed/{n}.jsonl")} for n in ("ift", "ranked_eval")}
         assert read["ift"] and read["ranked_eval"] and not read["ift"] & read["ranked_eval"]
-    finally:
-        shutil.rmtree(run, ignore_errors=True)
-
-
-@pytest.mark.slow
-def test_an_unhealthy_round_stops_where_it_is_told_to(smoke):
-    run = ROOT / "results" / "test-ill"
-    shutil.rmtree(run, ignore_errors=True)
-    shutil.copytree(smoke, run)
-    args = ["--only", "06_build_pairs@M1", "--set", "build_pairs.max_modal_share=0.01", "--run-name", run.name]
-    try:
-        result = srlm("run", "params/smoke.yaml", *args)
-        assert result.returncode == 0
-        (ill,) = read_json(run / "M1/aift/health.json")["ailments"]
-        assert ill.startswith("modal_share is")
-        result = srlm("run", "params/smoke.yaml", *args, "--set", "build_pairs.on_unhealthy=stop")
-        assert result.returncode == 1 and f"the round is not healthy: {ill}" in result.stderr
     finally:
         shutil.rmtree(run, ignore_errors=True)
 
@@ -486,7 +462,7 @@ def test_an_unhealthy_round_stops_where_it_is_told_to(smoke):
 )
 def test_bad_parameters(args, message):
     name = [] if "--run-name" in args else ["--run-name", "test-bad"]
-    result = srlm("run", "params/smoke.yaml", *args, *name)
+    result = cli("run", "params/smoke.yaml", *args, *name)
     assert result.returncode == 2, result.stdout + result.stderr
     assert re.search(message, result.stderr), result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
@@ -497,14 +473,14 @@ def test_bad_parameters(args, message):
 def test_a_malformed_seed_row_stops_before_any_step(tmp_path):
     bad = tmp_path / "ift.jsonl"
     bad.write_text('{"prompt_id": "a", "prompt": "Hi", "response": 7}\n')
-    result = srlm("run", "params/smoke.yaml", "--set", f"seed_data.ift_file={bad}", "--run-name", "test-bad")
+    result = cli("run", "params/smoke.yaml", "--set", f"seed_data.ift_file={bad}", "--run-name", "test-bad")
     assert result.returncode == 2
     assert "row 1 (a): response" in result.stderr and "found 7" in result.stderr
     assert not (ROOT / "results/test-bad").exists()
 
 
 def test_a_missing_upstream_file_names_the_step_that_makes_it():
-    result = srlm("run", "params/smoke.yaml", "--only", "05_judge@M1", "--run-name", "test-upstream")
+    result = cli("run", "params/smoke.yaml", "--only", "05_judge@M1", "--run-name", "test-upstream")
     shutil.rmtree(ROOT / "results/test-upstream", ignore_errors=True)
     assert result.returncode == 2
     assert re.search(r"is missing: run (02_sft|04_self_instruct)@M1 first", result.stderr), result.stderr
@@ -513,7 +489,7 @@ def test_a_missing_upstream_file_names_the_step_that_makes_it():
 def test_a_seed_model_without_tokenizer_stops_the_run(tiny, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("tokenizer*"))
-    result = srlm("run", "params/smoke.yaml", "--set", f"common.seed_model={folder}", "--run-name", "test-no-tok")
+    result = cli("run", "params/smoke.yaml", "--set", f"common.seed_model={folder}", "--run-name", "test-no-tok")
     shutil.rmtree(ROOT / "results/test-no-tok", ignore_errors=True)
     assert result.returncode == 2
     assert "no tokenizer_config.json" in result.stderr
@@ -526,6 +502,17 @@ def test_what_goes_on_with_one_step_names_that_step(monkeypatch):
     monkeypatch.setattr(runner, "execute", lambda experiment, run, command, **options: told.append(command))
     words = ["run", "params/smoke.yaml", "--run-name", "test-one", "--only", "05_judge@M1"]
     assert cli.main(words) == 0 and told == [" ".join(["srlm", *words])]
+
+
+@pytest.mark.parametrize("on_path,program", [("/bin/srlm", "srlm"), (None, ".venv/bin/srlm")])
+def test_the_command_that_goes_on_is_one_that_this_shell_finds(monkeypatch, on_path, program):
+    from srlm_utils import cli
+
+    told = []
+    monkeypatch.setattr(runner, "execute", lambda experiment, run, command, **options: told.append(command))
+    monkeypatch.setattr(cli.shutil, "which", lambda name: on_path)
+    monkeypatch.setattr(sys, "argv", [".venv/bin/srlm"])
+    assert cli.main(["run", "params/smoke.yaml"]) == 0 and told == [f"{program} run params/smoke.yaml"]
 
 
 def test_two_runs_of_one_folder(smoke):
@@ -560,7 +547,7 @@ def test_steps_without_a_model_run_in_a_copy_of_the_example():
     try:
         before = read_jsonl(run / "M1/aift/pairs.jsonl")
         for step in ("06_build_pairs@M1", "09_report@run"):
-            result = srlm(*how, step)
+            result = cli(*how, step)
             assert result.returncode == 0, result.stdout + result.stderr
         after = read_jsonl(run / "M1/aift/pairs.jsonl")
         assert 0 < len(after) < len(before) and all(p in before for p in after)

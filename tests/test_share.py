@@ -13,7 +13,7 @@ import pytest
 from srlm_utils import rendered, share
 from srlm_utils.errors import DataError, MissingInputError
 from srlm_utils.paths import EXAMPLE, PROJ_ROOT
-from tests.conftest import srlm
+from tests.conftest import cli
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)><iframe src='//evil.example'></iframe>"
 
@@ -147,10 +147,10 @@ def test_sharing_again_replaces_and_a_strange_folder_is_refused(tmp_path, monkey
 
 
 def test_the_command_says_where_and_how_large(tmp_path):
-    result = srlm("share", str(run_with(tmp_path, code(stream("a")))), "--out", str(tmp_path / "out"))
+    result = cli("share", str(run_with(tmp_path, code(stream("a")))), "--out", str(tmp_path / "out"))
     assert result.returncode == 0, result.stderr
     assert re.search(r"out/index\.html: \d+ files, \d+\.\d MB", result.stdout)
-    missing = srlm("share", str(tmp_path / "none"))
+    missing = cli("share", str(tmp_path / "none"))
     assert missing.returncode == 2 and "no run here" in missing.stderr
 
 

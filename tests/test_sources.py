@@ -191,7 +191,7 @@ def test_a_hub_data_set_is_streamed(tmp_path, monkeypatch):
     with pytest.raises(MissingInputError, match="some-owner/set: could not be read from the hub"):
         sources.kind_of("some-owner/set")
     assert is_hub_id("some-owner/set") and not is_hub_id("ift") and not is_hub_id("data/rows.jsonl.gz")
-    assert list(external_inputs("01_seed_data", {"ift_file": "some-owner/set"})) == []
+    assert list(external_inputs({"ift_file": "some-owner/set"})) == []
 
 
 def test_made_ids_tell_sources_and_pairs_of_one_prompt_apart(tmp_path):

@@ -17,7 +17,7 @@ from srlm_utils.params import Experiment
 from srlm_utils.paths import EXAMPLE
 from srlm_utils.plan import external_inputs, fingerprint, list_steps, status
 from srlm_utils.report import COLUMNS
-from tests.conftest import ROOT, srlm
+from tests.conftest import ROOT, cli
 
 SMOKE = ROOT / "params/smoke.yaml"
 SHARED = {"01_seed_data@run", "02_sft@SFT", "03_build_eft@SFT", "02_sft@M1", "04_self_instruct@M1", "05_judge@M1"}
@@ -57,7 +57,7 @@ def fake_step(step, params, run):
         else:
             write_text(path, json.dumps({"mark": mark}) + "\n")
     inputs = {p: describe(run / p) for p in step.reads}
-    inputs |= {n: describe(p) for n, p in external_inputs(step.stage, params).items()}
+    inputs |= {n: describe(p) for n, p in external_inputs(params).items()}
     manifest = {"step": step.name, "params": params, "inputs": inputs, "git": "abc", "seconds": 6.0}
     write_json(run / "steps" / f"{step.name}.json", manifest | {"outputs": {p: describe(run / p) for p in step.writes}})
 
@@ -168,7 +168,7 @@ def test_bad_sweeps(made, variants, n, message):
 
 def test_the_command_line_refuses_before_anything_runs():
     for args in (["--variants", "nope"], ["--variants", "default", "--name", "../x"]):
-        result = srlm("sweep", "params/smoke.yaml", *args)
+        result = cli("sweep", "params/smoke.yaml", *args)
         assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr
 
 
@@ -261,6 +261,23 @@ def test_planted_differences_are_found():
     gain = row(table, "default", "default", "agreement_gain")
     assert (gain["value"], gain["verdict"]) == (0.5, "better")
     assert list(dict.fromkeys(table.variant)) == ["default", "random_pairs", "longer_wins"]
+
+
+def test_figures_show_the_default_against_its_control_once():
+    table = sweep_report.compare([planted(v, 0) for v in ("default", "random_pairs", "replay")])
+    names = ["default vs random_pairs", "replay vs default"]
+    assert [*dict.fromkeys(sweep_report.drawn(table, ["win_rate"], inside=False)[1].name)] == names
+    assert row(table, "random_pairs", "default", "win_rate")["value"] == 0.5  # the table has both
+
+
+def test_models_are_told_apart_by_their_weights_not_by_their_cards(tmp_path):
+    found = []
+    for name in ("a", "b"):
+        shutil.copytree(EXAMPLE, tmp_path / name)
+        write_text(tmp_path / name / "M1/model/model.safetensors", "the same")
+        write_text(tmp_path / name / "M1/model/README.md", f"# M1 of {name}")
+        found.append(cells.from_run(tmp_path / name).about["weights"])
+    assert found[0] == found[1] and [*found[0]] == ["M1"]
 
 
 def test_repetition_counts_against_a_variant():
@@ -404,7 +421,7 @@ def test_a_real_sweep_of_two_variants():
     sets = ["--set", "common.iterations=2"]
     args = ["sweep", str(Path("params/smoke.yaml")), *sets, "--variants", "default,random_pairs", "--name", name]
     try:
-        result = srlm(*args)
+        result = cli(*args)
         assert result.returncode == 0, result.stdout + result.stderr
         assert "taken over from other cells: 01_seed_data@run, 02_sft@SFT" in result.stdout
         one, other = cells.read_all(folders[1])
@@ -413,7 +430,7 @@ def test_a_real_sweep_of_two_variants():
         table = sweep_report.compare([one, other])
         assert {"M1"} == {*table[(table.variant != table.against) & (table.metric == "win_rate")].judge}
         assert (folders[1] / "report.html").is_file()
-        assert "2 of them done before" in srlm(*args).stdout
+        assert "2 of them done before" in cli(*args).stdout
     finally:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
