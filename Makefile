@@ -17,6 +17,9 @@ READY := $(VENV)/.ready
 PARAMS ?= params/quickstart.yaml
 ARGS ?=
 
+# two workers with a core each: tests wait for kernels more than they compute
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
 .PHONY: run test test-quick test-long test-browser lab bench lint example
 
 run: $(READY)
@@ -24,10 +27,10 @@ run: $(READY)
 
 test: $(READY)
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m "not long" --durations=10
+	$(PYTEST) -m "not long" --durations=10
 
 test-quick: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long
