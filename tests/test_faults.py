@@ -138,7 +138,7 @@ def cells(name):
 def run_stage(run, name, **params):
     stage, _, model = name.partition("@")
     defaults = STAGES[stage_key(stage)]().model_dump()
-    space = {**defaults, **STAGE[name], **params, "run_dir": str(run), "model": model, "display": print}
+    space = {**defaults, **STAGE.get(name, {}), **params, "run_dir": str(run), "model": model, "display": print}
     for cell in cells(name):
         exec(cell, space)
 
@@ -333,7 +333,8 @@ def test_no_candidates_are_said(stages):
 
 def test_a_seed_that_no_judgement_is_kept_of_is_said(stages):
     run, name = stages, "03_build_eft@SFT"
-    prepared(run, name)
+    finish(run, "01_seed_data@run")
+    write_json(run / "SFT/model/config.json", {})
     rows = read_jsonl(run / "seed/ranked_train.jsonl")
     alike = [{"reply_id": r["reply_id"], "text": r["text"], "rank": 0} for r in rows[0]["replies"]]
     write_jsonl(run / "seed/ranked_train.jsonl", [rows[0] | {"replies": alike}])
