@@ -73,9 +73,22 @@ def load(
     except (RuntimeError, MemoryError) as e:
         raise (too_large(folder) if out_of_memory(e) else e) from None
     attention.use(model)
-    if params.dropout and not params.lora_r and hasattr(model.config, "attention_dropout"):
-        model.config.attention_dropout = params.dropout
+    if not params.lora_r:
+        _drop_attention(model, params.dropout)
     return model, tokenizer
+
+
+def _drop_attention(model, dropout: float) -> None:
+    """Have attention drop this share of its weights in training, whatever the model's config says.
+
+    Its layers copied the config when they were built. The config itself is saved, and later trainings would drop too.
+    """
+    for module in model.modules():
+        own = getattr(module, "attention_dropout", None)
+        if isinstance(own, torch.nn.Dropout):
+            own.p = dropout
+        elif isinstance(own, int | float):
+            module.attention_dropout = dropout
 
 
 def _four_bit(params, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -1,4 +1,6 @@
+import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -174,6 +176,21 @@ def test_saved_weights_are_the_trained_ones(tiny, tmp_path, lora_r, dtype):
     assert float((saved - trained).norm()) < (1e-3 if dtype == "float32" else 0.2) * change
     assert (tmp_path / "model" / "README.md").read_text() == "# card\n"
     assert not list((tmp_path / "model").glob("*.bin"))
+
+
+def test_dropout_without_adapters_is_that_of_attention_and_is_not_saved(tiny, tmp_path):
+    shutil.copytree(tiny, dropping := tmp_path / "dropping")
+    own = json.loads((dropping / "config.json").read_text())
+    (dropping / "config.json").write_text(json.dumps(own | {"attention_dropout": 0.9}))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for folder, dropout in ((tiny, 0.9), (tiny, 0.0), (dropping, 0.0)):
+        net, _ = train.load(str(folder), params(lora_r=0, dropout=dropout))
+        net.train()
+        with torch.no_grad():
+            assert torch.equal(net(ids).logits, net(ids).logits) == (dropout == 0)
+        net.save_pretrained(tmp_path / "saved")
+        saved = json.loads((tmp_path / "saved/config.json").read_text())
+        assert saved["attention_dropout"] == (0.0 if folder == tiny else 0.9)
 
 
 def test_adapters_on_the_last_layers_leave_the_first_alone(tiny, tmp_path):
