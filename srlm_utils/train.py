@@ -613,28 +613,23 @@ def round_to_bfloat16(x: torch.Tensor, generator: torch.Generator) -> torch.Tens
     no direction of the update shares.
     """
     bits = x.float().contiguous().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, dtype=torch.int32)
-    return ((bits + noise.to(bits.device)) & -(1 << 16)).view(torch.float32).bfloat16()
-
-
-def merged(trainer, dtype: str, seed: int):
-    """The trained model as a plain one (`plain`)."""
-    return plain(trainer.accelerator.unwrap_model(trainer.model), dtype, seed)
+    noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, dtype=torch.int32).to(bits.device)
+    return noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32).bfloat16()
 
 
 def plain(model, dtype: str, seed: int):
-    """`model` without adapters: they are added to the weights in float32, which are then rounded once."""
+    """`model` without adapters: they are added to the weights in float32, which are then rounded once.
+
+    `model` itself is used up: it is moved to main memory, of which this takes four bytes a weight, since a card that
+    a training filled with two has no room for them; and it is rounded one weight after the other.
+    """
+    model = model.to("cpu", torch.float32)
     if hasattr(model, "merge_and_unload"):
-        model = model.float().merge_and_unload()
-    model = model.float()
+        model = model.merge_and_unload()
     if dtype == "bfloat16":
         generator = torch.Generator().manual_seed(seed)
-        values = {n: round_to_bfloat16(p.detach(), generator) for n, p in model.named_parameters()}
-        model = model.bfloat16()
-        with torch.no_grad():
-            for n, p in model.named_parameters():
-                p.copy_(values[n])
-        return model
+        for p in model.parameters():
+            p.data = round_to_bfloat16(p.detach(), generator)
     return model.to(getattr(torch, dtype))
 
 
