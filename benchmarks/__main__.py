@@ -13,7 +13,7 @@ import pandas as pd
 from benchmarks import generation, judging, loop, measure, scale, training
 from srlm_utils import step
 from srlm_utils.artefacts import read_json, write_json
-from srlm_utils.engine import pick_device, pick_dtype
+from srlm_utils.engine import cpu_features, pick_device, pick_dtype
 
 HERE = Path(__file__).parent
 PARTS = {
@@ -29,7 +29,7 @@ def machine() -> dict:
     """What the figures were measured on."""
     import torch
 
-    has = [name for name, on in torch.cpu.get_capabilities().items() if on is True]
+    has = [name for name, on in cpu_features().items() if on is True]
     return {
         "processor": platform.machine(),
         "features": [f for f in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if f in has],

@@ -55,8 +55,16 @@ def pick_dtype(dtype: str = "auto", device: str = "auto") -> str:
         return dtype
     if pick_device(device) == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    has = torch.cpu.get_capabilities()
+    has = cpu_features()
     return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
+
+
+def cpu_features() -> dict[str, bool]:
+    """What the processor can do, by torch's names; an older torch tells no more than what `pick_dtype` asks."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return dict(torch.cpu.get_capabilities())
+    known = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported"}
+    return {name: getattr(torch.cpu, asks, bool)() for name, asks in known.items()}
 
 
 MAX_BATCH = {"cpu": 256, "cuda": 512}  # texts sampled at once where memory allows; more gains little (benchmarks/)

@@ -160,6 +160,14 @@ def test_auto_dtype_is_what_the_processor_computes_in(monkeypatch, flags, expect
     assert pick_dtype("bfloat16", "cpu") == "bfloat16"
 
 
+@pytest.mark.parametrize("has,expected", [((), "float32"), (("avx512_bf16",), "bfloat16"), (("amx_tile",), "bfloat16")])
+def test_auto_dtype_on_a_torch_that_tells_less(monkeypatch, has, expected):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    for name in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in has, raising=False)
+    assert pick_dtype("auto", "cpu") == expected
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("how", ["sampled", "greedy", "choices", "text"])
 def test_logits_that_are_no_numbers_name_their_requests(tiny, value, how):
