@@ -48,6 +48,10 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, d
     Many queries in float32, or on a GPU, are left to torch's fused attention, which is faster there.
     """
     batch, heads, n, d = query.shape
+    if attention_mask is not None and attention_mask.dtype != query.dtype:
+        # weights in bfloat16 without autocast, as under DeepSpeed: CUDA's fused attention takes no other mask, and
+        # float32's least number would become minus infinity
+        attention_mask = attention_mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
     if attention_mask is None or n > 1 and (query.is_cuda or query.dtype == torch.float32):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs

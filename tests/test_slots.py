@@ -166,6 +166,29 @@ def test_grouped_attention_is_attention(n, dtype):
     )
 
 
+class OnCuda(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, OnCuda])
+def test_a_mask_of_another_dtype_becomes_the_querys_and_stays_finite(monkeypatch, kind):
+    """CUDA's fused attention takes no other; and a row that sees nothing must not become NaN."""
+    q, k, v = (torch.randn(1, 2, 5, 16).bfloat16() for _ in range(3))
+    mask = torch.zeros(1, 1, 5, 5).masked_fill(torch.ones(5, 5).triu(1) > 0, torch.finfo(torch.float32).min)
+    mask[..., 0, :] = torch.finfo(torch.float32).min
+    seen = []
+
+    def sdpa(module, query, key, value, attention_mask, **kwargs):
+        seen.append(attention_mask)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attention_mask), None
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", sdpa)
+    out, _ = attention.grouped_attention(torch.nn.Module().eval(), q.as_subclass(kind), k, v, mask)
+    assert bool(torch.isfinite(out).all())
+    assert [m.dtype for m in seen] == [torch.bfloat16] * (kind is OnCuda)
+    assert all(bool(torch.isfinite(m).all()) for m in seen)
+
+
 def test_sampling_in_chunks_and_of_float32_leaves_the_logits_as_they_are():
     logits, u = torch.randn(3 * sampling.CHUNK + 5, 500), torch.rand(3 * sampling.CHUNK + 5)
     before = logits.clone()
