@@ -192,6 +192,18 @@ def as_it_comes(trainer, on: bool = True) -> None:
             module.cast_input_dtype_enabled = not on
 
 
+def learn_in_float32(model) -> None:
+    """Give the adapters of a model in 4 bits the dtype that all others have.
+
+    trl turns them into bfloat16, where most small updates round away, and AdamW's averages would follow. No optimizer
+    may know them yet.
+    """
+    if getattr(model, "is_loaded_in_4bit", False):
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.float()
+
+
 def batch_sizes(params) -> tuple[int, int]:
     """(rows a micro-batch, micro-batches an optimizer step)."""
     micro = min(params.micro_batch_size, params.train_batch_size)
@@ -303,6 +315,7 @@ class PackedSFTTrainer(ranks.AcrossRanks, SFTTrainer):
     def __init__(self, *args, score_ids: list[int], rank_weight: float, **kwargs):
         super().__init__(*args, **kwargs)
         self.score_ids, self.rank_weight = score_ids, rank_weight
+        learn_in_float32(self.model)
         as_it_comes(self)
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
         self.kept = None
@@ -424,6 +437,7 @@ class TokenisedDPOTrainer(DPOTrainer):
         self.share, self.keep, self.lengths, self.less_memory = share, keep, lengths, less_memory
         self._to_read = iter(ids)
         super().__init__(*args, **kwargs)
+        learn_in_float32(self.model)
         as_it_comes(self)
 
     def _prepare_dataset(self, dataset, *args, **kwargs):

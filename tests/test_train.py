@@ -251,6 +251,24 @@ def test_a_model_is_rounded_weight_by_weight_and_ties_stay(tiny, monkeypatch, lo
     assert all(torch.equal(found[n], w) and found[n].dtype == torch.bfloat16 for n, w in expected.items())
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("four_bit", [True, False])
+def test_adapters_of_a_model_in_4_bits_learn_in_float32(tiny, tmp_path, kind, four_bit):
+    """bitsandbytes needs a GPU: here the model says of itself that it is in 4 bits, and its base stays as it was."""
+    p = params(dtype="bfloat16")
+    net, tok = train.load(tiny, p)
+    net.is_loaded_in_4bit = four_bit
+    if kind == "sft":
+        rows, _ = train.sft_rows(tok, [{"prompt": q, "response": a} for q, a in ANSWERS], 512)
+        trainer = train.sft_trainer(net, tok, rows, p, tmp_path)
+    else:
+        trainer = train.dpo_trainer(net, tok, train.dpo_rows(tok, PAIRS, 512)[0], p, tmp_path)
+    assert trainer.optimizer is None
+    learning = {w.dtype for w in trainer.model.parameters() if w.requires_grad}
+    frozen = {w.dtype for w in trainer.model.parameters() if not w.requires_grad}
+    assert (learning, frozen) == ({torch.float32}, {torch.bfloat16})
+
+
 def test_a_batch_that_does_not_divide_is_refused(tiny, tmp_path):
     p = params(train_batch_size=4, micro_batch_size=3)
     net, tok = train.load(tiny, p)
