@@ -78,7 +78,8 @@ def train_judge(step, base: str, ranked: list[dict], work: Path, folder: Path, *
     """Fine-tune `base` to score ranked replies (`train.supervised_losses`); `folder` appears whole."""
     from srlm_utils import train
 
-    p = SimpleNamespace(**{"device": step.params.device, "dtype": step.params.dtype} | RECIPE | recipe)
+    dtype = step.params.dtype if step.params.dtype != "float16" else "auto"  # which a step may write in, not train
+    p = SimpleNamespace(**{"device": step.params.device, "dtype": dtype} | RECIPE | recipe)
     model, tokenizer = train.load(base, p)
     rows = lessons(tokenizer, coarsened(ranked, p.seed), p.max_length)
     trainer = train.sft_trainer(model, tokenizer, rows, p, work)

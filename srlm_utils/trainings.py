@@ -54,6 +54,11 @@ def read_config(path: str) -> dict:
 
 def check(params: dict) -> None:
     """Raise `ParamError` where parameters of a training cannot go together, before anything heavy is imported."""
+    if "lora_r" in params and params["dtype"] == "float16":
+        raise ParamError(
+            "dtype = 'float16' is for writing and judging: gradients would underflow in it. Set sft.dtype and "
+            "dpo.dtype to bfloat16, or to float32 where the hardware has none; auto picks."
+        )
     if params.get("load_in_4bit") and not params["lora_r"]:
         raise ParamError("load_in_4bit = True trains adapters on a frozen base: set lora_r, 16 for example.")
     if params.get("keep_adapters") and not params["lora_r"]:
@@ -61,6 +66,11 @@ def check(params: dict) -> None:
     if not params.get("launch"):
         return
     config = read_config(params["launch"])
+    if config.get("distributed_type") == "DEEPSPEED" and params["load_in_4bit"]:
+        raise ParamError(
+            f"load_in_4bit = True with launch = {params['launch']!r}: DeepSpeed cannot divide weights in 4 bits. "
+            "Take an fsdp2 config, or load_in_4bit: false."
+        )
     if config.get("distributed_type") == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
         raise ParamError(
             f"launch = {params['launch']!r}: the package deepspeed is not installed. .venv/bin/pip install "

@@ -74,6 +74,11 @@ def test_accelerate_reads_every_config(path):
         ),
         ({"load_in_4bit": True, "lora_r": 0}, "load_in_4bit"),
         ({"keep_adapters": True, "lora_r": 0}, "keep_adapters"),
+        ({"dtype": "float16"}, r"for writing and judging.*Set sft\.dtype and dpo\.dtype to bfloat16"),
+        (
+            {"launch": "params/accelerate/deepspeed_zero3_8gpu.yaml", "load_in_4bit": True, "micro_batch_size": 1},
+            "DeepSpeed cannot divide weights in 4 bits. Take an fsdp2 config",
+        ),
     ],
 )
 def test_what_cannot_be_launched_is_refused_before_anything_runs(values, says):
@@ -83,6 +88,7 @@ def test_what_cannot_be_launched_is_refused_before_anything_runs(values, says):
             trainings.check(flat)
     trainings.check(Experiment({}).flat("02_sft", "M1", "run"))
     trainings.check(Experiment({}).flat("01_seed_data", "run", "run"))
+    trainings.check(Experiment({"common": {"dtype": "float16"}}).flat("05_judge", "M1", "run"))
 
 
 def test_what_is_not_installed_is_named(monkeypatch):

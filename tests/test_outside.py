@@ -93,6 +93,19 @@ def test_a_judge_learns_its_lessons(tiny, tmp_path):
     assert figures["exam_tie_rate"]["value"] == 0
 
 
+def test_a_step_that_writes_in_float16_can_make_it(tiny, tmp_path, monkeypatch):
+    """The dtype is one to write and judge in; training has no loss scaler."""
+    from srlm_utils import train
+
+    asked = []
+    monkeypatch.setattr(train, "load", lambda base, p: asked.append(p.dtype) or 1 / 0)
+    step = fake_step()
+    for step.params.dtype in ("float16", "bfloat16"):
+        with pytest.raises(ZeroDivisionError):
+            outside.train_judge(step, tiny, [], tmp_path / "work", tmp_path / "judge")
+    assert asked == ["auto", "bfloat16"]
+
+
 def test_the_exam_is_sat_once(monkeypatch, tmp_path):
     monkeypatch.setattr(outside, "cache_dir", lambda: tmp_path)
     monkeypatch.setattr(outside, "EXAMS", ("ranked_eval",))
