@@ -8,6 +8,7 @@ win rate that it decides. Asked for verdicts on two answers at once, a model of 
 it is taught (LOG.md).
 """
 
+import gc
 import hashlib
 import inspect
 import json
@@ -62,14 +63,21 @@ def rubric() -> judge.Rubric:
 def fetch(step) -> str:
     """Folder of the outside judge; made by `step`, with its device and dtype, if the cache does not hold it.
 
-    An interrupted making continues from its last checkpoint.
+    An interrupted making continues from its last checkpoint. It needs the card: the step's servers end, and come back
+    when they are asked again.
     """
 
     def make(folder: Path) -> None:
+        import torch
+
+        step.release()
         print("the outside judge is made once: on a CPU from several minutes to most of an hour", flush=True)
         work = cache_dir() / "models" / f".{NAME}-{version()}.work"
         ranked = [row for path in LESSONS for row in read_jsonl(path)]
         train_judge(step, seed_model.fetch(BASE)["path"], ranked, work, folder)
+        gc.collect()  # trainer and model hold each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     return str(seed_model.cached(NAME, version(), make))
 

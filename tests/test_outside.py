@@ -152,7 +152,8 @@ def test_it_is_made_once(monkeypatch, tmp_path):
     monkeypatch.setattr(outside, "cache_dir", lambda: tmp_path)
     monkeypatch.setattr(seed_model, "cache_dir", lambda: tmp_path)
     monkeypatch.setattr(seed_model, "fetch", lambda name: {"path": f"/models/{name}"})
-    made = []
+    made, step = [], fake_step()
+    step.release = lambda: made.append("room on the card")
 
     def teach(step, base, ranked, work, folder):
         made.append((base, len(ranked)))
@@ -160,9 +161,10 @@ def test_it_is_made_once(monkeypatch, tmp_path):
         (folder / "config.json").write_text("{}")
 
     monkeypatch.setattr(outside, "train_judge", teach)
-    folders = {outside.fetch(fake_step()) for _ in range(2)}
+    folders = {outside.fetch(step) for _ in range(2)}
     assert len(folders) == 1 and made == [
-        ("/models/gemma-3-270m", sum(len(read_jsonl(path)) for path in outside.LESSONS))
+        "room on the card",
+        ("/models/gemma-3-270m", sum(len(read_jsonl(path)) for path in outside.LESSONS)),
     ]
 
 
