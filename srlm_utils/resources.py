@@ -40,6 +40,11 @@ def free_memory() -> int:
     return max(free, 0)
 
 
+def has_gpu() -> bool:
+    """Whether there is a GPU that torch may use, asked without torch: NVIDIA's, AMD's, or one that Windows shares."""
+    return any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
+
+
 def free_disk(folder: Path) -> int:
     """Bytes that are free where `folder` is, or will be."""
     while not folder.exists():
@@ -146,7 +151,7 @@ def check(name: str, stage: str, params: dict, run: Path, model: Path | None) ->
             f"{name} needs {_gb(disk)} of disk in {run}, and {_gb(free)} are free. Free some, or move the run{advice}."
         )
     elsewhere = params.get("engine") == "server"
-    if not n or elsewhere or params.get("device") not in ("auto", "cpu") or _has_gpu():
+    if not n or elsewhere or params.get("device") not in ("auto", "cpu") or has_gpu():
         return
     free = free_memory()
     if memory > free:
@@ -179,10 +184,6 @@ def _texts(model: Path, params: dict, item: int) -> float:
     layers, width, _, vocabulary = config(model)
     length = params.get("max_new_tokens", params.get("judge_max_new_tokens", 0))
     return params.get("batch_size", 0) * (2 * layers * width * length * item + 16 * vocabulary)
-
-
-def _has_gpu() -> bool:
-    return any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/kfd"))
 
 
 def _gb(n: float) -> str:

@@ -11,18 +11,18 @@ import signal
 import sys
 import threading
 import types
-from pathlib import Path
 
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
+
+from srlm_utils.resources import has_gpu
 
 IMPORTS = ["srlm_utils.warm_imports"]
 
 
 def possible() -> bool:
     """Linux without a GPU: elsewhere it is not safe to fork a process that has imported torch."""
-    gpus = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, Windows' subsystem for Linux
-    return sys.platform == "linux" and not any(Path(p).exists() for p in gpus)
+    return sys.platform == "linux" and not has_gpu()
 
 
 class Manager(AsyncKernelManager):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from srlm_utils import cli, resources, seed_model, train
+from srlm_utils import cli, resources, seed_model, train, warm
 from srlm_utils.artefacts import write_json
 from srlm_utils.engine import Engine
 from srlm_utils.errors import ModelError, ResourceError
@@ -36,7 +36,7 @@ def machine(monkeypatch):
     def free(memory=1e15, disk=1e15):
         monkeypatch.setattr(resources, "free_memory", lambda: memory)
         monkeypatch.setattr(resources, "free_disk", lambda folder: disk)
-        monkeypatch.setattr(resources, "_has_gpu", lambda: False)
+        monkeypatch.setattr(resources, "has_gpu", lambda: False)
 
     return free
 
@@ -70,6 +70,15 @@ def test_disk_is_asked_for_before_a_step(large, machine):
     machine(disk=1e6)
     with pytest.raises(ResourceError, match=r"needs 0\.1 GB of disk .*Free some, or move the run\."):
         resources.check("09_report@run", "09_report", {}, large / "run", None)
+
+
+@pytest.mark.parametrize("device", ["/dev/nvidiactl", "/dev/kfd", "/dev/dxg"])
+def test_a_gpu_is_one_for_memory_and_for_warm_kernels_alike(large, monkeypatch, device):
+    monkeypatch.setattr(resources, "free_memory", lambda: 0)
+    monkeypatch.setattr(resources.Path, "exists", lambda path: str(path) == device)
+    assert resources.has_gpu() and not warm.possible()
+    monkeypatch.setattr(resources, "free_disk", lambda folder: 1e15)
+    ask(large, Judge, "05_judge")  # whose memory is not the machine's
 
 
 def test_free_disk_of_a_folder_that_is_not_there_yet(tmp_path):
