@@ -98,7 +98,6 @@ DEVICES = {d.name: d for d in (H100, A100, CPU)}
 # engine is faster than `generate` (README, Speed), on a CPU; on a GPU it was not measured.
 TRANSFORMERS_SLOWER = 948.26 / 133.70
 
-VLLM_SHARE = 0.9  # of a card's memory, which vLLM takes whatever it needs (gpu_memory_utilization)
 TEXTS = 64  # texts at once that must fit beside the weights for the rates above
 CUDA = 1.5 * GB  # context, communication buffers and what fragments leave unused, of each card
 COMPARED = 4  # models that a launched training keeps until they are compared: a few hundred steps, every 200
@@ -141,7 +140,7 @@ def step_cost(step: Step, experiment: Experiment, n_devices: int, device: Device
     if not any(made.values()):
         return Cost(step, made, 0, device.start, resources.PYTHON)
     training = key in ("sft", "dpo")
-    weights = (4 if p["dtype"] == "float32" else 2) * size.parameters
+    weights = resources.weight_bytes(p["dtype"], device is CPU) * size.parameters
     copies, width = (1, n_devices if p.get("launch") else 1) if training else _replicas(p, n_devices)
     copies, width = (1, 1) if device is CPU else (copies, width)
     vllm, rate = p.get("engine", "transformers") != "transformers" and not training, dict(device.rate)

@@ -133,15 +133,17 @@ def check(name: str, stage: str, params: dict, run: Path, model: Path | None) ->
     key = stage_key(stage)
     n = n_parameters(model) if model else 0
     training, disk = key in ("sft", "dpo"), MARGIN
-    item = 4 if params.get("dtype") == "float32" else 2
-    memory = PYTHON + n * item if n else 0
+    on_cpu = params.get("device") == "cpu" or not has_gpu()
+    here = params.get("engine", "transformers") == "transformers"  # a server has a dtype of its own, as vLLM has
+    item = weight_bytes(params.get("dtype", "auto"), on_cpu and here) if n else 0
+    memory = beside = PYTHON + n * item  # the least in all; what is held beside a batch
     lower = "take a smaller model (common.seed_model), or a machine with more memory"
     if training:
-        whole = not params["lora_r"]
         disk += n * item
-        if whole:
-            memory = PYTHON + n * 16  # float32 weights, their gradients, and the two averages of AdamW
-            lower = f"set {key}.lora_r to train adapters (16 takes {_gb(PYTHON + n * item)})"
+        memory = PYTHON + n * 4  # adapters are added to their base in float32
+        if not params["lora_r"]:
+            lower = f"set {key}.lora_r to train adapters (16 takes {_gb(memory)})"
+            memory = beside = PYTHON + n * 16  # float32 weights, their gradients, and the two averages of AdamW
             disk += n * 12 * 2 if params["save_steps"] else 0  # a new checkpoint is written before the old one goes
     free = free_disk(run)
     if disk > free:
@@ -150,16 +152,26 @@ def check(name: str, stage: str, params: dict, run: Path, model: Path | None) ->
         raise ResourceError(
             f"{name} needs {_gb(disk)} of disk in {run}, and {_gb(free)} are free. Free some, or move the run{advice}."
         )
-    elsewhere = params.get("engine") == "server"
-    if not n or elsewhere or params.get("device") not in ("auto", "cpu") or has_gpu():
+    elsewhere = params.get("engine") == "server" or params.get("device") == "cuda"
+    if not n or elsewhere or not on_cpu:
         return
     free = free_memory()
     if memory > free:
         raise ResourceError(f"{name} needs at least {_gb(memory)} of memory, and {_gb(free)} are free: {lower}.")
     batches = _batches(model, params, item) if training else _texts(model, params, item)
-    if memory + batches > free:
+    most = max(memory, beside + batches)
+    if most > free:
         by = f"{key}.micro_batch_size" if training else f"{yaml_section(stage)}.batch_size"
-        print(f"WARNING: {name} may need {_gb(memory + batches)} of memory, and {_gb(free)} are free: lower {by}.")
+        print(f"WARNING: {name} may need {_gb(most)} of memory, and {_gb(free)} are free: lower {by}.")
+
+
+def weight_bytes(dtype: str, on_cpu: bool) -> int:
+    """Bytes of one weight of a model in a step's `dtype`. On a CPU "auto" is what that computes in."""
+    if dtype == "auto" and on_cpu:
+        from srlm_utils.engine import pick_dtype  # and torch, which a step with a model needs anyway
+
+        dtype = pick_dtype(dtype, "cpu")
+    return 4 if dtype == "float32" else 2
 
 
 def config(model: Path) -> tuple[int, int, int, int]:

@@ -335,7 +335,7 @@ def begin_step(stage: str, namespace: dict) -> StepRun:
     """Check a notebook's parameters and inputs, take the step's lock, and say what will be read.
 
     `namespace` is the notebook's ``globals()``; exactly the stage's parameters are taken from it.
-    Raises `ParamError`, `MissingInputError` or `LockedError` before anything heavy is imported.
+    Raises `ParamError`, `MissingInputError`, `ResourceError` or `LockedError` before any model is loaded.
     """
     # an error about the input is a message to a reader, not a stack of the kit's insides
     _quiet_kit_errors()

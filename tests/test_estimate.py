@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from srlm_utils import cli, estimate
+from srlm_utils import cli, engine, estimate
 from srlm_utils.artefacts import read_json
 from srlm_utils.errors import ParamError
 from srlm_utils.estimate import A100, CPU, DEVICES, H100, SIZES
@@ -84,6 +84,14 @@ def test_all_weights_take_16_bytes_each_and_devices_share_them():
     size, p = SIZES["meta-llama/Llama-3.1-8B"], Experiment(tree).flat("02_sft", "M1", "")
     eight = estimate._training_memory(size, p, "sft", 8, 2 * size.parameters)
     assert eight == pytest.approx(one.memory - estimate.CUDA - 14 * 8.03e9, rel=0.01)
+
+
+def test_on_a_processor_without_bfloat16_auto_is_float32(monkeypatch):
+    both = []
+    for bfloat16 in (True, False):
+        monkeypatch.setattr(engine, "cpu_features", lambda has=bfloat16: {"avx512_bf16": has})
+        both.append(costs({"common": {"seed_model": "meta-llama/Llama-3.1-8B"}}, 1, CPU)[0]["05_judge@M1"].memory)
+    assert both[1] - both[0] == pytest.approx(2 * 8.03e9)
 
 
 def test_a_training_on_more_devices_is_faster_only_if_it_is_launched(monkeypatch):

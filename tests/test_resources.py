@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from srlm_utils import cli, resources, seed_model, train, warm
+from srlm_utils import cli, engine, resources, seed_model, train, warm
 from srlm_utils.artefacts import write_json
 from srlm_utils.engine import Engine
 from srlm_utils.errors import ModelError, ResourceError
@@ -31,12 +31,13 @@ def large(tmp_path):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine without a GPU and with so many free bytes of memory and disk."""
+    """A machine without a GPU and with so many free bytes of memory and disk, whose processor has bfloat16."""
 
-    def free(memory=1e15, disk=1e15):
+    def free(memory=1e15, disk=1e15, bfloat16=True):
         monkeypatch.setattr(resources, "free_memory", lambda: memory)
         monkeypatch.setattr(resources, "free_disk", lambda folder: disk)
         monkeypatch.setattr(resources, "has_gpu", lambda: False)
+        monkeypatch.setattr(engine, "cpu_features", lambda: {"avx512_bf16": bfloat16})
 
     return free
 
@@ -59,6 +60,22 @@ def test_memory_is_asked_for_before_a_step(large, machine, capsys):
     with pytest.raises(ResourceError, match=r"05_judge@M1 needs at least 2\.5 GB of memory.*seed_model"):
         ask(large, Judge, "05_judge")
     ask(large, Judge, "05_judge", device="cuda")  # another memory, which is asked when it is there
+
+
+def test_memory_is_counted_in_the_dtype_that_the_processor_has(large, machine, monkeypatch):
+    machine(memory=3e9)
+    ask(large, Judge, "05_judge")
+    with pytest.raises(ResourceError, match=r"02_sft@M1 needs at least 4\.5 GB of memory"):  # to be merged
+        ask(large, Sft, "02_sft")
+    machine(memory=3e9, bfloat16=False)
+    with pytest.raises(ResourceError, match=r"05_judge@M1 needs at least 4\.5 GB of memory"):
+        ask(large, Judge, "05_judge")
+    ask(large, Judge, "05_judge", dtype="bfloat16")
+    ask(large, Judge, "05_judge", engine="vllm")
+    monkeypatch.setattr(resources, "has_gpu", lambda: True)
+    ask(large, Judge, "05_judge")
+    with pytest.raises(ResourceError, match=r"needs at least 4\.5 GB of memory"):
+        ask(large, Judge, "05_judge", device="cpu")
 
 
 def test_disk_is_asked_for_before_a_step(large, machine):
@@ -105,9 +122,10 @@ def test_pickles_are_not_loaded_by_anyone(tiny, tmp_path):
             load(str(folder))
 
 
-def test_parameters_are_counted_from_the_heads(tiny, engine, large):
+def test_parameters_are_counted_from_the_heads(tiny, large):
     assert resources.n_parameters(large) == 10**9
-    assert resources.n_parameters(seed_model.Path(tiny)) >= sum(p.numel() for p in engine.model.parameters())
+    model = Engine(tiny, dtype="float32", device="cpu").model
+    assert resources.n_parameters(seed_model.Path(tiny)) >= sum(p.numel() for p in model.parameters())
 
 
 def test_status_of_a_run_with_damaged_and_stale_steps(tmp_path, capsys):
