@@ -19,6 +19,7 @@ JudgeMode = Literal["sampled", "expected", "sampled_expected"]
 PairRule = Literal["score", "length_control", "random", "longer", "shorter"]
 # where a model runs, as opposed to what it computes: none of these makes a step stale
 PLACE = ("server_urls", "serve_command", "tensor_parallel_size", "gpu_memory_utilization")
+WHICH_CARD = " CUDA_VISIBLE_DEVICES=1 in the environment chooses the second card, for example."
 Tracker = Literal["none", "tensorboard", "trackio", "wandb", "mlflow"]
 
 
@@ -42,7 +43,7 @@ class Step(_Params):
 
 
 class _ModelStep(Step):
-    device: str = "auto"  # auto, cpu, cuda
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bfloat16 where the hardware has it
     batch_size: int = Field(0, ge=0)  # texts sampled at once; 0 takes as many as fit
     trust_remote_code: bool = False
@@ -370,7 +371,8 @@ def parse_set(text: str) -> dict:
             raw = [raw]
         at[keys[-1]] = TypeAdapter(annotation).validate_python(raw)
     except (ValidationError, yaml.YAMLError) as e:
-        raise ParamError(f"--set {text}: {value!r} is no {_type_name(annotation)}.") from e
+        hint = WHICH_CARD if keys[-1] == "device" else ""
+        raise ParamError(f"--set {text}: {value!r} is no {_type_name(annotation)}.{hint}") from e
     return tree
 
 
@@ -402,6 +404,8 @@ def check(cls: type[BaseModel], values: dict, where: str) -> dict:
                 if "e" in err["input"].lower()
                 else " Write it without quotes."
             )
+        if name == "device":
+            hint = WHICH_CARD
         raise ParamError(f"{where}: {name} = {err['input']!r}: {err['msg']}.{hint}") from e
 
 

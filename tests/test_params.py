@@ -21,6 +21,7 @@ from srlm_utils.plan import fingerprint, make_step, status
         ({"dpo": {"epochs": 1.5}}, "epochs = 1.5"),
         ({"dpo": {"learning_rate": "5e-7"}}, r"write 5\.0e-7"),
         ({"judge": {"judge_mode": "both"}}, "judge_mode = 'both'"),
+        ({"common": {"device": "cuda:1"}}, "device = 'cuda:1'.*CUDA_VISIBLE_DEVICES=1 in the environment"),
         ({"by_model": {"M2": {"dpo": {"beta": "x"}}}}, "beta = 'x'"),
         ({"common": {"iterations": 0}}, "iterations = 0"),
         ({"sft": {"dropout": 1.0}}, "dropout = 1.0"),
@@ -114,6 +115,12 @@ def test_set_values_have_the_fields_own_type(text, value):
 def test_a_misspelt_set_suggests_the_name():
     with pytest.raises(ParamError, match="Did you mean 'beta'"):
         parse_set("by_model.M2.dpo.betta=0.1")
+
+
+def test_a_card_that_is_set_by_its_number_is_told_how():
+    with pytest.raises(ParamError, match=r"'cuda:1' is no Literal\. CUDA_VISIBLE_DEVICES=1"):
+        parse_set("common.device=cuda:1")
+    assert parse_set("dpo.device=cpu") == {"dpo": {"device": "cpu"}}
 
 
 def test_merge_lays_trees_over_each_other():
