@@ -16,7 +16,7 @@ PLAIN_TEMPLATE = (
 TEMPLATES = {"plain": PLAIN_TEMPLATE}
 
 
-def load_tokenizer(folder: str, *, revision: str = "", chat_template: str = "", trust_remote_code: bool = False):
+def load_tokenizer(folder: str, *, chat_template: str = "", trust_remote_code: bool = False):
     """Tokenizer of a model folder or hub id, ready for the kit: a chat template and a pad token.
 
     `chat_template` "" keeps the tokenizer's own and falls back to the kit's `plain` one for base
@@ -27,9 +27,7 @@ def load_tokenizer(folder: str, *, revision: str = "", chat_template: str = "", 
     if chat_template and chat_template not in TEMPLATES:
         raise ModelError(f'chat_template: found {chat_template!r}, expected "" or one of {sorted(TEMPLATES)}.')
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, revision=revision or None, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as e:
         raise ModelError(
             f"{folder}: no tokenizer could be loaded ({str(e).splitlines()[0]}). Expected "

@@ -87,7 +87,6 @@ class Engine:
         self,
         folder: str,
         *,
-        revision: str = "",
         device: str = "auto",
         dtype: str = "auto",
         batch_size: int = 0,
@@ -96,9 +95,7 @@ class Engine:
     ):
         from transformers import AutoModelForCausalLM
 
-        tokenizer = chat.load_tokenizer(
-            folder, revision=revision, chat_template=chat_template, trust_remote_code=trust_remote_code
-        )
+        tokenizer = chat.load_tokenizer(folder, chat_template=chat_template, trust_remote_code=trust_remote_code)
         device = pick_device(device)
         if device == "cpu":
             keep_memory()
@@ -107,7 +104,6 @@ class Engine:
             model = (
                 AutoModelForCausalLM.from_pretrained(
                     folder,
-                    revision=revision or None,
                     dtype=getattr(torch, pick_dtype(dtype, device)),
                     use_safetensors=True,
                     trust_remote_code=trust_remote_code,

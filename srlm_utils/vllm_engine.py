@@ -38,14 +38,12 @@ class VllmEngine:
     A seed repeats on the same machine for the same requests, mostly: what else is in a batch decides rounding.
     """
 
-    def __init__(self, folder: str, *, revision: str = "", chat_template: str = "", trust_remote_code: bool = False):
-        self.folder, self.revision, self.trust = folder, revision, trust_remote_code
+    def __init__(self, folder: str, *, chat_template: str = "", trust_remote_code: bool = False):
+        self.folder, self.trust = folder, trust_remote_code
         check_weights(folder)
-        self.tokenizer = chat.load_tokenizer(
-            folder, revision=revision, chat_template=chat_template, trust_remote_code=trust_remote_code
-        )
+        self.tokenizer = chat.load_tokenizer(folder, chat_template=chat_template, trust_remote_code=trust_remote_code)
         self.context = context.of_folder(folder)
-        self._ends = {self.tokenizer.eos_token_id, chat.end_of_turn(self.tokenizer), *_eos(folder, revision)}
+        self._ends = {self.tokenizer.eos_token_id, chat.end_of_turn(self.tokenizer), *_eos(folder)}
 
     def generate(
         self,
@@ -136,7 +134,6 @@ class Vllm(VllmEngine):
         super().__init__(folder, **source)
         self._how = {
             "model": folder,
-            "revision": self.revision or None,
             # auto is not vLLM's, which is the weights' own: the kit keeps float32 on disk where updates are small
             "dtype": "bfloat16" if dtype == "auto" else dtype,
             "tensor_parallel_size": tensor_parallel_size,
@@ -208,12 +205,12 @@ def _seed(seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:7], "little")
 
 
-def _eos(folder: str, revision: str) -> list[int]:
+def _eos(folder: str) -> list[int]:
     """Tokens that end a text by the model's own configuration."""
     from transformers import AutoConfig, GenerationConfig
 
     try:
-        eos = GenerationConfig.from_pretrained(folder, revision=revision or None).eos_token_id
+        eos = GenerationConfig.from_pretrained(folder).eos_token_id
     except OSError:  # a folder without one
-        eos = AutoConfig.from_pretrained(folder, revision=revision or None).eos_token_id
+        eos = AutoConfig.from_pretrained(folder).eos_token_id
     return [] if eos is None else eos if isinstance(eos, list) else [eos]
