@@ -134,8 +134,7 @@ class Vllm(VllmEngine):
         super().__init__(folder, **source)
         self._how = {
             "model": folder,
-            # auto is not vLLM's, which is the weights' own: the kit keeps float32 on disk where updates are small
-            "dtype": "bfloat16" if dtype == "auto" else dtype,
+            "dtype": dtype,
             "tensor_parallel_size": tensor_parallel_size,
             "gpu_memory_utilization": gpu_memory_utilization,
             "enable_prefix_caching": True,
@@ -169,11 +168,18 @@ class Vllm(VllmEngine):
 
     def _engine(self):
         from vllm import LLM
+        from vllm.platforms import current_platform
 
-        key = (self.folder, *sorted((k, str(v)) for k, v in self._how.items()))
+        how = dict(self._how)
+        if how["dtype"] == "auto":
+            # not vLLM's own, which goes by the weights: the kit keeps float32 on disk where updates are small. The
+            # first of its list is bfloat16, or float16 on cards without, where its attention is slow in float32. Torch
+            # is not asked: a process that has opened the card cannot fork vLLM's
+            how["dtype"] = str(current_platform.supported_dtypes[0]).removeprefix("torch.")
+        key = (self.folder, *sorted((k, str(v)) for k, v in how.items()))
         if key not in _loaded:
             release()
-            _loaded[key] = LLM(**self._how)
+            _loaded[key] = LLM(**how)
         return _loaded[key].llm_engine
 
 

@@ -1,7 +1,10 @@
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from srlm_utils import chat, judge, verdicts
+from srlm_utils import chat, judge, verdicts, vllm_engine
 from srlm_utils.engine import Engine, pick_dtype
 from srlm_utils.errors import ModelError, StepFailed
 
@@ -166,6 +169,20 @@ def test_auto_dtype_on_a_torch_that_tells_less(monkeypatch, has, expected):
     for name in ("avx512_bf16", "amx_tile"):
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in has, raising=False)
     assert pick_dtype("auto", "cpu") == expected
+
+
+@pytest.mark.parametrize("dtype,expected", [("auto", "float16"), ("float32", "float32")])
+def test_vllm_is_given_a_dtype_that_its_card_has(tiny, monkeypatch, dtype, expected):
+    """vLLM's list for a Turing card: bfloat16 is not on it."""
+    asked = []
+    platform = SimpleNamespace(supported_dtypes=[torch.float16, torch.float32])
+    loads = lambda **how: asked.append(how) or SimpleNamespace(llm_engine="the engine")  # noqa: E731
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=loads))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
+    monkeypatch.setattr(vllm_engine, "_loaded", {})
+    for _ in range(2):
+        assert vllm_engine.Vllm(tiny, dtype=dtype)._engine() == "the engine"
+    assert [how["dtype"] for how in asked] == [expected]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
