@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from srlm_utils.artefacts import read_jsonl
-from srlm_utils.engine import pick_dtype
+from srlm_utils.engine import pick_device, pick_dtype
 from srlm_utils.plan import seed_path
 
 REPEATS = 3
@@ -51,18 +51,22 @@ def ratio(name: str, rates: dict[str, list[float]], ours: str, theirs: str, targ
 
 
 def limits() -> dict[str, float]:
-    """What the machine could do: GFLOP/s of a matrix product in the dtype the kit picks, GB/s of a memory copy."""
-    dtype = getattr(torch, pick_dtype())
-    x, w = torch.randn(512, 576, dtype=dtype), torch.randn(1536, 576, dtype=dtype)
-    a = torch.empty(100_000_000, dtype=torch.uint8)
+    """What the device that the kit picks could do: GFLOP/s of a matrix product in its dtype, GB/s of a memory copy."""
+    device = pick_device()
+    how = {"dtype": getattr(torch, pick_dtype()), "device": device}
+    x, w = torch.randn(512, 576, **how), torch.randn(1536, 576, **how)
+    a = torch.empty(100_000_000, dtype=torch.uint8, device=device)
+    done = torch.cuda.synchronize if device == "cuda" else lambda: None  # a call there returns before it is done
     b = torch.empty_like(a)
 
     def middle(f, n):
         times = []
         for _ in range(7):
+            done()
             start = time.perf_counter()
             for _ in range(n):
                 f()
+            done()
             times.append((time.perf_counter() - start) / n)
         return statistics.median(times)
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks import __main__ as bench
 from benchmarks import loop, measure
@@ -35,6 +36,15 @@ def test_cases_take_turns():
     cases = {name: lambda name=name: order.append(name) or 1 for name in "ab"}
     rates = measure.in_turn(cases, repeats=2)
     assert order == ["a", "b", "a", "b"] and all(len(r) == 2 for r in rates.values())
+
+
+def test_limits_are_those_of_the_device_that_is_measured(monkeypatch):
+    """Here the device is "meta", which computes nothing."""
+    monkeypatch.setattr(measure, "pick_device", lambda: "meta")
+    seen, linear = [], torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w: seen.append(x.device.type) or linear(x, w))
+    assert all(figure > 0 for figure in measure.limits().values())
+    assert set(seen) == {"meta"}
 
 
 def test_the_figure_is_drawn_from_rows(tmp_path):
