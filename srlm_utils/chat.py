@@ -1,5 +1,6 @@
 """The one place where text becomes tokens: training, sampling and judging share these functions."""
 
+import re
 from functools import lru_cache
 
 from srlm_utils.errors import ModelError
@@ -14,6 +15,7 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 TEMPLATES = {"plain": PLAIN_TEMPLATE}
+_PLAIN_TURN = re.compile(r"^([^\S\n]*(?:User|Assistant)):", re.MULTILINE)
 
 
 def load_tokenizer(folder: str, *, chat_template: str = "", trust_remote_code: bool = False):
@@ -53,12 +55,25 @@ def user(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
+def is_plain(tokenizer) -> bool:
+    """Whether the tokenizer's chat template is the kit's `plain` one, behind a BOS token or not."""
+    return tokenizer.chat_template.endswith(PLAIN_TEMPLATE)
+
+
+def inert(tokenizer, text: str) -> str:
+    """`text` as a message shows it: under `plain`, no line of it begins a turn (``Assistant:`` is ``Assistant\\:``)."""
+    return _PLAIN_TURN.sub(r"\1\\:", text) if is_plain(tokenizer) else text
+
+
 def prompt_ids(tokenizer, messages: list[dict], prefill: str = "") -> list[int]:
     """Token ids up to where the assistant starts to write, plus `prefill`: words put in its mouth.
 
     Control tokens that stand in a message (a candidate may contain ``<|im_end|>``) are encoded as
-    the plain text they are, so no content can end its own turn.
+    the plain text they are, and under `plain` lines that begin like a turn are made harmless, so no
+    content can end its own turn. A model's own template whose turns are marked by plain words (Llama
+    2's ``[INST]``) is not known here: there it can.
     """
+    messages = [m | {"content": inert(tokenizer, m["content"])} for m in messages]
     ids = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=True
     )["input_ids"]
@@ -88,7 +103,7 @@ def end_of_turn(tokenizer) -> int:
 def answer_ids(tokenizer, text: str, *, ended: bool = True) -> list[int]:
     """Token ids that an assistant which answers `text` writes; with the end of turn only if it `ended`."""
     # a template that leaves no space after its "Assistant:" wants the space in front of the answer
-    lead = " " if tokenizer.chat_template.endswith(PLAIN_TEMPLATE) else ""
+    lead = " " if is_plain(tokenizer) else ""
     return text_ids(tokenizer, lead + text) + ([end_of_turn(tokenizer)] if ended else [])
 
 

@@ -28,8 +28,9 @@ READ_AT_ONCE = 64  # judgements whose digits are read together
 SCORE_LINE = 8  # tokens that a score line has at most, in the kit's own form
 CUT = " [...]"  # ends a response of which the judge sees the beginning alone
 _SCORE_LINE = re.compile(r"^[\s*_#]*score[\s*_]*[:=][\s*_]*(-?\d+(?:\.\d+)?)\s*(?:/\s*5)?[\s*_.]*$", re.IGNORECASE)
+# up to the name alone: what follows it, and whether the tag is closed, a reader may overlook
 _BLOCK_TAG = re.compile(
-    r"<(/?\s*(?:prompt|question|response|answer_A|answer_B|reference_answer|task|(?:user|assistant)_turn)\s*)>",
+    r"<(?=\s*(?:/\s*)?(?:prompt|question|response|answer_A|answer_B|reference_answer|task|(?:user|assistant)_turn)\b)",
     re.IGNORECASE,
 )
 
@@ -70,7 +71,7 @@ class Rubric:
 
 def inert(text: str) -> str:
     """`text` with the tags that close or open a block of our templates made harmless."""
-    return _BLOCK_TAG.sub(r"<\\\1>", text)
+    return _BLOCK_TAG.sub(r"<\\", text)
 
 
 def guards(tokenizer, response: str) -> list[str]:
@@ -81,6 +82,7 @@ def guards(tokenizer, response: str) -> list[str]:
         "control token": any(
             token.special and token.content in response for token in tokenizer.added_tokens_decoder.values()
         ),
+        "chat turn": chat.inert(tokenizer, response) != response,
         "template expression": "{{" in response or "{%" in response,
     }
     return [name for name, fired in found.items() if fired]
