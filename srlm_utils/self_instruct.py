@@ -6,6 +6,7 @@ numbered list that the model continues by one line. What comes is filtered, and 
 
 import random
 import re
+import unicodedata
 
 from rapidfuzz.distance import LCSseq
 
@@ -39,12 +40,23 @@ KEYWORDS = (
     "attached",
 )
 WAVE = 64  # prompts asked for at once: each is shown two that were kept before
+QUOTES = "\"'“”‘’„«»「『¿¡"  # and the other marks that a sentence may begin with
 _WORD = re.compile(r"[^\W_]+")
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai and Lao, Burmese, Khmer
+    "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # kana
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"  # Chinese characters
+)
+
+
+def spaced(text: str) -> str:
+    """`text` with spaces around each letter of the scripts that leave none between words: there a letter is a word."""
+    return _UNSPACED.sub(r" \g<0> ", text)
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words and numbers, as ROUGE counts them."""
-    return _WORD.findall(text.lower())
+    """Lower-case words and numbers, as ROUGE counts them; of scripts without spaces, letters (`spaced`)."""
+    return _WORD.findall(spaced(text.lower()))
 
 
 def rouge_l(a: list[str], b: list[str]) -> float:
@@ -125,25 +137,34 @@ def shown_to(attempt_id: str, attempts: list[dict], ift: list[dict], params: dic
 
 def is_demo(prompt: str, max_words: int) -> bool:
     """Whether a seed prompt can stand as one line of the list."""
-    return "\n" not in prompt and len(prompt.split()) <= max_words
+    return "\n" not in prompt and len(spaced(prompt).split()) <= max_words
+
+
+def is_text(text: str) -> bool:
+    """Whether `text` begins with a letter, quote or digit, and nine tenths of it are text.
+
+    Text is ASCII, and letters, marks, numbers, punctuation and spaces of any script; not emoji, other symbols, control
+    characters, or broken bytes (U+FFFD).
+    """
+    n = sum(c.isascii() or unicodedata.category(c)[0] in "LMNPZ" for c in text)
+    return (text[0].isalnum() or text[0] in QUOTES) and n / len(text) >= 0.9
 
 
 def check_prompt(text: str, ended: bool, pool: Pool, *, min_words: int, max_words: int) -> str:
     """ "kept", or the reason for which a written prompt is dropped.
 
-    Reasons: unfinished (the token budget ended it), too_short, too_long, not_text (starts with no
-    letter, quote or digit, or is not mostly Latin letters), keyword (asks for what text cannot do),
-    duplicate (same words as a pool entry), similar (ROUGE-L at or above the pool's threshold).
+    Reasons: unfinished (the token budget ended it), too_short, too_long, not_text (`is_text`), keyword
+    (asks for what text cannot do, in English), duplicate (same words as a pool entry), similar (ROUGE-L
+    at or above the pool's threshold).
     """
-    n = len(text.split())
+    n = len(spaced(text).split())
     if not ended:
         return "unfinished"
     if n < min_words:
         return "too_short"
     if n > max_words:
         return "too_long"
-    ascii_share = sum(c.isascii() for c in text) / len(text)
-    if not (text[0].isalnum() or text[0] in "\"'") or ascii_share < 0.9:
+    if not is_text(text):
         return "not_text"
     if set(words(text)) & set(KEYWORDS):
         return "keyword"

@@ -1,9 +1,12 @@
+import json
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
 
 from srlm_utils import self_instruct as si
+from srlm_utils.paths import SEED_DATA
 
 
 def lcs(a, b):
@@ -46,7 +49,17 @@ def test_the_pool_finds_what_is_near():
         ("Go on.", True, "too_short"),
         ("word " * 30, True, "too_long"),
         ("<<<< what is this thing here", True, "not_text"),
-        ("Опишите восход солнца над морем", True, "not_text"),
+        ("Опишите восход солнца над морем", True, "kept"),
+        ("Kể tên ba loại trái cây và cách bảo quản chúng.", True, "kept"),
+        ("Vysvětlete žákům, proč je nebe modré.", True, "kept"),
+        ("“Tea” – what’s the word’s origin?", True, "kept"),
+        ("हिन्दी में तीन फलों के नाम लिखो।", True, "kept"),
+        ("请给我三个种植罗勒的建议。", True, "kept"),
+        ("茶是", True, "too_short"),  # two words
+        ("请给我三个种植罗勒的建议。" * 2, True, "too_long"),
+        ("★ give three tips", True, "not_text"),
+        ("Smile 😀😀 and 😀😀", True, "not_text"),
+        ("Name a fruit \ufffd\ufffd\ufffd", True, "not_text"),
         ("Describe the picture on the wall.", True, "keyword"),
         ("explain how rainbows form", True, "duplicate"),
         ("Explain how the rainbows form.", True, "similar"),
@@ -109,6 +122,31 @@ def test_different_texts_in_another_script_are_no_duplicates():
 
 def test_equal_texts_in_another_script_are_near():
     assert pool("Почему кошки мурлычут").nearest("Почему кошки мурлычут") == (1.0, "t0")
+
+
+@pytest.mark.parametrize(
+    "text,other,third",
+    [
+        ("请给我三个种植罗勒的建议", "请给我五个种植罗勒的建议", "为什么天空是蓝色的"),
+        ("バジルの育て方を三つ教えてください", "バジルの育て方を五つ教えてください", "空はなぜ青いのでしょうか"),
+        ("บอกเคล็ดลับการปลูกโหระพาสามข้อ", "บอกเคล็ดลับการปลูกโหระพาห้าข้อ", "ทำไมท้องฟ้าจึงเป็นสีฟ้า"),
+        ("바질 키우는 방법 세 가지를 알려 주세요", "바질 키우는 방법 네 가지를 알려 주세요", "하늘은 왜 파란가요"),
+    ],
+)
+def test_near_repeats_are_found_in_scripts_without_spaces(text, other, third):
+    p = pool(text)
+    assert p.nearest(other)[1] == "t0" and p.nearest(third) is None and other not in p
+
+
+def test_letters_without_spaces_are_words_beside_spaced_ones():
+    assert si.words("Explain 三つ, GPT-4 茶!") == ["explain", "三", "つ", "gpt", "4", "茶"]
+
+
+def test_words_of_spaced_text_are_what_they_were():
+    rows = [json.loads(line) for f in SEED_DATA.glob("*.jsonl") for line in f.read_text().splitlines()]
+    texts = [r["prompt"] for r in rows if "prompt" in r]
+    texts += ["Ünïcode wörds_and 3.5 don't", "Опишите восход", "한국어 문장입니다", "שלום עולם", "नमस्ते दुनिया"]
+    assert all(si.words(t) == re.findall(r"[^\W_]+", t.lower()) and si.spaced(t) == t for t in texts)
 
 
 def test_word_limits_are_inclusive():
