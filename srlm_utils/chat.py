@@ -108,8 +108,8 @@ def answer_ids(tokenizer, text: str, *, ended: bool = True) -> list[int]:
 
 
 def decode(tokenizer, ids: list[int]) -> str:
-    """Text of generated ids, control tokens left out."""
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    """Text of generated ids without control tokens, blanks at its ends, and what is there of a character cut in two."""
+    return tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd").strip()
 
 
 def newline_ids(tokenizer) -> list[int]:

@@ -1,7 +1,9 @@
 """Supervised fine-tuning and DPO on trl's trainers, with the kit's own tokenisation and batch order.
 
-Rows are tokenised here, by the functions that sampling and judging use, and given to trl as token ids:
-what is trained on is what was sampled, to the token. Only the assistant's tokens carry loss.
+Rows are tokenised here, by the functions that sampling and judging use, and given to trl as token ids.
+What is trained on is the text that was sampled, tokenised again: without the blanks at its ends or a
+character that the budget cut in two (`chat.decode`), and now and then in other tokens than it was
+written in. Only the assistant's tokens carry loss.
 """
 
 import contextlib

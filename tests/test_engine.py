@@ -118,6 +118,17 @@ def test_answers_end_with_the_turn_only_if_they_did(engine):
     assert chat.answer_ids(tok, "ok", ended=False) == chat.answer_ids(tok, "ok")[:-1]
 
 
+def test_a_character_that_the_budget_cuts_in_two_is_left_out(engine):
+    tok, whole = engine.tokenizer, "Tea 🫖 and 茶 👩\u200d👧"
+    ids = chat.text_ids(tok, whole)
+    cut = [tok.decode(ids[:n]) for n in range(len(ids))]
+    assert any(text.endswith("\ufffd") for text in cut)
+    for n in range(len(ids) + 1):
+        text = chat.decode(tok, ids[:n])
+        assert whole.startswith(text) and text == text.strip()
+    assert chat.decode(tok, ids) == whole and chat.decode(tok, chat.text_ids(tok, "a \ufffd b")) == "a \ufffd b"
+
+
 def test_a_base_model_gets_the_plain_template(tiny, tmp_path):
     import shutil
 
