@@ -45,7 +45,7 @@ def load_template(path: Path):
 
 
 class Rubric:
-    """A judge prompt: `render(prompt, response, format)`, format one of `FORMATS`."""
+    """A judge prompt: `render(prompt, response, format)`, format one of `FORMATS`; the two ask for different things."""
 
     def __init__(self, name: str):
         self.name, path = name, rubric_path(name)
@@ -61,6 +61,12 @@ class Rubric:
                     f"{path}: the rendered rubric lacks {what}; a rubric shows {{{{ prompt }}}} and "
                     '{{ response }} and asks for a line "Score: ".'
                 )
+        if probes[0] == probes[1]:  # one question would be trained with two kinds of answer
+            raise ParamError(
+                f"{path}: the rubric asks the same in both formats; it needs a branch such as "
+                '{% if format == "score_first" %}Write only "Score: " and the points.{% else %}Say why, then end with '
+                'a line "Score: " and the points.{% endif %}'
+            )
 
     def render(self, prompt: str, response: str, format: str) -> str:
         try:
