@@ -228,48 +228,51 @@ class Death(BaseException):
     pass
 
 
+POINTS = ("answers", "verdicts", "weights", "row", "old weights", "end")
+
+
 @pytest.mark.parametrize("save_steps", [0, 1])
-@pytest.mark.parametrize("point", ["answers", "verdicts", "weights", "row", "old weights", "end"])
-def test_a_death_loses_nothing(tiny, tmp_path, judge, monkeypatch, point, save_steps):
+def test_a_death_loses_nothing(tiny, tmp_path, judge, monkeypatch, save_steps):
     """Killed at step 4 in the midst of its comparison, or after training: continued, it is an undisturbed run."""
     judge(4)
     p = params(save_steps=save_steps)
-    log, whole, selection = run(tiny, tmp_path / "a", p)
+    log, whole, selection = run(tiny, tmp_path / "whole", p)
     expected, kept, n_written = selection.table(), weights(whole.model), judge.written
-    judge.asked.clear()
 
     def die(*args, **kwargs):
         raise Death
 
-    work = tmp_path / "b"
-    with monkeypatch.context() as m:
-        if point == "verdicts":  # behind the answers
-            m.setattr(checkpoints.metrics, "head_to_head", dying(4, work, checkpoints.metrics.head_to_head))
-        elif point == "weights":  # behind the verdicts
-            m.setattr(Selection, "_save", dying(4, work, Selection._save))
-        elif point == "row":  # between weights and row
-            m.setattr(checkpoints, "write_json", dying(4, work, checkpoints.write_json))
-        elif point == "old weights":  # behind the row, before the weights of step 2 are gone
-            m.setattr(Selection, "kept", property(lambda self: die() if len(self.rows) == 2 else best(self.rows)))
-        elif point == "answers":
-            m.setattr(checkpoints, "write_jsonl", dying(4, work, checkpoints.write_jsonl, "answers"))
-        else:
-            m.setattr(Selection, "restore", die)
-        with pytest.raises(Death):
-            run(tiny, work, p)
-    rows_before = {f.name: f.read_bytes() for f in (work / "selection").glob("*.json")}
-    assert ("4.json" in rows_before) == (point in ("old weights", "end"))
-    n_asked, files = len(judge.asked), {f.name for f in (work / "selection").iterdir()}
-    assert ("4.safetensors" in files) == (point in ("row", "old weights", "end"))
+    for point in POINTS:
+        judge.asked, judge.written = [], 0
+        work = tmp_path / point
+        with monkeypatch.context() as m:
+            if point == "verdicts":  # behind the answers
+                m.setattr(checkpoints.metrics, "head_to_head", dying(4, work, checkpoints.metrics.head_to_head))
+            elif point == "weights":  # behind the verdicts
+                m.setattr(Selection, "_save", dying(4, work, Selection._save))
+            elif point == "row":  # between weights and row
+                m.setattr(checkpoints, "write_json", dying(4, work, checkpoints.write_json))
+            elif point == "old weights":  # behind the row, before the weights of step 2 are gone
+                m.setattr(Selection, "kept", property(lambda self: die() if len(self.rows) == 2 else best(self.rows)))
+            elif point == "answers":
+                m.setattr(checkpoints, "write_jsonl", dying(4, work, checkpoints.write_jsonl, "answers"))
+            else:
+                m.setattr(Selection, "restore", die)
+            with pytest.raises(Death):
+                run(tiny, work, p)
+        rows_before = {f.name: f.read_bytes() for f in (work / "selection").glob("*.json")}
+        assert ("4.json" in rows_before) == (point in ("old weights", "end")), point
+        n_asked, files = len(judge.asked), {f.name for f in (work / "selection").iterdir()}
+        assert ("4.safetensors" in files) == (point in ("row", "old weights", "end")), point
 
-    again, trainer, selection = run(tiny, work, p)
-    assert again.loss.tolist() == pytest.approx(log.loss.tolist(), rel=1e-6)
-    pd.testing.assert_frame_equal(selection.table(), expected)
-    assert equal(weights(trainer.model), kept)
-    assert [f.name for f in (work / "selection").glob("*.safetensors")] == ["4.safetensors"]
-    assert all((work / "selection" / name).read_bytes() == data for name, data in rows_before.items())
-    assert n_asked == {"answers": 1, "end": 3}.get(point, 2)  # nothing was asked twice
-    assert len(judge.asked) == 3 and judge.written == 2 * n_written + (point == "answers")
+        again, trainer, selection = run(tiny, work, p)
+        assert again.loss.tolist() == pytest.approx(log.loss.tolist(), rel=1e-6), point
+        pd.testing.assert_frame_equal(selection.table(), expected)
+        assert equal(weights(trainer.model), kept), point
+        assert [f.name for f in (work / "selection").glob("*.safetensors")] == ["4.safetensors"], point
+        assert all((work / "selection" / name).read_bytes() == data for name, data in rows_before.items()), point
+        assert n_asked == {"answers": 1, "end": 3}.get(point, 2), point  # nothing was asked twice
+        assert len(judge.asked) == 3 and judge.written == n_written + (point == "answers"), point
 
 
 def dying(step, work, do, what=""):

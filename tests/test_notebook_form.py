@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -25,6 +26,11 @@ def read(path):
     nb = nbformat.read(path, as_version=4)
     nbformat.validate(nb)
     return nb
+
+
+@cache
+def parameter_names(stage):
+    return set(pm.inspect_notebook(str(ROOT / "notebooks" / f"{stage}.ipynb")))
 
 
 def code(nb):
@@ -98,8 +104,7 @@ def test_parameters_equal_the_typed_model(path):
 def test_every_preset_fits_every_notebook(path):
     experiment = Experiment.load([path])
     for step in list_steps(experiment):
-        known = set(pm.inspect_notebook(str(ROOT / "notebooks" / f"{step.stage}.ipynb")))
-        assert set(experiment.flat(step.stage, step.model, "results/x")) == known
+        assert set(experiment.flat(step.stage, step.model, "results/x")) == parameter_names(step.stage)
 
 
 @pytest.mark.parametrize("preset", ["quickstart", "smoke"])
@@ -110,8 +115,7 @@ def test_every_variant_lies_over_the_presets(path, preset):
     assert f"# command   srlm run params/quickstart.yaml params/variants/{path.name} --run-name {path.stem}\n" in text
     experiment, plain = Experiment.load([base, path]), Experiment.load([base])
     for step in list_steps(experiment):
-        known = set(pm.inspect_notebook(str(ROOT / "notebooks" / f"{step.stage}.ipynb")))
-        assert set(experiment.flat(step.stage, step.model, "results/x")) == known
+        assert set(experiment.flat(step.stage, step.model, "results/x")) == parameter_names(step.stage)
     assert token_table(experiment)
     changed = [
         s for s in list_steps(experiment) if experiment.flat(s.stage, s.model, "") != plain.flat(s.stage, s.model, "")

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from srlm_utils import seeds, sources
-from srlm_utils.errors import DataError, MissingInputError
+from srlm_utils.errors import DataError, MissingInputError, ParamError
 from srlm_utils.params import SeedData
 from srlm_utils.plan import external_inputs, is_hub_id
 from srlm_utils.rows import RankedRow
@@ -292,7 +292,7 @@ def test_memory_is_that_of_the_rows_kept(tmp_path):
 def test_two_sources_of_one_name_are_refused(tmp_path):
     (tmp_path / "a").mkdir()
     paths = [save(tmp_path / "t.jsonl", TREES), save(tmp_path / "a" / "t.jsonl", TREES)]
-    with pytest.raises(Exception, match="two sources are called t"):
+    with pytest.raises(ParamError, match="two sources are called t"):
         seeds.load_seeds(SeedData(run_dir="x", ranked_train_files=paths).model_dump())
 
 

@@ -10,13 +10,20 @@ from srlm_utils import cli
 from srlm_utils.artefacts import describe, read_json, read_jsonl, write_json, write_jsonl
 from srlm_utils.errors import MissingInputError
 from srlm_utils.paths import EXAMPLE
-from srlm_utils.verify import verify
+from srlm_utils.verify import _Check, verify
 
 
 @pytest.fixture
-def run(tmp_path):
+def copied(tmp_path):
     shutil.copytree(EXAMPLE, tmp_path / "run", ignore=shutil.ignore_patterns("notebooks"))
     return tmp_path / "run"
+
+
+@pytest.fixture
+def run(copied, monkeypatch):
+    """A copy of the example; prompts are not held against the held-out ones, which takes longer than all else."""
+    monkeypatch.setattr(_Check, "held_out", lambda self: None)
+    return copied
 
 
 def edit(run, file, change, *, signed=True):
@@ -71,8 +78,6 @@ DAMAGE = {
         "M1/eval/verdicts/M1_vs_M0.jsonl", first(prompt_id="x"), "found prompt_id x; expected one of M1/eval/answers"),
     "verdict of another": (
         "M1/eval/verdicts/M1_vs_M0.jsonl", first(model_b="M2"), "found a verdict on M1 and M2; expected the two"),
-    "test id learned": (IFT, first(prompt_id="test-001"), "test-001: found an id of test_prompts"),
-    "exam id learned": (IFT, first(prompt_id="op-118"), "op-118: found an id of ranked_eval"),
 }  # fmt: skip
 
 
@@ -82,6 +87,13 @@ def test_rows_are_held_together(run, file, change, says):
     found = [str(f) for f in verify(run).findings]
     assert any(says in line for line in found), found
     assert all("; expected " in line and "; next: " in line and "\n" not in line for line in found)
+
+
+@pytest.mark.parametrize("row,home", [("test-001", "test_prompts"), ("op-118", "ranked_eval")])
+def test_an_id_that_is_measured_on_is_found_in_training_data(copied, row, home):
+    edit(copied, IFT, first(prompt_id=row))
+    (found,) = map(str, verify(copied).findings)
+    assert f"{row}: found an id of {home}; expected no prompt that is measured on; next: " in found
 
 
 def test_a_control_that_no_score_decides_may_choose_the_lower_score(run):
@@ -216,10 +228,10 @@ def test_an_anchors_answers_are_no_candidates_too_many(run):
     assert verify(run).findings == []
 
 
-def test_a_test_prompt_in_training_data_is_found_in_other_words(run):
-    test = read_jsonl(run / "seed/test_prompts.jsonl")[0]["prompt"]
-    edit(run, "M2/aift/prompts.jsonl", first(prompt=f"{test.upper()} Please."))
-    (found,) = [f for f in verify(run).findings if f.file == "M2/aift/prompts.jsonl"]
+def test_a_test_prompt_in_training_data_is_found_in_other_words(copied):
+    test = read_jsonl(copied / "seed/test_prompts.jsonl")[0]["prompt"]
+    edit(copied, "M2/aift/prompts.jsonl", first(prompt=f"{test.upper()} Please."))
+    (found,) = [f for f in verify(copied).findings if f.file == "M2/aift/prompts.jsonl"]
     assert found.row == "M2-p0000" and found.found.startswith("ROUGE-L") and "test_prompts" in found.found
 
 
