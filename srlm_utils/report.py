@@ -203,14 +203,20 @@ def duels(step) -> pd.DataFrame:
 
 
 def ratings_table(duels: pd.DataFrame) -> pd.DataFrame:
-    """Bradley-Terry ratings of every model by each judge, M0 at 0; a row a judge and model."""
+    """Bradley-Terry ratings by each judge, M0 at 0; a row a judge and model.
+
+    A judge rates the models that its comparisons tie to M0: people, who vote on few, may rate none.
+    """
     out = []
     for (judge, mode), part in duels.groupby(["judge", "judge_mode"], sort=False):
         fought = [
             (m, o, dict(zip(rows.prompt_id, rows.result, strict=True)))
             for (m, o), rows in part.groupby(["model", "opponent"], sort=False)
         ]
-        figures = winrates.bradley_terry(fought, anchor="M0")
+        rated = winrates.connected(fought, "M0")
+        if not rated:
+            continue
+        figures = winrates.bradley_terry([duel for duel in fought if duel[0] in rated], anchor="M0")
         out += [{"judge": judge, "judge_mode": mode, "model": m} | figures[m] for m in model_names(20) if m in figures]
     return pd.DataFrame(out, columns=["judge", "judge_mode", "model", "value", "low", "high", "n"])
 

@@ -69,7 +69,8 @@ def bradley_terry(
     as a weak prior allows: read the bound on its other side.
     """
     models = list(dict.fromkeys(m for a, b, _ in duels for m in (a, b)))
-    _check_connected(duels, models, anchor)
+    if lost := [m for m in models if m not in connected(duels, anchor)]:
+        raise DataError(f"{lost[0]} was compared with no model that leads to {anchor}: it has no rating.")
     others = [m for m in models if m != anchor]
     prompts = list(dict.fromkeys(pid for _, _, results in duels for pid in results))
     where = {pid: i for i, pid in enumerate(prompts)}
@@ -104,13 +105,13 @@ def elo(wins: np.ndarray) -> np.ndarray:
     return _logistic(x, np.array([wins[i, j] for i, j in met]) / total, total[None])[0]
 
 
-def _check_connected(duels, models: list[str], anchor: str) -> None:
-    known, grew = {anchor} & {*models}, True
+def connected(duels: list[tuple[str, str, dict]], anchor: str) -> set[str]:
+    """`anchor` and the models that a chain of comparisons ties to it; none if nothing was compared with it."""
+    known, grew = {anchor} & {m for a, b, _ in duels for m in (a, b)}, True
     while grew:
         reached = {m for a, b, r in duels if r and known & {a, b} for m in (a, b)} | known
         grew, known = reached != known, reached
-    if lost := [m for m in models if m not in known]:
-        raise DataError(f"{lost[0]} was compared with no model that leads to {anchor}: it has no rating.")
+    return known
 
 
 def breakdown(results: dict, groups: dict) -> dict[str, dict]:

@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import binom
 
@@ -138,6 +139,20 @@ def test_duels_leave_out_verdicts_on_answers_that_are_not_here():
         ("M1", "SFT", "a", 0.0),
     ]
     assert set(found.chars) == {4} and set(found.category) == {"list"}
+
+
+def test_a_judge_rates_the_models_that_its_votes_tie_to_m0():
+    def votes(judge, *fought):
+        return [(judge, "human", a, b, str(i), float(i % 3 > 0), "list", 9) for a, b in fought for i in range(9)]
+
+    columns = ["judge", "judge_mode", "model", "opponent", "prompt_id", "result", "category", "chars"]
+    table = pd.DataFrame(
+        votes("few.jsonl", ("M3", "SFT")) + votes("apart.jsonl", ("M1", "M0"), ("M3", "M2")), columns=columns
+    )
+    found = report.ratings_table(table)
+    assert list(zip(found.judge, found.model, strict=True)) == [("apart.jsonl", "M0"), ("apart.jsonl", "M1")]
+    assert found.value[1] == pytest.approx(400 * math.log10(2), abs=2)
+    assert report.ratings_table(table[table.judge == "few.jsonl"]).empty
 
 
 # ---- planted effects
