@@ -26,7 +26,7 @@ from filelock import FileLock
 
 from srlm_utils import chat, paths, verdicts
 from srlm_utils.artefacts import RowLog
-from srlm_utils.errors import DataError, ModelError, ParamError
+from srlm_utils.errors import DataError, ModelError, ParamError, short
 
 OPENAI = "https://api.openai.com/v1"
 KEY = "OPENAI_API_KEY"
@@ -36,6 +36,8 @@ MAX_RETRY_AFTER_S = 300.0  # a server that asks for a longer wait ends the run, 
 ASSUMED_CALL_S = 2.0  # until calls were timed
 CHARS_A_TOKEN = 4  # of English text, about
 TOP_LOGPROBS = 5  # as many as every endpoint gives; the two letters are the likeliest tokens by far
+# what a reply may hold: a letter, a grade with its reasons, and before either the thoughts of a reasoning model
+VERDICT_TOKENS, GRADE_TOKENS = 1024, 2048
 MIN_MASS = 0.1  # below it the first token was not going to be the letter, and what is left of both is noise
 # what an endpoint may refuse (a reasoning model does all three): the word in its error, the parameters to leave out
 REFUSABLE = {
@@ -179,7 +181,7 @@ class Api:
             f"{self.model}: {calls:,} calls for {n:,} requests, about {tokens_in:,} tokens in and at most "
             f"{tokens_out:,} out, about {_duration(seconds)} ({self.parallel} at once, "
             f"{f'{each:.1f} s a call so far' if timed else f'if a call takes {each:.0f} s'})"
-            + ("" if cost is None else f", about {cost:.2f} at the given prices")
+            + ("" if cost is None else f", at most {cost:.2f} at the given prices")
         )
         return {
             "calls": calls,
@@ -374,21 +376,27 @@ def _duration(seconds: float) -> str:
 # ---- verdicts
 
 
-def compare(
-    api: Api, prompts: dict[str, str], a: dict[str, str], b: dict[str, str], *, max_tokens: int = 16
-) -> Iterator[list[dict]]:
+def compare(api: Api, prompts: dict[str, str], a: dict[str, str], b: dict[str, str]) -> Iterator[list[dict]]:
     """Ask in both orders which of two answers is better; answers by prompt_id. Rows as of `verdicts.compare`.
 
     `p_first` is P(A) / (P(A) + P(B)) of the reply's first token where the endpoint gives it, else 1 or 0 by the letter
-    that the reply ends in. A reply that says neither has 0.5 and "unread": True. A reasoning model needs `max_tokens`
-    for its thoughts too.
+    that the reply ends in. A reply that says neither has 0.5 and "unread": True, and `metrics.outcomes` leaves its
+    prompt out. `DataError` at the end where that is most of the prompts.
     """
-    requests = [(key, chat.user(text)) for key, text in verdicts.questions(prompts, a, b)]
-    for key, reply in api.ask(requests, max_tokens=max_tokens, logprobs=TOP_LOGPROBS):
+    requests, unread = [(key, chat.user(text)) for key, text in verdicts.questions(prompts, a, b)], {}
+    for key, reply in api.ask(requests, max_tokens=VERDICT_TOKENS, logprobs=TOP_LOGPROBS):
         pid, order = key.split("\t")
         p = p_first(reply)
+        if p is None:
+            unread[pid] = reply["text"]
         row = {"prompt_id": pid, "order": order, "p_first": 0.5 if p is None else round(p, 6)}
         yield [row | ({"unread": True} if p is None else {})]
+    if not unread:
+        return
+    said = f"{api.model}: replies to {len(unread)} of {len(a)} prompts name neither A nor B"
+    if 2 * len(unread) > len(a):
+        raise DataError(f"{said}, such as {short(next(iter(unread.values())))}. Take another judge.")
+    print(f"{said}; these prompts are left out")
 
 
 def p_first(reply: dict) -> float | None:
@@ -418,12 +426,12 @@ def parse_choice(text: str) -> str | None:
 # ---- single grades
 
 
-def grade(api: Api, items: list[tuple[str, list[dict]]], *, max_tokens: int = 2048) -> Iterator[list[dict]]:
+def grade(api: Api, items: list[tuple[str, list[dict]]]) -> Iterator[list[dict]]:
     """Grade answers one by one; `items` are (key, messages of the rendered grading prompt).
 
     Yields rows {"id" (the key), "score" (1 to 10, or None if the reply has no valid ``[[rating]]``), "text"}.
     """
-    for key, reply in api.ask(items, max_tokens=max_tokens):
+    for key, reply in api.ask(items, max_tokens=GRADE_TOKENS):
         yield [{"id": key, "score": parse_rating(reply["text"]), "text": reply["text"]}]
 
 

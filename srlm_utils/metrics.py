@@ -37,6 +37,7 @@ METRICS = {
     "tie": ("share", "head-to-head ties, orders that disagree included"),
     "loss": ("share", "head-to-head losses"),
     "first_position_rate": ("share", "verdicts for the answer shown first; 0.5 is a judge without position bias"),
+    "unread_rate": ("share", "prompts left out because a reply of the judge names neither answer (api)"),
     "order_disagreement": ("share", "prompts on which the two orders gave opposite verdicts"),
     "win_rate_length_controlled": ("share", "win rate with the effect of length taken out (Dubois et al. 2024)"),
     "win_rate_similar_length": ("share", "win rate over answers whose lengths differ by 20 % at most"),
@@ -326,13 +327,20 @@ def outcomes(verdicts: list[dict]) -> dict[str, float]:
 
     A verdict row has `order` ("AB", "BA": who was shown first; "none" for a judge that scores each
     answer alone) and `p_first`, the probability that the first shown is better. Two orders that
-    disagree are a tie (Yuan et al. 2024, section 3.2).
+    disagree are a tie (Yuan et al. 2024, section 3.2). A reply that says nothing ("unread") is no tie: its prompt is
+    left out.
     """
     by_prompt: dict[str, list[float]] = {}
-    for v in verdicts:
+    for v in _read(verdicts):
         p_a = 1 - v["p_first"] if v["order"] == "BA" else v["p_first"]
         by_prompt.setdefault(v["prompt_id"], []).append(_side(p_a))
     return {k: 1.0 if min(v) == 1 else 0.0 if max(v) == 0 else 0.5 for k, v in by_prompt.items()}
+
+
+def _read(verdicts: list[dict]) -> list[dict]:
+    # out of a table, "unread" is not a number where a row has none
+    unread = {v["prompt_id"] for v in verdicts if v.get("unread") is True}
+    return [v for v in verdicts if v["prompt_id"] not in unread]
 
 
 def _side(p: float) -> float:
@@ -340,7 +348,11 @@ def _side(p: float) -> float:
 
 
 def head_to_head(verdicts: list[dict]) -> dict[str, dict]:
-    """win, tie, loss, win_rate (half ties); for pairwise judges also position bias and disagreement."""
+    """win, tie, loss, win_rate (half ties); for pairwise judges also position bias and disagreement, and how much could
+    not be read, if anything."""
+    asked = {v["prompt_id"] for v in verdicts}
+    verdicts = _read(verdicts)
+    read = {v["prompt_id"] for v in verdicts}
     result = np.array(list(outcomes(verdicts).values()))
     out = {"win_rate": mean(result), "win": mean(result == 1), "tie": mean(result == 0.5), "loss": mean(result == 0)}
     two = [v for v in verdicts if v["order"] in ("AB", "BA")]
@@ -350,6 +362,8 @@ def head_to_head(verdicts: list[dict]) -> dict[str, dict]:
             first.setdefault(v["prompt_id"], []).append(_side(v["p_first"]))
         out["first_position_rate"] = ratio([sum(f) for f in first.values()], [len(f) for f in first.values()])
         out["order_disagreement"] = mean([len(f) == 2 and f[0] == f[1] != 0.5 for f in first.values()])
+    if read != asked:
+        out["unread_rate"] = mean([pid not in read for pid in asked])
     return out
 
 

@@ -19,7 +19,8 @@ import pytest
 from srlm_utils import api as api_module
 from srlm_utils import chat
 from srlm_utils.api import Api, compare, grade, p_first, parse_choice, parse_rating
-from srlm_utils.errors import ModelError, ParamError
+from srlm_utils.errors import DataError, ModelError, ParamError
+from srlm_utils.metrics import outcomes
 from tests.endpoints import SECRET, completion
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -246,9 +247,9 @@ def test_the_estimate_comes_before_the_calls(endpoint, capsys):
     figures = api.estimate(requests, 50)
     assert figures == {"calls": 10, "tokens_in": 1003, "tokens_out": 500, "seconds": 10, "cost": 0.007006}
     assert "10 calls for 10 requests, about 1,003 tokens in and at most 500 out" in (out := capsys.readouterr().out)
-    assert "about 10 s (2 at once, if a call takes 2 s), about 0.01 at the given prices" in out
+    assert "about 10 s (2 at once, if a call takes 2 s), at most 0.01 at the given prices" in out
     list(api.ask(requests, max_tokens=50))
-    assert "10 calls for 10 requests" in seen[0] and "about 0.01 at the given prices" in seen[0]
+    assert "10 calls for 10 requests" in seen[0] and "at most 0.01 at the given prices" in seen[0]
     assert "2 of 10 calls timed, about" in "".join(seen) + capsys.readouterr().out
     api.price_in = api.price_out = 0
     figures = api.estimate(requests + [("new", chat.user("y" * 8))], 50)
@@ -268,7 +269,7 @@ def test_letters_are_read_from_logprobs(endpoint):
     (row,) = next(compare(Api("judge", server.url), {"p": "?"}, {"p": "x"}, {"p": "y"}))
     assert row == {"prompt_id": "p", "order": row["order"], "p_first": 0.75}
     assert server.bodies[0]["logprobs"] is True and server.bodies[0]["top_logprobs"] == 5
-    assert server.bodies[0]["temperature"] == 0 and server.bodies[0]["max_tokens"] == 16
+    assert server.bodies[0]["temperature"] == 0 and server.bodies[0]["max_tokens"] == 1024
     # a first token that is no letter: what it gives the letters is noise, the text says it
     assert p_first({"text": "**B**", "top": {"**": -0.01, "A": -5.0, "B": -9.0}}) == 0
 
@@ -290,10 +291,23 @@ def test_refused_parameters_are_left_out(endpoint, capsys):
     assert verdict_rows(Api("judge", server.url)) == rows and len(server.times) == 27
 
 
-def test_nonsense_is_a_tie_and_is_counted(endpoint):
-    server = endpoint(lambda body, nth: completion(None if "Question 1?" in str(body) else "Both are fine."))
+def test_nonsense_is_no_verdict_and_is_counted(endpoint, capsys):
+    def script(body, nth):
+        return completion("Both are fine." if "Question 1?" in body["messages"][0]["content"] else "A")
+
+    server = endpoint(script)
     rows = verdict_rows(Api("judge", server.url))
-    assert len(rows) == 24 and all(v["p_first"] == 0.5 and v["unread"] is True for v in rows)
+    assert [v["prompt_id"] for v in rows if v.get("unread") is True] == ["p1", "p1"]
+    assert outcomes(rows) == {pid: 0.5 for pid in PROMPTS if pid != "p1"}  # A in both orders
+    assert "judge: replies to 1 of 12 prompts name neither A nor B; these prompts are left out" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_judge_that_mostly_says_nothing_is_an_error(endpoint):
+    server = endpoint(lambda body, nth: completion(None if "Question 1?" in str(body) else "Both are fine."))
+    with pytest.raises(DataError, match="judge: replies to 12 of 12 prompts name neither A nor B, such as .*another"):
+        verdict_rows(Api("judge", server.url))
 
 
 @pytest.mark.parametrize(

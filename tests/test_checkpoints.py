@@ -328,12 +328,14 @@ def test_an_endpoint_compares(tiny, tmp_path, monkeypatch):
 
     def compare(endpoint, prompts, ours, theirs):
         asked.append(endpoint.base_url)
-        yield [{"prompt_id": pid, "order": order, "p_first": 0.5} for pid in ours for order in ("AB", "BA")]
+        rows = [{"prompt_id": pid, "order": order, "p_first": 0.5} for pid in ours for order in ("AB", "BA")]
+        yield [*rows[:-1], rows[-1] | {"unread": True}]
 
     monkeypatch.setattr(evaluate.api, "compare", compare)
     p = params(select_judge="judge:api", judge_base_url="http://localhost:1/v1")
     *_, selection = run(tiny, tmp_path, p)
     assert asked == ["http://localhost:1/v1"] * 3 and selection.kept == 2
+    assert [(r["n"], r["ties"]) for r in selection.rows] == [(2, 2)] * 3  # one of three prompts has no verdict
 
 
 def test_what_a_step_reads_and_writes():

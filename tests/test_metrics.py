@@ -187,8 +187,24 @@ def test_both_orders_must_agree():
     assert found["order_disagreement"] == pytest.approx(1 / 3)
 
 
+def test_a_reply_that_says_nothing_is_no_tie():
+    rows = [verdict(pid, o, float(o == "AB")) for pid in ("win", "mute") for o in ("AB", "BA")]
+    rows[-1] |= {"p_first": 0.5, "unread": True}
+    assert metrics.outcomes(rows) == {"win": 1.0}
+    assert metrics.outcomes(pd.DataFrame(rows).to_dict("records")) == {"win": 1.0}  # as the report reads them
+    found = metrics.head_to_head(rows)
+    assert {k: (f["value"], f["n"]) for k, f in found.items()} == dict.fromkeys(("win_rate", "win"), (1, 1)) | {
+        "tie": (0, 1),
+        "loss": (0, 1),
+        "first_position_rate": (0.5, 2),
+        "order_disagreement": (0, 1),
+        "unread_rate": (0.5, 2),
+    }
+
+
 def test_every_figure_is_in_the_table_of_metrics():
-    figures = metrics.agreement([prompt([0, 1], [2, 1])]) | metrics.head_to_head([verdict("a", "AB", 0.4)])
+    unread = verdict("b", "AB", 0.5) | {"unread": True}
+    figures = metrics.agreement([prompt([0, 1], [2, 1])]) | metrics.head_to_head([verdict("a", "AB", 0.4), unread])
     rows = metrics.metric_rows(figures, model="M1")
     assert {r["metric"] for r in rows} == set(figures) <= set(metrics.METRICS)
     assert all(r["unit"] and r["opponent"] == "" for r in rows)
