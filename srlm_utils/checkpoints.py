@@ -156,7 +156,7 @@ class Selection:
                 engine = self.step.engine(self.judge)
             rows = self._made(name, lambda engine=engine, texts=texts: self._scores(engine, texts))
             scores[s] = {r["id"]: r["score"] for r in rows}
-        return verdicts.from_scores(scores[n], scores[before])
+        return verdicts.from_scores(scores[n], scores[before], {pid for pid in ours if ours[pid] == theirs[pid]})
 
     def _scores(self, engine, texts: dict[str, str]) -> list[dict]:
         items = [{"id": pid, "prompt": self.prompts[pid], "response": text} for pid, text in texts.items()]

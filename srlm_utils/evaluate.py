@@ -168,7 +168,8 @@ def compare_answers(
                 f"{opponent}/eval/answer_scores.jsonl is by other weights of {name} than the present ones (another "
                 f"machine, or an emptied cache). Score its answers again: --only 08_evaluate@{opponent} --force."
             )
-        rows = verdicts.from_scores(*({r["prompt_id"]: r["score"] for r in side} for side in sides))
+        same = {pid for pid, text in ours.items() if text == theirs[pid]}
+        rows = verdicts.from_scores(*({r["prompt_id"]: r["score"] for r in side} for side in sides), same)
     else:
         prompts = {a["prompt_id"]: a["prompt"] for a in answers}
         rows = [v for batch in compare(prompts, ours, {pid: theirs[pid] for pid in ours}) for v in batch]

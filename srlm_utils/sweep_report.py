@@ -113,12 +113,12 @@ def _wins(a: Cell, model: str, b: Cell, opponent: str, prompts) -> dict[tuple[st
         for r in cell.scores:
             if r["model"] == name and r["prompt_id"] in prompts:
                 of_judge.setdefault((r["judge"], r["judge_rev"]), {})[r["prompt_id"]] = r["score"]
-    out = {}
+    out, same = {}, {i for i, (x, y) in prompts.items() if x["text"] == y["text"]}
     for (judge, rev), ours in scores[0].items():
         theirs = scores[1].get((judge, rev), {})
         shared = {i: s for i, s in ours.items() if i in theirs}
         if shared:
-            out[judge, "score"] = metrics.outcomes(from_scores(shared, theirs))
+            out[judge, "score"] = metrics.outcomes(from_scores(shared, theirs, same))
     return out
 
 

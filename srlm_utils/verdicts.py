@@ -65,11 +65,16 @@ def compare(engine, prompts: dict[str, str], a: dict[str, str], b: dict[str, str
         ]
 
 
-def from_scores(a: dict[str, float], b: dict[str, float]) -> list[dict]:
-    """Verdicts of a judge that scores each answer alone: the higher score wins, equal scores tie."""
+def from_scores(a: dict[str, float], b: dict[str, float], same: set[str]) -> list[dict]:
+    """Verdicts of a judge that scores each answer alone: the higher score wins, equal scores tie.
+
+    `same` are the prompts to which both answers are one text. They tie, too: a text's score changes a little with the
+    batch that it is scored in.
+    """
+    gaps = {pid: 0.0 if pid in same else a[pid] - b[pid] for pid in a}
     return [
-        {"prompt_id": pid, "order": "none", "p_first": 1.0 if a[pid] > b[pid] else 0.0 if a[pid] < b[pid] else 0.5}
-        for pid in a
+        {"prompt_id": pid, "order": "none", "p_first": 1.0 if gap > 0 else 0.0 if gap < 0 else 0.5}
+        for pid, gap in gaps.items()
     ]
 
 

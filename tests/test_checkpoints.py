@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from srlm_utils import checkpoints, evaluate, plan, plots, train
-from srlm_utils.artefacts import read_json, read_jsonl
+from srlm_utils.artefacts import read_json, read_jsonl, write_jsonl
 from srlm_utils.checkpoints import COLUMNS, Selection, best, strengths
 from srlm_utils.engine import Engine
 from srlm_utils.errors import ParamError
@@ -336,6 +336,15 @@ def test_an_endpoint_compares(tiny, tmp_path, monkeypatch):
     *_, selection = run(tiny, tmp_path, p)
     assert asked == ["http://localhost:1/v1"] * 3 and selection.kept == 2
     assert [(r["n"], r["ties"]) for r in selection.rows] == [(2, 2)] * 3  # one of three prompts has no verdict
+
+
+def test_an_answer_that_did_not_change_is_a_tie(tmp_path):
+    selection = Selection.__new__(Selection)
+    selection.folder = tmp_path
+    for n, score in ((0, 3.0), (2, 3.1)):  # scored in two batches
+        write_jsonl(tmp_path / f"{n}-scores.jsonl", [{"id": pid, "score": score} for pid in ("v0", "v1")])
+    rows = selection._by_score(2, 0, {"v0": "same", "v1": "new"}, {"v0": "same", "v1": "old"})
+    assert [r["p_first"] for r in rows] == [0.5, 1.0]
 
 
 def test_what_a_step_reads_and_writes():

@@ -219,6 +219,7 @@ def planted(variant, seed, *, n=64, wins=0.5, longer=1, ended=1.0, score=0.0, re
     for k, pid in enumerate(ids):
         for m in ("M0", "SFT", "M1", "M2", "M3"):
             said = text * 5 * (longer if m == "M3" else 1)
+            said = variant[0] + said[1:]  # two variants do not say the very same
             ends = m != "M3" or k < ended * n
             answers.append(
                 {"model": m, "prompt_id": pid, "prompt": f"{pid}?", "text": said, "n_tokens": 5, "ended": ends}
@@ -278,6 +279,14 @@ def test_models_are_told_apart_by_their_weights_not_by_their_cards(tmp_path):
         write_text(tmp_path / name / "M1/model/README.md", f"# M1 of {name}")
         found.append(cells.from_run(tmp_path / name).about["weights"])
     assert found[0] == found[1] and [*found[0]] == ["M1"]
+
+
+def test_the_same_text_wins_against_itself_in_no_judges_eyes():
+    found = [planted("default", 0), planted("random_pairs", 0, score=0.1)]
+    for a in found[1].answers[: 5 * 32]:
+        a["text"] = "d" + a["text"][1:]  # as the default's
+    won = row(sweep_report.compare(found), "random_pairs", "default", "win_rate")
+    assert (won["value"], won["n"]) == (0.75, 64)
 
 
 def test_repetition_counts_against_a_variant():
