@@ -6,7 +6,7 @@ metrics.csv          the run's figures
 answers.jsonl.gz     every model's answers to the test prompts, with the instructions they follow
 scores.jsonl.gz      expected scores of these answers, with the judge and its weights
 verdicts.jsonl.gz    head-to-head verdicts of the run
-agreement.jsonl.gz   for each ranked prompt what a model's judging earns (`metrics.credit`)
+agreement.jsonl.gz   for each ranked prompt what a model's judging earns (`metrics.credit`), over all its rankings
 """
 
 import shutil
@@ -147,7 +147,7 @@ def from_run(run: Path) -> Cell:
 
 
 def _agreement(model: str, ranked: list[dict], judged: list[dict]) -> list[dict]:
-    out = []
+    out: dict[tuple, dict] = {}
     for mode in dict.fromkeys(r["judge_mode"] for r in judged):
         scores = [r for r in judged if r["judge_mode"] == mode]
         ids = {r["id"] for r in scores}
@@ -155,8 +155,10 @@ def _agreement(model: str, ranked: list[dict], judged: list[dict]) -> list[dict]
         for row, prompt in zip(asked, evaluate.scored_prompts(asked, scores), strict=True):
             if n := len(metrics.ordered_pairs(prompt["ranks"])):
                 who = {"model": model, "set": row["set"], "judge_mode": mode, "prompt_id": row["prompt_id"]}
-                out.append(who | {"credit": metrics.credit(prompt), "n_pairs": n})
-    return out
+                of_prompt = out.setdefault((mode, row["set"], row["prompt"]), who | {"credit": 0.0, "n_pairs": 0})
+                of_prompt["credit"] += metrics.credit(prompt)
+                of_prompt["n_pairs"] += n
+    return [*out.values()]
 
 
 def write(cell: Cell, folder: Path) -> None:

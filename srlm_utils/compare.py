@@ -217,10 +217,7 @@ def _agreement_rows(model: str, ranked: list[dict], folder: Path) -> dict[tuple,
         ids = {r["id"] for r in judged}
         for name, part in evaluate.by_set(ranked).items():
             part = [row for row in part if all(item["id"] in ids for item in evaluate.ranked_items([row]))]
-            counts = {
-                row["prompt_id"]: metrics.agreement_counts(p)
-                for row, p in zip(part, evaluate.scored_prompts(part, judged), strict=True)
-            }
+            counts = metrics.agreement_counts(evaluate.scored_prompts(part, judged))
             same = {"ranked replies": _digest(part)}
             for metric, (num, den) in _COUNTS.items():
                 parts = {i: (num(c[0]), den(c[0])) if c else (0, 0) for i, c in counts.items()}

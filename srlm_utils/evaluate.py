@@ -39,10 +39,11 @@ def by_set(ranked: list[dict]) -> dict[str, list[dict]]:
 
 
 def scored_prompts(ranked: list[dict], judged: list[dict]) -> list[dict]:
-    """What `metrics.agreement` takes: ranks, lengths and one judge's scores of every ranked prompt."""
+    """What `metrics.agreement` takes: prompt, ranks, lengths and one judge's scores of every ranked row."""
     score = {r["id"]: r["score"] for r in judged}
     return [
         {
+            "prompt": row["prompt"],
             "ranks": [r["rank"] for r in row["replies"]],
             "lengths": [len(r["text"]) for r in row["replies"]],
             "scores": [score[f"{row['prompt_id']}/{r['reply_id']}"] for r in row["replies"]],
@@ -51,10 +52,10 @@ def scored_prompts(ranked: list[dict], judged: list[dict]) -> list[dict]:
     ]
 
 
-def of_prompts(ranked: list[dict], values: dict[str, list[float]]) -> tuple[list[float], list[int]]:
+def of_prompts(ranked: list[dict], values: dict[str, list[float]]) -> list[list[float]]:
     """What `metrics.ratio` takes: sum and number of each prompt's `values`, by reply as in `ranked_items`."""
     found = [[v for r in row["replies"] for v in values[f"{row['prompt_id']}/{r['reply_id']}"]] for row in ranked]
-    return [sum(f) for f in found], [len(f) for f in found]
+    return metrics.by_prompt([row["prompt"] for row in ranked], [sum(f) for f in found], [len(f) for f in found])
 
 
 def agreement_rows(model: str, ranked: list[dict], judged: list[dict], mode: str, set_name: str) -> list[dict]:
@@ -78,17 +79,16 @@ def calibration(ranked: list[dict], judged: list[dict]) -> list[dict]:
     `value` is the mean place, 0 for the best reply of a prompt and 1 for the worst, with its interval over prompts. A
     judge is calibrated if it falls from score to score. Prompts whose replies all rank alike are left out.
     """
-    by_prompt: list[dict[int, list[float]]] = []
+    by_prompt: dict[str, dict[int, list[float]]] = {}
     for row in scored_prompts(ranked, judged):
         if worst := max(row["ranks"]):
-            places: dict[int, list[float]] = {}
+            places = by_prompt.setdefault(row["prompt"], {})
             for rank, score in zip(row["ranks"], row["scores"], strict=True):
                 if score is not None:
                     places.setdefault(int(score + 0.5), []).append(rank / worst)
-            by_prompt.append(places)
     out = []
     for score in range(judge.MIN_SCORE, judge.MAX_SCORE + 1):
-        having = [places[score] for places in by_prompt if score in places]
+        having = [places[score] for places in by_prompt.values() if score in places]
         if having:
             out.append({"score": score} | metrics.ratio([sum(x) for x in having], [len(x) for x in having]))
     return out

@@ -209,11 +209,12 @@ def agreement(prompts: list[dict]) -> dict[str, dict]:
     """The judge's agreement with rankings.
 
     `prompts`: {"ranks": ranks (0 best), "scores": the judge's scores or None, "lengths":
-    characters} for each prompt. Replies without a valid score are left out of that prompt. The paper
+    characters, "prompt": its text} for each ranking. A prompt may have several, as in preference sets: they are one
+    entry of the sample. Replies without a valid score are left out of that prompt. The paper
     does not say how it treats ties; pairwise accuracy is over pairs that the judge does not tie, and
     tie_rate and half credit stand beside it.
     """
-    counted = [c for p in prompts if (c := agreement_counts(p))]
+    counted = [c for c in agreement_counts(prompts).values() if c]
     rows, gaps_of = [c[0] for c in counted], [c[1] for c in counted]
     col = {k: np.array([r[k] for r in rows], float) for k in (rows[0] if rows else {})}
     if not rows:
@@ -232,8 +233,24 @@ def agreement(prompts: list[dict]) -> dict[str, dict]:
     }
 
 
-def agreement_counts(p: dict) -> tuple[dict, list] | None:
-    """(counts, score and length gaps of its pairs) of one prompt of `agreement`; None where no pair is scored."""
+def agreement_counts(prompts: list[dict]) -> dict[str, tuple[dict, list] | None]:
+    """(counts, score and length gaps of its pairs) by prompt of `agreement`'s rows; None where no pair is scored.
+
+    Pairs and fives are sums over a prompt's rankings; exact, spearman and kendall are means.
+    """
+    rankings: dict[str, list[tuple[dict, list]]] = {}
+    for p in prompts:
+        rankings.setdefault(p["prompt"], []).extend(filter(None, [_counts(p)]))
+    return {prompt: _together(found) if found else None for prompt, found in rankings.items()}
+
+
+def _together(found: list[tuple[dict, list]]) -> tuple[dict, list]:
+    counts = {k: sum(c[k] for c, _ in found) for k in found[0][0]}
+    counts |= {k: counts[k] / len(found) for k in ("exact", "spearman", "kendall")}
+    return counts, [gap for _, gaps in found for gap in gaps]
+
+
+def _counts(p: dict) -> tuple[dict, list] | None:
     keep = [i for i, s in enumerate(p["scores"]) if s is not None]
     ranks, scores, lengths = ([p[k][i] for i in keep] for k in ("ranks", "scores", "lengths"))
     pairs = ordered_pairs(ranks)
@@ -299,18 +316,26 @@ def _logistic(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def agreement_gain(ours: list[dict], theirs: list[dict]) -> dict:
     """How much better one judge orders the same pairs than another: a paired bootstrap (BCa) over prompts.
 
-    Both lists are rows of `agreement`, prompt by prompt. A pair earns 1 if it is ordered as ranked,
+    Both lists are rows of `agreement`, ranking by ranking. A pair earns 1 if it is ordered as ranked,
     0 if it is reversed, and half if the judge ties it or scored only one of the two.
     """
-    gains, n = [], []
-    for a, b in zip(ours, theirs, strict=True):
-        n.append(len(ordered_pairs(a["ranks"])))
-        gains.append(credit(a) - credit(b))
-    return ratio(gains, n, share=False)
+    gains = [credit(a) - credit(b) for a, b in zip(ours, theirs, strict=True)]
+    n = [len(ordered_pairs(p["ranks"])) for p in ours]
+    return ratio(*by_prompt([p["prompt"] for p in ours], gains, n), share=False)
+
+
+def by_prompt(prompts: list[str], *columns: list[float]) -> list[list[float]]:
+    """Sums of columns over the rows of each prompt, which are not independent; `prompts` are the texts, row by row."""
+    place = {text: i for i, text in enumerate(dict.fromkeys(prompts))}
+    sums = [[0.0] * len(place) for _ in columns]
+    for out, column in zip(sums, columns, strict=True):
+        for text, value in zip(prompts, column, strict=True):
+            out[place[text]] += value
+    return sums
 
 
 def credit(prompt: dict) -> float:
-    """What one prompt's pairs earn a judge together: 1 for each ordered as ranked, half for a tie or no score."""
+    """What one ranking's pairs earn a judge together: 1 for each ordered as ranked, half for a tie or no score."""
     return sum(_credit(prompt["scores"], *p) for p in ordered_pairs(prompt["ranks"]))
 
 

@@ -1,3 +1,4 @@
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +10,13 @@ import srlm_utils
 from srlm_utils import evaluate, metrics, report
 from srlm_utils.paths import EXAMPLE
 
+NUMBERS = itertools.count()
 
-def prompt(ranks, scores, lengths=None):
-    return {"ranks": ranks, "scores": scores, "lengths": lengths or [10] * len(ranks)}
+
+def prompt(ranks, scores, lengths=None, text=None):
+    """A ranking, of a prompt of its own unless `text` says which."""
+    text = text or f"prompt {next(NUMBERS)}"
+    return {"prompt": text, "ranks": ranks, "scores": scores, "lengths": lengths or [10] * len(ranks)}
 
 
 def values(*prompts):
@@ -163,8 +168,8 @@ def test_a_bound_counts_prompts_and_a_prompt_of_many_rows_makes_them_fewer():
 def test_numbers_that_are_no_shares_have_no_bound():
     flat = metrics.mean([0.0] * 12, share=False)
     assert flat["low"] == flat["high"] == 0
-    assert metrics.agreement([prompt([0, 1], [3, 3])] * 12)["spearman"]["high"] == 0
-    assert metrics.agreement([prompt([0, 1], [3, 3])] * 12)["exact_match"]["high"] > 0.2
+    found = metrics.agreement([prompt([0, 1], [3, 3]) for _ in range(12)])
+    assert found["spearman"]["high"] == 0 and found["exact_match"]["high"] > 0.2
 
 
 def verdict(pid, order, p_first):
@@ -285,6 +290,37 @@ def test_replies_are_resampled_with_their_prompt():
     assert (m["low"], m["high"]) == (0, 1)
 
 
+def test_many_pairs_of_one_prompt_are_one_entry_of_the_sample():
+    """Ten prompts of twenty pairs, as preference sets have them; the judge is right on seven prompts."""
+    replies = [{"reply_id": str(i), "text": "x" * (i + 1), "rank": i} for i in range(2)]
+    ranked = [
+        {"prompt_id": f"p{i}-{k}", "prompt": f"{i}?", "set": "s", "replies": replies}
+        for i in range(10)
+        for k in range(20)
+    ]
+
+    def judged(n_right):
+        scores = {row["prompt_id"]: (4, 2) if i < 20 * n_right else (2, 4) for i, row in enumerate(ranked)}
+        return [
+            {"id": f"{pid}/{k}", "score": s[k], "mass": s[0] / 4, "samples": [{"score": s[0]}]}
+            for pid, s in scores.items()
+            for k in range(2)
+        ]
+
+    rows = evaluate.agreement_rows("M1", ranked, judged(7), "expected", "s")
+    rows += evaluate.gain_rows("M1", "M0", ranked, judged(7), judged(0), "expected", "s")
+    found = {r["metric"]: r for r in rows}
+    assert found["pairwise_accuracy"]["value"] == found["agreement_gain"]["value"] == 0.7
+    assert found["pairwise_accuracy"]["n"] == 200 and found["exact_match"]["n"] == found["kendall"]["n"] == 10
+    alone = metrics.mean([1] * 7 + [0] * 3)
+    for name in ("pairwise_accuracy", "pairwise_accuracy_half_ties", "exact_match"):
+        assert (found[name]["low"], found[name]["high"]) == pytest.approx((alone["low"], alone["high"]))
+    assert found["agreement_gain"]["low"] < 0.45 and found["kendall"]["low"] < -0.1
+    assert found["score_mass"]["high"] - found["score_mass"]["low"] > 0.2
+    places = evaluate.calibration(ranked, judged(7))
+    assert all(row["high"] - row["low"] > 0.4 for row in places)
+
+
 def test_one_order_without_a_preference_makes_a_tie():
     assert metrics.outcomes([verdict("p", "AB", 0.9), verdict("p", "BA", 0.5)]) == {"p": 0.5}
 
@@ -394,10 +430,11 @@ def test_p_values_keep_three_digits():
 
 def test_calibration_by_hand():
     ranked = [
-        {"prompt_id": "p", "replies": [{"reply_id": str(i), "text": "x", "rank": i} for i in range(3)]},
-        {"prompt_id": "q", "replies": [{"reply_id": str(i), "text": "x", "rank": r} for i, r in enumerate((0, 1))]},
+        {"prompt_id": "p", "prompt": "P", "replies": [{"reply_id": str(i), "text": "x", "rank": i} for i in range(3)]},
+        {"prompt_id": "q", "prompt": "Q", "replies": [{"reply_id": str(i), "text": "x", "rank": i} for i in range(2)]},
         {
             "prompt_id": "flat",
+            "prompt": "F",
             "replies": [{"reply_id": "0", "text": "x", "rank": 0}, {"reply_id": "1", "text": "x", "rank": 0}],
         },
     ]

@@ -198,6 +198,15 @@ def test_agreement_rows_give_the_runs_own_figure():
         assert sum(c for c, _ in values) / sum(n for _, n in values) == pytest.approx(row["value"])
 
 
+def test_the_rankings_of_one_prompt_are_one_row_of_a_cell():
+    replies = [{"reply_id": str(i), "text": "x", "rank": i} for i in range(2)]
+    ranked = [{"prompt_id": f"p{k}", "prompt": "P?", "set": "s", "replies": replies} for k in range(3)]
+    scores = {"p0": (4, 2), "p1": (2, 4), "p2": (3, 3)}
+    judged = [{"id": f"{p}/{i}", "judge_mode": "expected", "score": s[i]} for p, s in scores.items() for i in range(2)]
+    who = {"model": "M1", "set": "s", "judge_mode": "expected", "prompt_id": "p0"}
+    assert cells._agreement("M1", ranked, judged) == [who | {"credit": 1.5, "n_pairs": 3}]
+
+
 def test_a_large_cell_leaves_out_answers_between_first_and_last(tmp_path, capsys):
     rng = np.random.default_rng(0)
     cell = planted("default", 0, n=64)
