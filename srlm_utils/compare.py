@@ -37,8 +37,8 @@ _COUNTS = {  # figures of reward agreement that are ratios of counts over prompt
     "tie_rate": (lambda c: c["ties"], lambda c: c["n"]),
     "pairwise_accuracy_half_ties": (lambda c: c["right"] + c["ties"] / 2, lambda c: c["n"]),
     "exact_match": (lambda c: c["exact"], lambda c: 1),
-    "spearman": (lambda c: c["spearman"], lambda c: 1),
-    "kendall": (lambda c: c["kendall"], lambda c: 1),
+    "spearman": (lambda c: c["spearman"], lambda c: c["scored"]),
+    "kendall": (lambda c: c["kendall"], lambda c: c["scored"]),
 }
 
 

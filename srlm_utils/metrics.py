@@ -25,8 +25,12 @@ METRICS = {
         "log-odds",
         "logistic model of which reply ranks higher: weight of a score gap of one standard deviation beside length",
     ),
-    "five_best": ("share", "replies scored 5 (4.5 or more) that are ranked best"),
-    "exact_match": ("share", "prompts whose whole ranking is the given one; a tie is a miss"),
+    "five_best": ("share", "replies scored 5 (4.5 or more) that are ranked best; those without a score are left out"),
+    "exact_match": (
+        "share",
+        "prompts whose whole ranking is the given one; a tie or a reply without a score is a miss",
+    ),
+    "unscored_rate": ("share", "ranked replies without a valid score; only exact_match and agreement_gain count them"),
     "spearman": ("correlation", "mean over prompts of Spearman's rho of score and rank; 0 where all scores are equal"),
     "kendall": ("correlation", "mean over prompts of Kendall's tau-b of score and rank; 0 where all scores are equal"),
     "parse_rate": ("share", "sampled judgements that end in a valid score"),
@@ -195,6 +199,7 @@ AGREEMENT = (
     "exact_match",
     "spearman",
     "kendall",
+    "unscored_rate",
 )
 
 # ---- reward agreement (Yuan et al. 2024, section 3.2 and Table 4)
@@ -210,9 +215,10 @@ def agreement(prompts: list[dict]) -> dict[str, dict]:
 
     `prompts`: {"ranks": ranks (0 best), "scores": the judge's scores or None, "lengths":
     characters, "prompt": its text} for each ranking. A prompt may have several, as in preference sets: they are one
-    entry of the sample. Replies without a valid score are left out of that prompt. The paper
+    entry of the sample. Replies without a valid score are left out of that prompt, and counted as unscored_rate; but
+    a ranking with one is no exact match, or leaving out would make a judge better. The paper
     does not say how it treats ties; pairwise accuracy is over pairs that the judge does not tie, and
-    tie_rate and half credit stand beside it.
+    tie_rate and half credit stand beside it. five_best is over the replies scored 5, alone with a score or not.
     """
     counted = [c for c in agreement_counts(prompts).values() if c]
     rows, gaps_of = [c[0] for c in counted], [c[1] for c in counted]
@@ -225,18 +231,20 @@ def agreement(prompts: list[dict]) -> dict[str, dict]:
         "pairwise_accuracy_half_ties": ratio(col["right"] + col["ties"] / 2, col["n"]),
         "longer_baseline": ratio(col["longer"], col["n"]),
         "similar_length_accuracy": ratio(col["near_right"], col["near"]),
-        "score_beyond_length": beyond_length(gaps_of),
+        "score_beyond_length": beyond_length([gaps for gaps in gaps_of if gaps]),
         "five_best": ratio(col["fives_best"], col["fives"]),
         "exact_match": mean(col["exact"]),
-        "spearman": mean(col["spearman"], share=False),
-        "kendall": mean(col["kendall"], share=False),
+        "spearman": ratio(col["spearman"], col["scored"], share=False),
+        "kendall": ratio(col["kendall"], col["scored"], share=False),
+        "unscored_rate": ratio(col["unscored"], col["replies"]),
     }
 
 
 def agreement_counts(prompts: list[dict]) -> dict[str, tuple[dict, list] | None]:
-    """(counts, score and length gaps of its pairs) by prompt of `agreement`'s rows; None where no pair is scored.
+    """(counts, score and length gaps of its pairs) by prompt of `agreement`'s rows; None where all replies rank alike.
 
-    Pairs and fives are sums over a prompt's rankings; exact, spearman and kendall are means.
+    Sums over a prompt's rankings, but exact is the mean of all, and spearman and kendall of those with a scored pair
+    (scored: 1 if there is any).
     """
     rankings: dict[str, list[tuple[dict, list]]] = {}
     for p in prompts:
@@ -246,22 +254,24 @@ def agreement_counts(prompts: list[dict]) -> dict[str, tuple[dict, list] | None]
 
 def _together(found: list[tuple[dict, list]]) -> tuple[dict, list]:
     counts = {k: sum(c[k] for c, _ in found) for k in found[0][0]}
-    counts |= {k: counts[k] / len(found) for k in ("exact", "spearman", "kendall")}
+    counts["exact"] /= len(found)
+    counts |= {k: counts[k] / max(counts["scored"], 1) for k in ("spearman", "kendall")}
+    counts["scored"] = min(counts["scored"], 1)
     return counts, [gap for _, gaps in found for gap in gaps]
 
 
 def _counts(p: dict) -> tuple[dict, list] | None:
+    if not ordered_pairs(p["ranks"]):
+        return None
     keep = [i for i, s in enumerate(p["scores"]) if s is not None]
     ranks, scores, lengths = ([p[k][i] for i in keep] for k in ("ranks", "scores", "lengths"))
-    pairs = ordered_pairs(ranks)
-    if not pairs:
-        return None
+    pairs, n_unscored = ordered_pairs(ranks), len(p["ranks"]) - len(keep)
     from scipy import stats  # slow to import, and needed nowhere else
 
     gaps = [scores[i] - scores[j] for i, j in pairs]
     longer = [lengths[i] - lengths[j] for i, j in pairs]
     near = [abs(lengths[i] - lengths[j]) <= SIMILAR * max(lengths[i], lengths[j]) for i, j in pairs]
-    flat = len(set(scores)) == 1
+    flat = not pairs or len(set(scores)) == 1
     fives = [r for r, s in zip(ranks, scores, strict=True) if s >= 4.5]
     counts = {
         "n": len(pairs),
@@ -272,7 +282,10 @@ def _counts(p: dict) -> tuple[dict, list] | None:
         "near_right": sum((g > 0) + 0.5 * (g == 0) for g, is_near in zip(gaps, near, strict=True) if is_near),
         "fives": len(fives),
         "fives_best": sum(r == min(p["ranks"]) for r in fives),
-        "exact": all(g > 0 for g in gaps),
+        "exact": not n_unscored and all(g > 0 for g in gaps),
+        "replies": len(p["ranks"]),
+        "unscored": n_unscored,
+        "scored": bool(pairs),
         "spearman": 0.0 if flat else -float(stats.spearmanr(scores, ranks).statistic),
         "kendall": 0.0 if flat else -float(stats.kendalltau(scores, ranks).statistic),
     }

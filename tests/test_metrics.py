@@ -52,6 +52,7 @@ def test_a_perfect_judge_and_its_opposite():
     assert found == dict.fromkeys(ones, 1) | dict.fromkeys(("spearman", "kendall"), pytest.approx(1)) | {
         "tie_rate": 0,
         "longer_baseline": 0.5,
+        "unscored_rate": 0,
         "score_beyond_length": None,  # one prompt
     }
     assert values(prompt([0, 1, 2], [1, 3, 4]))["pairwise_accuracy"] == 0
@@ -118,7 +119,19 @@ def test_five_best_counts_who_got_a_five():
 
 def test_nothing_to_measure_is_none_not_zero():
     found = metrics.agreement([prompt([0, 1], [None, None])])
+    missed, lost = found.pop("exact_match"), found.pop("unscored_rate")
+    assert (missed["value"], missed["n"], lost["value"], lost["n"]) == (0, 1, 1, 2)
     assert all(v["value"] is None and v["n"] == 0 for v in found.values())
+    assert metrics.agreement([]) == dict.fromkeys(metrics.AGREEMENT, metrics.plain(None, 0))
+
+
+def test_what_could_not_be_read_makes_no_judge_better():
+    right = prompt([0, 1, 2], [5, 3, 1])
+    found = metrics.agreement([right, prompt([0, 1, 2], [5, None, 1]), prompt([0, 1], [4.5, None])])
+    assert (found["exact_match"]["value"], found["exact_match"]["n"]) == (pytest.approx(1 / 3), 3)
+    assert (found["unscored_rate"]["value"], found["unscored_rate"]["n"]) == (0.25, 8)
+    assert (found["five_best"]["value"], found["five_best"]["n"]) == (1, 3)
+    assert (found["spearman"]["value"], found["spearman"]["n"]) == (pytest.approx(1), 2)
 
 
 def test_intervals():
