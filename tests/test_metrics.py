@@ -482,11 +482,8 @@ def test_a_reports_pairs_are_those_that_were_learned_from():
 
 def test_a_reply_is_no_prompt_of_its_own():
     """Ten replies to each of two prompts: as far as intervals go, two of a kind."""
-    ranked = [
-        {"prompt_id": p, "replies": [{"reply_id": str(i), "rank": i, "text": "a"} for i in range(10)]} for p in "pq"
-    ]
-    for row in ranked:
-        row["prompt"] = "Q?"
+    replies = [{"reply_id": str(i), "rank": i, "text": "a"} for i in range(10)]
+    ranked = [{"prompt_id": p, "prompt": f"{p}?", "replies": replies} for p in "pq"]
     judged = [{"id": f"{p}/{i}", "score": float(i), "mass": m} for p, m in (("p", 0.2), ("q", 0.8)) for i in range(10)]
     (mass,) = [r for r in evaluate.agreement_rows("M1", ranked, judged, "expected", "s") if r["metric"] == "score_mass"]
     assert mass["value"] == pytest.approx(0.5) and mass["high"] - mass["low"] > 0.5 and mass["n"] == 20
