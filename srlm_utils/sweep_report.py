@@ -74,7 +74,8 @@ def ladder(found: list[Cell]) -> pd.DataFrame:
 def measured(a: Cell, model: str, b: Cell, opponent: str) -> dict[tuple, dict[str, tuple[float, float]]]:
     """What two models differ in, by (metric, set, judge, judge_mode) and prompt_id: a numerator and a denominator.
 
-    Only prompts that both answered, and that read alike, count.
+    Only prompts that both answered, and that read alike, count. A run's own verdicts need no answers: those of its
+    middle models may have been too large to keep (`cells.write`).
     """
     ours, theirs = ({r["prompt_id"]: r for r in c.answers if r["model"] == m} for c, m in ((a, model), (b, opponent)))
     pairs = {i: (x, theirs[i]) for i, x in ours.items() if i in theirs and theirs[i]["prompt"] == x["prompt"]}
@@ -103,9 +104,7 @@ def measured(a: Cell, model: str, b: Cell, opponent: str) -> dict[tuple, dict[st
 def _wins(a: Cell, model: str, b: Cell, opponent: str, prompts) -> dict[tuple[str, str], dict[str, float]]:
     """Results by (judge, judge_mode): a run's own verdicts; between two runs, scores of a judge of the same weights."""
     if a is b:
-        rows = [
-            v for v in a.verdicts if (v["model_a"], v["model_b"]) == (model, opponent) and v["prompt_id"] in prompts
-        ]
+        rows = [v for v in a.verdicts if (v["model_a"], v["model_b"]) == (model, opponent)]
         judges = dict.fromkeys((v["judge"], v["judge_mode"]) for v in rows)
         return {j: metrics.outcomes([v for v in rows if (v["judge"], v["judge_mode"]) == j]) for j in judges}
     scores: list[dict[tuple[str, str], dict[str, float]]] = [{}, {}]
