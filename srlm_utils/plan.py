@@ -209,13 +209,7 @@ def list_steps(experiment: Experiment) -> list[Step]:
     order = [("01_seed_data", "run"), ("02_sft", "SFT"), ("03_build_eft", "SFT"), ("02_sft", "M1")]
     if not experiment.flat("02_sft", "M1", "")["use_eft"]:
         order.remove(("03_build_eft", "SFT"))
-    judges = experiment.flat("08_evaluate", "M1", "")["win_judges"]
-    for judge, _ in map(parse_win_judge, judges):
-        if is_model_name(judge) and judge not in ("M0", "SFT", "M1"):
-            raise ParamError(
-                f"evaluate.win_judges: {judge} would judge models that exist before it does; "
-                "expected M0, SFT, M1 or a model from outside the run."
-            )
+    _check_win_judges(experiment)
     order += [("08_evaluate", m) for m in ("M0", "SFT", "M1")]
     _check_drafts(experiment)
     drafts = experiment.drafts()
@@ -236,6 +230,30 @@ def list_steps(experiment: Experiment) -> list[Step]:
         order.insert(order.index(("08_evaluate", model)) + 1, ("10_benchmarks", model))
     order.append(("09_report", "run"))
     return [make_step(stage, m, experiment.flat(stage, m, "")) for stage, m in order]
+
+
+def _check_win_judges(experiment: Experiment) -> None:
+    """Refuse win judges that do not exist when they are asked, and those whose scores an opponent lacks.
+
+    M0 and SFT are evaluated after M1 is trained, later models as soon as they are.
+    """
+    names, scored = model_names(experiment.run.iterations), {}
+    for model in names:
+        judges = [parse_win_judge(j) for j in experiment.flat("08_evaluate", model, "")["win_judges"]]
+        there = names[: max(names.index(model), names.index("M1")) + 1]
+        for judge, _ in judges:
+            if is_model_name(judge) and judge not in there:
+                raise ParamError(
+                    f"evaluate.win_judges: {judge} would judge {model}, which exists before it does; expected "
+                    f"{', '.join(there)} or a model from outside the run."
+                )
+        scored[model] = {judge for judge, mode in judges if mode == "score"}
+        for opponent in models_before(model):
+            if missing := sorted(scored[model] - scored[opponent]):
+                raise ParamError(
+                    f"evaluate.win_judges: {missing[0]}:score compares {model} with {opponent}, whose answers it does "
+                    f"not score. Name it for {opponent} too."
+                )
 
 
 def _check_drafts(experiment: Experiment) -> None:

@@ -9,7 +9,7 @@ from srlm_utils import evaluate, metrics, outside, seed_model, verdicts
 from srlm_utils.artefacts import read_jsonl, write_jsonl
 from srlm_utils.errors import DataError, ParamError
 from srlm_utils.params import Experiment
-from srlm_utils.plan import external_inputs, parse_win_judge
+from srlm_utils.plan import external_inputs, list_steps, parse_win_judge
 from srlm_utils.step import StepRun
 
 RANKED = [
@@ -207,6 +207,26 @@ def test_a_file_of_verdicts_is_an_input(tmp_path):
 def asks_api(base_url):
     flat = Experiment({}).flat("08_evaluate", "M1", "")
     return SimpleNamespace(**flat | {"judge_base_url": base_url})
+
+
+@pytest.mark.parametrize(
+    "model,judges,says",
+    [
+        ("M3", ["M1:score", "M2:score"], "M2:score compares M3 with M0, whose answers it does not score"),
+        ("M3", ["outside:score"], "outside:score compares M3 with M0"),
+        ("M0", ["M1:score", "M2:score"], "M2 would judge M0, which exists before it does; expected M0, SFT, M1 or"),
+        ("M2", ["M1:score", "M3:pairwise"], "M3 would judge M2, which exists before it does; expected M0, SFT, M1, M2"),
+    ],
+)
+def test_each_models_win_judges_exist_and_scored_its_opponents(model, judges, says):
+    def steps(by_model):
+        by_model = {m: {"evaluate": {"win_judges": found}} for m, found in by_model.items()}
+        return list_steps(Experiment({"evaluate": {"win_judges": ["M1:score"]}, "by_model": by_model}))
+
+    with pytest.raises(ParamError, match=says):
+        steps({model: judges})
+    later = steps({"M2": ["M1:score", "M2:pairwise"], "M3": ["x/y:pairwise"]})  # compares, and so needs no scores
+    assert [s.name for s in later] == [s.name for s in steps({})]
 
 
 def test_an_endpoint_without_key_stops_before_a_model_loads(monkeypatch):
