@@ -73,6 +73,15 @@ def test_a_strict_rule_waits_for_a_try_without_ties():
     assert [r["score"] for r in eft.accept([ranked()], half)[0]] == [5, 3]  # halves go up, not to the even neighbour
 
 
+@pytest.mark.parametrize("rule", ["strict", "no_reversal"])
+def test_scores_agree_as_they_are_learned(rule):
+    samples = [
+        [{"text": f"W.\nScore: {s}", "score": s, "status": "ok"} for s in tries] for tries in ((3.9, 5), (3.6, 4))
+    ]
+    judged = [{"id": f"p/{i}", "samples": s} for i, s in zip("ab", samples, strict=True)]
+    assert [r["score"] for r in eft.accept([ranked()], judged, rule)[0]] == [5, 4]  # both of the first try are a 4
+
+
 def test_scores_made_of_ranks_are_spaced_evenly_and_have_no_reason():
     row = {"prompt_id": "p", "prompt": "Q?", "replies": []}
     row["replies"] = [{"reply_id": str(i), "text": f"reply {i}", "rank": rank} for i, rank in enumerate([0, 2, 2, 1])]
