@@ -10,7 +10,7 @@ from srlm_utils.pairs import by_a_draft, by_the_model, consistency, scored_candi
 def round_metrics(
     model: str, prompts: list[dict], candidates: list[dict], judgements: list[dict], kept: list[dict]
 ) -> list[dict]:
-    """Metric rows of one round, set "aift": pair yield, parse rate, spread and ties of the scores, lengths.
+    """Metric rows of one round, set "aift": pair yield, parse rate or the scores' mass, their spread and ties, lengths.
 
     Scores are those of the model's own candidates.
     """
@@ -29,6 +29,7 @@ def round_metrics(
     by_id = {j["id"]: j for j in judgements}
     judged = [[by_id[c["cand_id"]] for c in cs if c["cand_id"] in by_id] for cs in by_prompt.values()]
     parsed = [[s["score"] is not None for j in js for s in j.get("samples", [j])] for js in judged]
+    masses = [[j["mass"] for j in js if j.get("mass") is not None] for js in judged]
     figures = {
         "pair_yield": mean([p["prompt_id"] in kept_ids for p in prompts]),
         "candidate_parse_rate": ratio([sum(t) for t in parsed], [len(t) for t in parsed]),
@@ -37,6 +38,8 @@ def round_metrics(
         "candidate_tie_rate": ratio([t for t, _ in ties], [n for _, n in ties]),
         "cut_rate": ratio([sum(bool(j.get("cut")) for j in js) for js in judged], [len(js) for js in judged]),
     }
+    if any(masses):  # an expected score is one however little the digits hold: this says whether it means anything
+        figures["candidate_score_mass"] = ratio([sum(m) for m in masses], [len(m) for m in masses])
     points = Counter(int(s + 0.5) for s in flat)
     shares = [n / len(flat) for n in points.values()]
     figures["modal_share"] = plain(max(shares, default=None), len(flat))
@@ -69,7 +72,7 @@ def ailments(metrics: list[dict], limits: dict[str, float], *, weighed: bool = F
 
     Figures that could not be measured are no ailment. `weighed`: pairs count as far as two rewards agree (`pairs`).
     """
-    names = {"parse_rate": "candidate_parse_rate", "tie_rate": "candidate_tie_rate"}
+    names = {name: f"candidate_{name}" for name in ("parse_rate", "score_mass", "tie_rate")}
     values, found = {m["metric"]: m["value"] for m in metrics}, []
     for limit, bound in limits.items():
         side, _, name = limit.partition("_")

@@ -77,6 +77,7 @@ METRICS = {
         "standard deviation of the scores of one prompt's candidates, mean over prompts",
     ),
     "candidate_parse_rate": ("share", "judgements of candidates with a valid score"),
+    "candidate_score_mass": ("share", "probability that the six scores hold of the whole vocabulary (expected mode)"),
     "candidate_tie_rate": ("share", "pairs of one prompt's candidates with the same score"),
     "modal_share": ("share", "candidates whose score, rounded, is the most common one"),
     "score_entropy": ("bits", "entropy of the candidates' rounded scores; 2.58 is six scores in equal parts"),

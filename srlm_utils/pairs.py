@@ -119,8 +119,9 @@ def build_pairs(
     few_scored (fewer than two that take part), tie (all equal), small_margin (best and worst are nearer than
     `min_margin`), same_text, empty_chosen; and same_length, where longer and shorter have nothing to choose between.
 
-    `chosen_ended`: only answers that ended by themselves may be chosen, so that nobody learns to be cut off; a prompt
-    without one is dropped as none_ended.
+    `chosen_ended`: only answers that ended by themselves may be chosen, so that nobody learns to be cut off. A prompt
+    without one, or where none of them scores above another answer though one that was cut off does, is dropped as
+    none_ended.
 
     `implicit_rule` "agree" keeps a pair only if the implicit reward prefers the same answer (Zhou et al. 2025); others
     are dropped as rewards_disagree. "weigh" gives every pair the round's mean `consistency`, by which `train` weighs
@@ -148,9 +149,8 @@ def build_pairs(
         if len(valid) < 2 or not by_the_model(valid):
             drops["few_scored"] += 1
             continue
-        good = [c for c in valid if not c.get("author") or by_a_draft(c)]
-        if chosen_ended:
-            good = [c for c in good if c["ended"]]
+        able = [c for c in valid if not c.get("author") or by_a_draft(c)]
+        good = [c for c in able if c["ended"] or not chosen_ended]
         if not good:
             drops["none_ended"] += 1
             continue
@@ -158,7 +158,9 @@ def build_pairs(
         chosen, rejected = _best_and_worst(good, bad, order, length_rho)
         margin = chosen["score"] - rejected["score"]
         reason = (
-            "tie"
+            "none_ended"
+            if margin <= 0 and max(c["score"] for c in able) > rejected["score"]
+            else "tie"
             if margin == 0
             else "small_margin"
             if margin < min_margin
@@ -208,7 +210,7 @@ ADVICE = {
     "small_margin": "lower min_margin",
     "same_text": "raise self_instruct.temperature: the candidates are alike",
     "empty_chosen": "look at the candidates: the best of them are empty",
-    "none_ended": "raise self_instruct.max_new_tokens: hardly an answer ends",
+    "none_ended": "raise self_instruct.max_new_tokens: hardly an answer ends, or hardly a good one",
     "low_score": "lower positive_min_score",
 }
 

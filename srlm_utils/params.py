@@ -186,6 +186,7 @@ class BuildPairs(Step):
     positive_min_score: float = Field(4.5, ge=0, le=5)
     on_unhealthy: Literal["warn", "stop"] = "warn"
     min_parse_rate: float = Field(0.5, ge=0, le=1)
+    min_score_mass: float = Field(0.5, ge=0, le=1)
     max_modal_share: float = Field(0.8, gt=0, le=1)
     max_tie_rate: float = Field(0.5, ge=0, le=1)
     min_pair_yield: float = Field(0.3, ge=0, le=1)

@@ -225,6 +225,22 @@ def test_a_judge_that_gives_one_score_is_ill():
     assert unparsed[0] == "candidate_parse_rate is 0.17, less than min_parse_rate = 0.5"
 
 
+def test_a_judge_that_hardly_thinks_of_a_score_is_ill():
+    parts = [case([1, 3], pid="p"), case([2, 4], pid="q")]
+    prompts, cands, judged = ([*a, *b] for a, b in zip(*parts, strict=True))
+
+    def ill(masses):
+        rows = [j | {"mass": m} for j, m in zip(judged, masses, strict=True)]
+        metrics = health.round_metrics("M1", prompts, cands, rows, pairs.build_pairs(prompts, cands, rows)[0])
+        found = {r["metric"]: r for r in metrics}
+        assert found["candidate_score_mass"]["value"] == pytest.approx(sum(masses) / 4)
+        assert found["candidate_score_mass"]["low"] is not None and found["candidate_parse_rate"]["value"] == 1
+        return health.ailments(metrics, {"min_parse_rate": 0.5, "min_score_mass": 0.5})
+
+    assert ill([1e-6] * 4) == ["candidate_score_mass is 0.00, less than min_score_mass = 0.5"]
+    assert ill([0.8, 0.9, 0.7, 0.8]) == []
+
+
 def test_health_of_no_candidates_at_all():
     assert health.round_metrics("M1", [{"prompt_id": "p", "prompt": "Q"}], [], [], [])[0]["value"] == 0
 
@@ -270,7 +286,11 @@ def test_an_answer_that_was_cut_off_is_not_chosen():
         made, _ = pairs.build_pairs(prompts, cands, judged, chosen_ended=True, rule=rule)
         assert all(p["chosen_id"] == "p-1" for p in made)
     judged[1]["score"] = 0.5  # the only one that ended is the worst
-    assert pairs.build_pairs(prompts, cands, judged, chosen_ended=True)[1]["tie"] == 1
+    for rule in ("score", "random"):
+        made, drops = pairs.build_pairs(prompts, cands, judged, chosen_ended=True, rule=rule)
+        assert made == [] and (drops["none_ended"], drops["tie"]) == (1, 0)
+    alike = [j | {"score": 2.0} for j in judged]
+    assert pairs.build_pairs(prompts, cands, alike, chosen_ended=True)[1]["tie"] == 1
     cands[1]["ended"] = False
     assert pairs.build_pairs(prompts, cands, judged, chosen_ended=True)[1]["none_ended"] == 1
     assert pairs.build_pairs(prompts, cands, judged)[0][0]["chosen_id"] == "p-0"
