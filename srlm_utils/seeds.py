@@ -56,8 +56,11 @@ def _deal(name: str, uses: set[str], p: dict, drops: Counter) -> dict[str, list[
         raise DataError(f"{name}: holds answers (prompt, response); expected ranked replies for {sorted(uses)[-1]}.")
     for row in sources.kit_rows(name, of_kind) if own else sources.conversations(name, drops, language=p["language"]):
         use = next(iter(uses)) if len(uses) == 1 else share(row, uses, p["ift_share"], p["eval_share"])
+        best_is_gone = row.pop("best_is_gone", False)
         if use != "ift" and not own and not sources.can_rank(row):
             drops[sources.NOTHING_TO_RANK] += 1
+        elif use == "ift" and best_is_gone:  # what is left is no answer to learn, though it may be ranked
+            drops[sources.BEST_IS_GONE] += 1
         elif not p[f"n_{use}"] or len(out[use]) < p[f"n_{use}"]:
             out[use].append(sources.best(row) if use == "ift" and of_kind != "ift" else row)
         elif all(p[f"n_{u}"] and len(out[u]) >= p[f"n_{u}"] for u in uses):

@@ -24,6 +24,7 @@ FORMATS = (
 )
 
 NOTHING_TO_RANK = "one reply, or all ranked alike"
+BEST_IS_GONE = "the reply ranked best is not usable"
 
 
 class _Foreign(BaseModel):
@@ -128,7 +129,8 @@ def conversations(name: str, drops: Counter, *, language: str = "en", all_turns:
     """Prompts of a foreign source with their usable replies, one or more, in order of rank.
 
     Yields {"prompt_id", "prompt", "replies": [{"reply_id", "text", "rank", "source"}]}; rank 0 is best, and ranks have
-    no gaps. `drops` counts what is left out, by reason. Of Open Assistant the first turn, as in the paper (section
+    no gaps: where Open Assistant's best reply is not usable, the row says "best_is_gone": True. `drops` counts what is
+    left out, by reason. Of Open Assistant the first turn, as in the paper (section
     3.1.1), unless `all_turns`: then a later turn's prompt is the conversation so far. `language` "" takes every
     language; preference sets do not say theirs.
     """
@@ -232,7 +234,8 @@ def _of_tree(tree: dict, drops: Counter, language: str, all_turns: bool) -> Iter
             if all_turns:
                 waiting += [(further, [*talk, reply["text"]]) for further in reply.get("replies") or []]
         if replies:
-            yield _with_ranks(asked["message_id"], _conversation(talk), replies, "open_assistant")
+            row = _with_ranks(asked["message_id"], _conversation(talk), replies, "open_assistant")
+            yield row | ({"best_is_gone": True} if min(rank for _, _, rank in replies) > 0 else {})
         elif not before:
             drops["prompt without a usable reply"] += 1
 

@@ -262,6 +262,18 @@ def test_one_source_is_divided_by_prompt(tmp_path):
     assert few["ift"] == rows["ift"][:7] and few["ranked_eval"] == rows["ranked_eval"][:3]
 
 
+def test_what_people_ranked_second_is_no_answer_to_learn(tmp_path):
+    whole = [tree(f"{i} is what?", *(message(f"{i} {k}", rank=k) for k in range(3))) for i in range(4)]
+    headless = tree("Whose head?", message("best", rank=0, deleted=True), *(message(f"no {k}", rank=k) for k in (1, 2)))
+    path = save(tmp_path / "oa.jsonl", [headless, *whole])
+    rows, drops = seeds.load_seeds(SeedData(run_dir="x", ift_file=path).model_dump())
+    assert [r["response"] for r in rows["ift"]] == [f"{i} 0" for i in range(4)]
+    assert drops[path] == {"reply deleted": 1, "the reply ranked best is not usable": 1}
+    rows, drops = seeds.load_seeds(SeedData(run_dir="x", ranked_eval_files=[path]).model_dump())
+    assert texts(rows["ranked_eval"][0]) == [("no 1", 0), ("no 2", 1)]  # still in order
+    assert "best_is_gone" not in rows["ranked_eval"][0] and drops[path] == {"reply deleted": 1}
+
+
 def test_what_is_left_out_is_counted_once(tmp_path):
     path = save(tmp_path / "oa.jsonl", [*TREES, *many(60)])
     p = SeedData(run_dir="x", ift_file=path, ranked_train_files=[path], ranked_eval_files=[path])
