@@ -109,7 +109,7 @@ METRICS = {
 FIELD = [name for name in METRICS if name.startswith(("alpaca_eval", "mt_bench", "lm_eval"))]
 
 
-def ratio(num, den, *, share: bool = True, seed: int = 0) -> dict:
+def ratio(num, den, *, share: bool = True) -> dict:
     """sum(num) / sum(den) with a 95 % interval over the entries (one entry a prompt).
 
     Returns {"value", "low", "high", "n"}; n is sum(den) rounded. value is None where the denominator is 0, the interval
@@ -132,12 +132,12 @@ def ratio(num, den, *, share: bool = True, seed: int = 0) -> dict:
     if share and (num >= 0).all() and (num <= den).all():
         low, high = resample.share_interval(num, den)
     else:
-        sums = resample.totals(np.stack([num, den], 1), N_BOOTSTRAP, seed)
+        sums = resample.totals(np.stack([num, den], 1), N_BOOTSTRAP)
         low, high = resample.interval(sums[:, 0] / sums[:, 1], len(num))
     return {"value": value, "low": low, "high": high, "n": n}
 
 
-def ratio_difference(ours: tuple, theirs: tuple, *, seed: int = 0) -> dict:
+def ratio_difference(ours: tuple, theirs: tuple) -> dict:
     """`ratio` of ours minus that of theirs, each (num, den) over the same prompts: a paired bootstrap (BCa)."""
     (a, b), (c, d) = ([np.asarray(x, float) for x in side] for side in (ours, theirs))
     if not (b.sum() and d.sum()):
@@ -145,7 +145,7 @@ def ratio_difference(ours: tuple, theirs: tuple, *, seed: int = 0) -> dict:
     out = plain(float(a.sum() / b.sum() - c.sum() / d.sum()), len(a))
     if len(a) < 2:
         return out
-    sums = resample.totals(np.stack([a, b, c, d], 1), N_BOOTSTRAP, seed).T
+    sums = resample.totals(np.stack([a, b, c, d], 1), N_BOOTSTRAP).T
     with np.errstate(invalid="ignore", divide="ignore"):  # a draw without rows of one side is left out
         values = sums[0] / sums[1] - sums[2] / sums[3]
     low, high = resample.interval(values, len(a))
@@ -170,9 +170,9 @@ def ratio_over_seeds(num, den, *, share: bool = True) -> dict:
     return {"value": value, "low": low, "high": high, "n": n}
 
 
-def mean(values, *, share: bool = True, seed: int = 0) -> dict:
+def mean(values, *, share: bool = True) -> dict:
     """Mean over prompts with its interval."""
-    return ratio(values, np.ones(len(values)), share=share, seed=seed)
+    return ratio(values, np.ones(len(values)), share=share)
 
 
 def plain(value: float | None, n: int) -> dict:
@@ -293,7 +293,7 @@ def _counts(p: dict) -> tuple[dict, list] | None:
     return counts, [(g, np.log((1 + lengths[i]) / (1 + lengths[j]))) for g, (i, j) in zip(gaps, pairs, strict=True)]
 
 
-def beyond_length(prompts: list[list[tuple[float, float]]], *, n_draws: int = 1000, seed: int = 0) -> dict:
+def beyond_length(prompts: list[list[tuple[float, float]]], *, n_draws: int = 1000) -> dict:
     """What the judge's score says of the preference that length does not.
 
     `prompts`: for each prompt, for each pair of replies, (score, log of length) of the better one minus that of the
@@ -307,24 +307,10 @@ def beyond_length(prompts: list[list[tuple[float, float]]], *, n_draws: int = 10
     if len(prompts) < 2 or not spread.all():
         return plain(None, len(gaps))
     x, owner = gaps / spread, np.repeat(np.arange(len(prompts)), [len(pairs) for pairs in prompts])
-    rows = resample.weights(len(prompts), n_draws, seed, width=len(x))
-    a = np.vstack([_logistic(x, weights[:, owner]) for weights in rows])
+    rows = resample.weights(len(prompts), n_draws, width=len(x))
+    a = np.vstack([resample.logistic(x, 1, weights[:, owner], ridge=0.01) for weights in rows])
     low, high = resample.interval(a[:, 0], len(prompts))
     return {"value": float(a[0, 0]), "low": low, "high": high, "n": len(gaps)}
-
-
-def _logistic(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Coefficients (models, 2) of logistic models of the better reply, one a row of `weights` (models, rows)."""
-    a, products = np.zeros((len(weights), 2)), np.einsum("ni,nj->nij", x, x).reshape(len(x), 4)
-    for _ in range(50):  # Newton's steps, for all models at once
-        p = 1 / (1 + np.exp(-np.clip(a @ x.T, -30, 30)))
-        gradient = (weights * (1 - p)) @ x - a / 100
-        hessian = ((weights * p * (1 - p)) @ products).reshape(-1, 2, 2) + np.eye(2) / 100
-        step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
-        a += step
-        if np.abs(step).max() < 1e-8:
-            break
-    return a
 
 
 def agreement_gain(ours: list[dict], theirs: list[dict]) -> dict:

@@ -76,7 +76,7 @@ def n_left_out(n: int) -> int:
     return min(n, GROUPS)
 
 
-def weights(n: int, n_draws: int, seed: int, width: int = 0) -> Iterator[np.ndarray]:
+def weights(n: int, n_draws: int, seed: int = 0, width: int = 0) -> Iterator[np.ndarray]:
     """How often each of n prompts counts: in the sample, without some of them, in each draw; (rows, n) at a time.
 
     1 + `n_left_out` + n_draws rows in all; `width` is how many numbers a caller makes of a row, if not n. Memory hardly
@@ -96,7 +96,7 @@ def weights(n: int, n_draws: int, seed: int, width: int = 0) -> Iterator[np.ndar
         yield draws.reshape(k, n).astype(float)
 
 
-def totals(columns: np.ndarray, n_draws: int, seed: int) -> np.ndarray:
+def totals(columns: np.ndarray, n_draws: int, seed: int = 0) -> np.ndarray:
     """Sums of (prompts, columns) by the rows of `weights`: (1 + n_left_out + n_draws, columns)."""
     return np.vstack([w @ columns for w in weights(len(columns), n_draws, seed)])
 
@@ -122,6 +122,27 @@ def interval(values: np.ndarray, n: int) -> tuple[float, float]:
     z = bias + np.array([-1, 1]) * _t(n) * np.sqrt(n / (n - 1))
     low, high = np.quantile(draws, ndtr(bias + z / np.maximum(1 - acceleration * z, 1e-9)))
     return min(float(low), float(value)), max(float(high), float(value))
+
+
+def logistic(x: np.ndarray, y: np.ndarray | float, weights: np.ndarray, *, ridge: float) -> np.ndarray:
+    """Coefficients of weighted logistic models, one a row of `weights` (models, rows), by Newton's steps.
+
+    `x` (rows, coefficients), `y` one number, (rows,) or (models, rows) in 0 to 1; `ridge` is the precision of the
+    coefficients' prior, which keeps them finite.
+    """
+    k = x.shape[1]
+    beta = np.zeros((len(weights), k))
+    products, eye = np.einsum("ni,nj->nij", x, x).reshape(len(x), k * k), np.eye(k)
+    for _ in range(60):
+        p = 1 / (1 + np.exp(-np.clip(beta @ x.T, -30, 30)))
+        gradient = (weights * (y - p)) @ x - ridge * beta
+        hessian = ((weights * p * (1 - p)) @ products).reshape(-1, k, k) + ridge * eye
+        step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
+        size = np.abs(step).max(-1, keepdims=True)
+        beta += step * np.minimum(1, 4 / np.maximum(size, 1e-12))  # near separation a full step overshoots
+        if size.max() < 1e-8:
+            break
+    return beta
 
 
 def _t(n: float) -> float:

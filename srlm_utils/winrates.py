@@ -37,7 +37,7 @@ def similar_length(results, lengths_a, lengths_b) -> dict:
     return mean(np.asarray(results, float)[np.abs(a - b) <= SIMILAR * np.maximum(a, b)])
 
 
-def length_controlled(results, gaps, *, n_draws: int = 1000, seed: int = 0) -> dict:
+def length_controlled(results, gaps, *, n_draws: int = 1000) -> dict:
     """Win rate with the effect of length taken out, after Dubois et al. 2024 (arXiv 2404.04475).
 
     Verdicts are modelled as P(A wins) = sigmoid(theta + phi * tanh(gap / s)), gap being A's length minus B's and s the
@@ -53,13 +53,12 @@ def length_controlled(results, gaps, *, n_draws: int = 1000, seed: int = 0) -> d
     if scale == 0 or len({*y}) < 2:
         return mean(y)
     x = np.stack([np.ones(len(y)), np.tanh(gaps / scale)], 1)
-    theta = np.concatenate([_logistic(x, y, rows)[:, 0] for rows in resample.weights(len(y), n_draws, seed)])
+    fits = [resample.logistic(x, y, rows, ridge=_RIDGE) for rows in resample.weights(len(y), n_draws)]
+    theta = np.concatenate(fits)[:, 0]
     return _figure(1 / (1 + np.exp(-theta)), len(y), len(y))
 
 
-def bradley_terry(
-    duels: list[tuple[str, str, dict]], *, anchor: str, n_draws: int = 1000, seed: int = 0
-) -> dict[str, dict]:
+def bradley_terry(duels: list[tuple[str, str, dict]], *, anchor: str, n_draws: int = 1000) -> dict[str, dict]:
     """Ratings of all models from their comparisons, on the Elo scale: P(A beats B) = 1 / (1 + 10^((R_B - R_A) / 400)).
 
     `duels`: (A, B, {prompt_id: result}). A tie is half a win for either. The `anchor` stands at 0, so a rating is the
@@ -80,12 +79,12 @@ def bradley_terry(
         for pid, result in results.items():
             wins[where[pid], d], fought[where[pid], d] = result, 1
     x = np.array([[float(m == a) - float(m == b) for m in others] for a, b, _ in duels])
-    total, won = np.hsplit(resample.totals(np.hstack([fought, wins]), n_draws, seed), 2)
+    total, won = np.hsplit(resample.totals(np.hstack([fought, wins]), n_draws), 2)
     rate = np.divide(won, total, out=np.full(total.shape, 0.5), where=total > 0)
     # draws of a comparison that one side won throughout show no doubt: the last row has its exact bound instead
     unseen = np.array([resample.unseen_share(f[f > 0]) if f.any() else 0.0 for f in fought.T])
     bound = np.where((rate[0] == 0) | (rate[0] == 1), np.clip(rate[0], unseen, 1 - unseen), rate[0])
-    ratings = ELO * _logistic(x, np.vstack([rate, bound]), np.vstack([total, total[0]]))
+    ratings = ELO * resample.logistic(x, np.vstack([rate, bound]), np.vstack([total, total[0]]), ridge=_RIDGE)
     n = {m: sum(len(r) for a, b, r in duels if m in (a, b)) for m in models}
     out = {}
     for m, values in zip(others, ratings.T, strict=True):
@@ -102,7 +101,7 @@ def elo(wins: np.ndarray) -> np.ndarray:
         return np.zeros(n)
     x = np.array([np.eye(n)[i] - np.eye(n)[j] for i, j in met])
     total = np.array([wins[i, j] + wins[j, i] for i, j in met])
-    return _logistic(x, np.array([wins[i, j] for i, j in met]) / total, total[None])[0]
+    return resample.logistic(x, np.array([wins[i, j] for i, j in met]) / total, total[None], ridge=_RIDGE)[0]
 
 
 def connected(duels: list[tuple[str, str, dict]], anchor: str) -> set[str]:
@@ -130,7 +129,7 @@ def length_buckets(lengths: dict) -> dict:
     return {pid: labels[0 if lengths[pid] <= low else 1 if lengths[pid] <= high else 2] for pid in order}
 
 
-def kappa(a: dict[Hashable, float], b: dict[Hashable, float], *, n_draws: int = 2000, seed: int = 0) -> dict:
+def kappa(a: dict[Hashable, float], b: dict[Hashable, float], *, n_draws: int = 2000) -> dict:
     """Cohen's kappa of two judges on win, tie and loss, over what both decided.
 
     Keys are prompt_ids, or tuples that end in one: several comparisons on one prompt are resampled together. None where
@@ -145,7 +144,7 @@ def kappa(a: dict[Hashable, float], b: dict[Hashable, float], *, n_draws: int = 
     counts = np.zeros((len(prompts), 3, 3))
     for k in shared:
         counts[where[k[-1] if isinstance(k, tuple) else k], int(2 * a[k]), int(2 * b[k])] += 1
-    tables = resample.totals(counts.reshape(len(prompts), 9), n_draws, seed).reshape(-1, 3, 3)
+    tables = resample.totals(counts.reshape(len(prompts), 9), n_draws).reshape(-1, 3, 3)
     tables /= tables.sum((1, 2), keepdims=True)
     agree, chance = np.trace(tables, axis1=1, axis2=2), np.einsum("di,di->d", tables.sum(1), tables.sum(2))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -162,23 +161,3 @@ def _figure(values: np.ndarray, n_prompts: int, n: int) -> dict:
     """A figure from its values on the rows of `resample.weights`."""
     low, high = resample.interval(values, n_prompts)
     return {"value": float(values[0]), "low": low, "high": high, "n": n}
-
-
-def _logistic(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Coefficients of weighted logistic models, one a row of `weights` (models, rows), by Newton's steps.
-
-    `x` (rows, coefficients), `y` (rows,) or (models, rows) in 0 to 1.
-    """
-    beta = np.zeros((len(weights), x.shape[1]))
-    k = x.shape[1]
-    products, eye = np.einsum("ni,nj->nij", x, x).reshape(len(x), k * k), np.eye(k)
-    for _ in range(60):
-        p = 1 / (1 + np.exp(-np.clip(beta @ x.T, -30, 30)))
-        gradient = (weights * (y - p)) @ x - _RIDGE * beta
-        hessian = ((weights * p * (1 - p)) @ products).reshape(-1, k, k) + _RIDGE * eye
-        step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
-        size = np.abs(step).max(-1, keepdims=True)
-        beta += step * np.minimum(1, 4 / np.maximum(size, 1e-12))  # near separation a full step overshoots
-        if size.max() < 1e-8:
-            break
-    return beta
