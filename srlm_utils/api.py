@@ -158,38 +158,19 @@ class Api:
             price_out=params.api_price_out,
         )
 
-    def estimate(self, requests: list[tuple[str, list[dict]]], max_tokens: int, *, logprobs: int = 0) -> dict:
-        """Print and return what `ask` would take: {"calls", "tokens_in", "tokens_out", "seconds", "cost"}.
-
-        `calls` are those that the cache does not answer; `tokens_in` is about a token
-        for 4 characters; `tokens_out`, and the cost with it, is the most there can be; `seconds` is from this object's
-        calls so far, else from 2 s a call; `cost` is None without prices.
-        """
-        _, _, todo = self._split(requests, max_tokens, logprobs)
-        return self._estimate(todo, len(requests), max_tokens)
-
-    def _estimate(self, todo: dict[str, dict], n: int, max_tokens: int) -> dict:
+    def _estimate(self, todo: dict[str, dict], n: int, max_tokens: int) -> None:
+        """Print what calls will take: a token in for 4 characters, and as many out as there can be at most."""
         calls, timed = len(todo), bool(self._seconds)
         each = statistics.fmean(self._seconds) if timed else ASSUMED_CALL_S
         chars = sum(len(m["content"]) for body in todo.values() for m in body["messages"])
         tokens_in, tokens_out = math.ceil(chars / CHARS_A_TOKEN), calls * max_tokens
         cost = (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
-        if not (self.price_in or self.price_out):
-            cost = None
-        seconds = math.ceil(calls / self.parallel) * each
         print(
             f"{self.model}: {calls:,} calls for {n:,} requests, about {tokens_in:,} tokens in and at most "
-            f"{tokens_out:,} out, about {_duration(seconds)} ({self.parallel} at once, "
+            f"{tokens_out:,} out, about {_duration(math.ceil(calls / self.parallel) * each)} ({self.parallel} at once, "
             f"{f'{each:.1f} s a call so far' if timed else f'if a call takes {each:.0f} s'})"
-            + ("" if cost is None else f", at most {cost:.2f} at the given prices")
+            + (f", at most {cost:.2f} at the given prices" if cost else "")
         )
-        return {
-            "calls": calls,
-            "tokens_in": tokens_in,
-            "tokens_out": tokens_out,
-            "seconds": seconds,
-            "cost": cost,
-        }
 
     def _split(self, requests, max_tokens: int, logprobs: int):
         """(the cache, the id of each request, the bodies by id that the cache does not answer)."""

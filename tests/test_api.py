@@ -244,17 +244,15 @@ def test_the_estimate_comes_before_the_calls(endpoint, capsys):
     server = endpoint(lambda body, nth: seen.append(capsys.readouterr().out) or completion("A"))
     api = Api("judge", server.url, parallel=2, price_in=2, price_out=10)
     requests = [(str(i), chat.user("x" * 400 + str(i))) for i in range(10)]
-    figures = api.estimate(requests, 50)
-    assert figures == {"calls": 10, "tokens_in": 1003, "tokens_out": 500, "seconds": 10, "cost": 0.007006}
-    assert "10 calls for 10 requests, about 1,003 tokens in and at most 500 out" in (out := capsys.readouterr().out)
-    assert "about 10 s (2 at once, if a call takes 2 s), at most 0.01 at the given prices" in out
     list(api.ask(requests, max_tokens=50))
-    assert "10 calls for 10 requests" in seen[0] and "at most 0.01 at the given prices" in seen[0]
+    assert "10 calls for 10 requests, about 1,003 tokens in and at most 500 out" in seen[0]
+    assert "about 10 s (2 at once, if a call takes 2 s), at most 0.01 at the given prices" in seen[0]
     assert "2 of 10 calls timed, about" in "".join(seen) + capsys.readouterr().out
     api.price_in = api.price_out = 0
-    figures = api.estimate(requests + [("new", chat.user("y" * 8))], 50)
-    assert figures["calls"] == 1 and figures["tokens_in"] == 2 and 0 < figures["seconds"] < 1
-    assert figures["cost"] is None
+    seen.clear()
+    list(api.ask(requests + [("new", chat.user("y" * 8))], max_tokens=50))
+    assert "1 calls for 11 requests, about 2 tokens in and at most 50 out, about 0 s" in seen[0]
+    assert "s a call so far)" in seen[0] and "at the given prices" not in seen[0]
 
 
 def test_identical_requests_are_asked_once(endpoint):
