@@ -270,12 +270,12 @@ def test_votes_on_other_answers_do_not_count_here(tmp_path):
         decide("of another run")
 
 
-def test_scores_of_two_judges_of_one_name_are_not_set_against_each_other():
-    def decide(theirs_by, theirs_say="u"):
+def test_scores_of_two_judges_of_one_name_are_not_set_against_each_other(capsys):
+    def decide(theirs_by, theirs_say="u", scratch=False):
         ours, theirs = (
             [{"prompt_id": "p", "judge": "outside", "judge_rev": r, "score": s}] for r, s in (("a", 3), theirs_by)
         )
-        step = SimpleNamespace(rows=lambda path: theirs, model_revision=lambda name: "a", scratch=False)
+        step = SimpleNamespace(rows=lambda path: theirs, model_revision=lambda name: "a", scratch=scratch)
         answers, others = ([{"prompt_id": "p", "prompt": "Q?", "text": text}] for text in ("t", theirs_say))
         return evaluate.compare_answers(step, "outside", "score", None, "M2", answers, ours, "M1", others)
 
@@ -283,6 +283,9 @@ def test_scores_of_two_judges_of_one_name_are_not_set_against_each_other():
     with pytest.raises(DataError, match="M1/eval/answer_scores.jsonl is by other weights of outside"):
         decide(("b", 2))
     assert metrics.outcomes(decide(("a", 2), "t")) == {"p": 0.5}  # one text, scored in two batches
+    assert capsys.readouterr().out == ""
+    decide(("b", 2), scratch=True)
+    assert "another outside scored the answers of M1: this win rate means nothing" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
