@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from srlm_utils import chat, context, evaluate, judge, metrics, outside, plan, verdicts
+from srlm_utils import chat, context, evaluate, judge, metrics, outside, plan, train, verdicts
 from srlm_utils.artefacts import read_json, read_jsonl, write_json, write_jsonl
 from srlm_utils.engine import Engine
 
@@ -209,9 +209,8 @@ class AtSteps(TrainerCallback):
 
 
 def plain_model(trainer):
-    """The transformers model in training; adapters, if there are any, are in its layers."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The transformers model in training."""
+    return train.base_of(trainer.accelerator.unwrap_model(trainer.model))
 
 
 @contextlib.contextmanager

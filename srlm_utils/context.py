@@ -52,12 +52,12 @@ def check(source: dict, rows: list[dict], n_new: int, lower: str = "") -> None:
             found.append(f"{row['prompt_id']} ({n} and {behind})")
     if found:
         raise DataError(
-            f"{_first(found)}: a prompt's tokens and those behind it are more than the {most} that the "
+            f"{some(found)}: a prompt's tokens and those behind it are more than the {most} that the "
             f"model attends to. Shorten or remove these rows{', or lower ' + lower if lower else ''}."
         )
 
 
-def _first(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     """The first of them, and how many more there are."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
@@ -66,6 +66,6 @@ def check_requests(sizes: dict[str, int], most: int) -> None:
     """Raise `DataError` for requests, by key, of more than `most` tokens (0: any); the last check, before a batch."""
     if most and (long := [f"{key} ({n})" for key, n in sizes.items() if n > most]):
         raise DataError(
-            f"{_first(long)}: more tokens, with those still to write, than the {most} that the model "
+            f"{some(long)}: more tokens, with those still to write, than the {most} that the model "
             "attends to. Shorten these texts, or lower max_new_tokens or max_response_tokens."
         )

@@ -226,7 +226,7 @@ class Engine:
                     "what a judge sees of a response (max_response_tokens); or take a smaller model, or a machine with "
                     "more memory."
                 )
-            ran_out = f"memory ran out with {n_at_work} texts at once ({_some([*self._at_work][:n_at_work])}):"
+            ran_out = f"memory ran out with {n_at_work} texts at once ({context.some([*self._at_work][:n_at_work])}):"
             self.batch_size = n_at_work // 2
 
     def _continuous(self, jobs, n, size, texts, draw):
@@ -421,11 +421,6 @@ class Engine:
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         return ids, mask
-
-
-def _some(keys: list[str]) -> str:
-    """The first keys, and how many more there are."""
-    return ", ".join(keys[:4] + ([f"{len(keys) - 4} more"] if len(keys) > 4 else []))
 
 
 def no_numbers(what: str, keys: list[str]) -> StepFailed:

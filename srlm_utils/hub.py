@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from srlm_utils import cards, rendered
-from srlm_utils.artefacts import describe, read_json
+from srlm_utils.artefacts import CARD, describe, read_json
 from srlm_utils.errors import DataError, MissingInputError, ParamError
 from srlm_utils.paths import shown
 from srlm_utils.plan import draft_of, init_model
@@ -28,7 +28,7 @@ def push(run: Path, model: str, repo: str, *, data: bool = False) -> list[str]:
     if not os.environ.get(TOKEN):
         raise ParamError(f"{TOKEN} is not set. Put a token with write access into the environment: {TOKEN}=hf_...")
     text = cards.from_run(run, model)
-    files = {"README.md": text.encode()} | _weights(run, model)
+    files = {CARD: text.encode()} | _weights(run, model)
     repos = [(repo, "model", files)]
     if data:
         repos.append((f"{repo}-aift", "dataset", _aift(run, model)))
@@ -66,7 +66,7 @@ def _weights(run: Path, model: str) -> dict[str, str]:
             f"{shown(folder)} is not what its manifest says: a file was changed. Run the step that makes {model} again."
         )
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    return {p.relative_to(folder).as_posix(): str(p) for p in files if p.name != "README.md"}
+    return {p.relative_to(folder).as_posix(): str(p) for p in files if p.name != CARD}
 
 
 def _aift(run: Path, model: str) -> dict[str, str | bytes]:
@@ -102,4 +102,4 @@ def _aift(run: Path, model: str) -> dict[str, str | bytes]:
         + "\n".join(lines)
         + f"\n\n## Limits\n{cards.LIMITS}\n"
     )
-    return {"README.md": rendered.forget_machine(text, rendered.absolute_paths(source)).encode()} | files
+    return {CARD: rendered.forget_machine(text, rendered.absolute_paths(source)).encode()} | files

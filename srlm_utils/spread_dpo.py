@@ -58,7 +58,7 @@ class SpreadDPOTrainer(ranks.AcrossRanks, train.TokenisedDPOTrainer):
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         if self.share:
-            share_prompts(self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model)
+            share_prompts(train.base_of(self.model))
         return dataset
 
     def _batch(self, rows: list[dict]) -> dict:

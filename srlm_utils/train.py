@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from srlm_utils import attention, chat, context, frozen, judge, packing, ranks, tracking, vocabulary
-from srlm_utils.artefacts import replace_folder, write_text
+from srlm_utils.artefacts import CARD, replace_folder, write_text
 from srlm_utils.engine import keep_memory, pick_device, pick_dtype
 from srlm_utils.errors import DataError, ModelError, ParamError, ResourceError, StepFailed
 from srlm_utils.pair_forward import share_prompts
@@ -204,6 +204,11 @@ def learn_in_float32(model) -> None:
         for p in model.parameters():
             if p.requires_grad:
                 p.data = p.data.float()
+
+
+def base_of(model):
+    """The transformers model itself; adapters, if there are any, are in its layers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def batch_sizes(params) -> tuple[int, int]:
@@ -447,7 +452,7 @@ class TokenisedDPOTrainer(DPOTrainer):
 
     def _precompute_ref_logps(self, *args, **kwargs):
         if self.share:  # what trl puts into the model's place is there by now
-            base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+            base = base_of(self.model)
             share_prompts(base, self.keep(self))
         return super()._precompute_ref_logps(*args, **kwargs)
 
@@ -688,7 +693,7 @@ def whole(source: dict, params, weights):
 def add_card(tmp: Path, folder: Path, tokenizer, card: str) -> None:
     """Complete the weights in `tmp` with tokenizer and model card, and have them appear as `folder`."""
     tokenizer.save_pretrained(tmp)
-    write_text(tmp / "README.md", card)
+    write_text(tmp / CARD, card)
     replace_folder(tmp, folder)
 
 
