@@ -18,7 +18,7 @@ PARAMS ?= params/quickstart.yaml
 ARGS ?=
 
 # two workers with a core each: tests wait for kernels more than they compute
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: run test test-quick test-long test-browser lab bench lint example
 

@@ -16,13 +16,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
-def pytest_collection_modifyitems(items):
-    """A file's tests go to one worker, as do all that share the smoke run, which some of them change."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("smoke" if "smoke" in item.fixturenames else item.path.name))
-
-
 def srlm(*args: str, env: dict | None = None, timeout: int = 600) -> subprocess.CompletedProcess:
     """The command line, as a user calls it."""
     return subprocess.run(

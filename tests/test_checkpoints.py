@@ -1,6 +1,5 @@
 """Which checkpoint is kept: known answers, deaths at every point, and a training that notices nothing."""
 
-import json
 from types import SimpleNamespace
 
 import pandas as pd
@@ -9,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from srlm_utils import checkpoints, evaluate, plan, plots, train
-from srlm_utils.artefacts import read_json, read_jsonl, write_jsonl
+from srlm_utils.artefacts import read_jsonl, write_jsonl
 from srlm_utils.checkpoints import COLUMNS, Selection, best, strengths
 from srlm_utils.engine import Engine
 from srlm_utils.errors import ParamError
@@ -387,31 +386,3 @@ def test_the_figure_marks_the_kept_step():
     assert [list(line.get_ydata()) for line in ax.lines if line.get_linestyle() == "--"] == [[50, 50]]
     assert [t.get_text() for t in ax.texts] == ["kept"] and ax.texts[0].xy == (2, 60)
     assert "inside the loop" in fig.get_suptitle() and "9 validation prompts" in fig.get_suptitle()
-
-
-@pytest.mark.slow
-def test_the_pipeline_compares_and_keeps(smoke):
-    for model, stage in (("SFT", "02_sft"), ("M1", "02_sft"), ("M2", "07_dpo"), ("M3", "07_dpo")):
-        table = pd.read_csv(smoke / model / "selection.csv")
-        assert list(table) == COLUMNS and (table.n == 2).all()
-        log, manifest = (
-            pd.read_csv(smoke / model / "training_log.csv"),
-            read_json(smoke / f"steps/{stage}@{model}.json"),
-        )
-        assert table.step.iloc[-1] == log.step.iloc[-1], "the last step is compared"
-        assert (table.step[:-1] % 2 == 0).all() and table.kept.sum() == 1
-        kept = int(table.step[table.kept].iloc[0])
-        assert manifest["figures"]["kept_step"] == kept
-        assert {f"{model}/selection.csv", f"{model}/selection_answers.jsonl"} <= manifest["outputs"].keys()
-        assert "seed/valid_prompts.jsonl" in manifest["inputs"]
-        card = (smoke / model / "model/README.md").read_text()
-        assert f"after step {kept} of {len(log)}: of the checkpoints compared" in card
-        answers = read_jsonl(smoke / model / "selection_answers.jsonl")
-        assert {r["step"] for r in answers} == {0, *table.step} and len(answers) == 2 * (1 + len(table))
-        valid = {r["prompt_id"]: r["prompt"] for r in read_jsonl(smoke / "seed/valid_prompts.jsonl")}
-        assert all(valid[r["prompt_id"]] == r["prompt"] for r in answers)
-        notebook = json.loads((smoke / f"notebooks/{stage}@{model}.ipynb").read_text())
-        cell = next(c for c in notebook["cells"] if "plots.selection(" in "".join(c["source"]))
-        text = json.dumps(cell["outputs"])
-        assert "image/png" in text and "compared_with" in text
-    assert not list((smoke / "steps").glob("*.work"))

@@ -2,14 +2,12 @@
 
 import copy
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 
-import pandas as pd
 import psutil
 import pytest
 import torch
@@ -21,7 +19,6 @@ from srlm_utils.artefacts import read_json
 from srlm_utils.errors import ParamError, StepFailed
 from srlm_utils.params import Experiment
 from srlm_utils.paths import PARAMS
-from tests.conftest import before_dpo, cli
 from tests.test_packing import judgements
 from tests.test_train import ANSWERS, PAIRS, FakeStep, params
 
@@ -319,21 +316,3 @@ def test_adapters_that_are_kept_are_what_was_merged(tiny, tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=name)
         moved += float((theirs.detach() - start[name]).norm())
     assert moved > 0.1
-
-
-@pytest.mark.slow
-def test_a_run_launches_a_training_and_compares_its_checkpoints(smoke):
-    run = smoke.with_name("test-launch")
-    before_dpo(smoke, run)
-    sets = ["train_batch_size=4", "micro_batch_size=2", "epochs=4", "launch=params/accelerate/cpu_ddp.yaml"]
-    try:
-        args = ["run", "params/smoke.yaml", "--only", "07_dpo@M2", "--run-name", run.name]
-        result = cli(*args, *(x for s in sets for x in ("--set", f"dpo.{s}")))
-        assert result.returncode == 0, result.stdout + result.stderr
-        assert len(pd.read_csv(run / "M2/training_log.csv")) > 3
-        assert pd.read_csv(run / "M2/selection.csv").kept.sum() == 1
-        text = (run / "notebooks/07_dpo@M2.ipynb").read_text()
-        assert "2 processes, MULTI_CPU, on cpu" in text and "it/s" not in text
-        assert not [p for p in run.rglob("*") if p.name.endswith((".tmp", ".work"))]
-    finally:
-        shutil.rmtree(run, ignore_errors=True)

@@ -13,13 +13,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from srlm_utils import cards, hub, open_run, runner, share
+from srlm_utils import cards, checkpoints, hub, open_run, runner, share
 from srlm_utils.artefacts import model_sha256, read_json, read_jsonl
 from srlm_utils.judge import MODES
 from srlm_utils.metrics import METRICS
 from srlm_utils.report import COLUMNS
 from srlm_utils.verify import verify
-from tests.conftest import ROOT, cli, srlm
+from tests.conftest import ROOT, before_dpo, cli, srlm
 
 MODELS = ["M0", "SFT", "M1", "M2", "M3"]
 
@@ -440,6 +440,52 @@ def test_a_run_from_open_assistant_trees(tmp_path):
         assert {r["set"] for r in read_json(run / "M0/eval/metrics.json") if r["metric"] == "tie_rate"} == {"oa"}
         read = {n: {r["prompt_id"] for r in read_jsonl(run / f"seed/{n}.jsonl")} for n in ("ift", "ranked_eval")}
         assert read["ift"] and read["ranked_eval"] and not read["ift"] & read["ranked_eval"]
+    finally:
+        shutil.rmtree(run, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_the_pipeline_compares_and_keeps(smoke):
+    for model, stage in (("SFT", "02_sft"), ("M1", "02_sft"), ("M2", "07_dpo"), ("M3", "07_dpo")):
+        table = pd.read_csv(smoke / model / "selection.csv")
+        assert list(table) == checkpoints.COLUMNS and (table.n == 2).all()
+        log, manifest = (
+            pd.read_csv(smoke / model / "training_log.csv"),
+            read_json(smoke / f"steps/{stage}@{model}.json"),
+        )
+        assert table.step.iloc[-1] == log.step.iloc[-1], "the last step is compared"
+        assert (table.step[:-1] % 2 == 0).all() and table.kept.sum() == 1
+        kept = int(table.step[table.kept].iloc[0])
+        assert manifest["figures"]["kept_step"] == kept
+        assert {f"{model}/selection.csv", f"{model}/selection_answers.jsonl"} <= manifest["outputs"].keys()
+        assert "seed/valid_prompts.jsonl" in manifest["inputs"]
+        card = (smoke / model / "model/README.md").read_text()
+        assert f"after step {kept} of {len(log)}: of the checkpoints compared" in card
+        answers = read_jsonl(smoke / model / "selection_answers.jsonl")
+        assert {r["step"] for r in answers} == {0, *table.step} and len(answers) == 2 * (1 + len(table))
+        valid = {r["prompt_id"]: r["prompt"] for r in read_jsonl(smoke / "seed/valid_prompts.jsonl")}
+        assert all(valid[r["prompt_id"]] == r["prompt"] for r in answers)
+        notebook = json.loads((smoke / f"notebooks/{stage}@{model}.ipynb").read_text())
+        cell = next(c for c in notebook["cells"] if "plots.selection(" in "".join(c["source"]))
+        text = json.dumps(cell["outputs"])
+        assert "image/png" in text and "compared_with" in text
+    assert not list((smoke / "steps").glob("*.work"))
+
+
+@pytest.mark.slow
+def test_a_run_launches_a_training_and_compares_its_checkpoints(smoke):
+    run = smoke.with_name("test-launch")
+    before_dpo(smoke, run)
+    sets = ["train_batch_size=4", "micro_batch_size=2", "epochs=4", "launch=params/accelerate/cpu_ddp.yaml"]
+    try:
+        args = ["run", "params/smoke.yaml", "--only", "07_dpo@M2", "--run-name", run.name]
+        result = cli(*args, *(x for s in sets for x in ("--set", f"dpo.{s}")))
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert len(pd.read_csv(run / "M2/training_log.csv")) > 3
+        assert pd.read_csv(run / "M2/selection.csv").kept.sum() == 1
+        text = (run / "notebooks/07_dpo@M2.ipynb").read_text()
+        assert "2 processes, MULTI_CPU, on cpu" in text and "it/s" not in text
+        assert not [p for p in run.rglob("*") if p.name.endswith((".tmp", ".work"))]
     finally:
         shutil.rmtree(run, ignore_errors=True)
 
