@@ -66,12 +66,6 @@ def _execute(experiment, run, command, steps, start, only, force) -> int:
             continue
         if not done or force:
             todo.append((step, params))
-    if not todo and (only or start):
-        print(f"{only or f'{start} and what follows'}: done already; --force runs it again")
-        return 0
-    if not todo:
-        print(f"{shown(run)}: all {len(steps)} steps are done. Report: {shown(run / 'report/report.html')}")
-        return 0
     line = ProgressLine([(s.name, step_cost(s, experiment)) for s, _ in todo])
     n_ran = 0
     for i, (step, params) in enumerate(todo):
@@ -89,7 +83,11 @@ def _execute(experiment, run, command, steps, start, only, force) -> int:
         finally:
             line.end(i)
         n_ran += 1
-    if only:
+    if not n_ran and (only or start):
+        print(f"{only or f'{start} and what follows'}: done already; --force runs it again")
+    elif not n_ran:
+        print(f"{shown(run)}: all {len(steps)} steps are done. Report: {shown(run / 'report/report.html')}")
+    elif only:
         print(f"{only} done: {shown(run / 'notebooks')}/{only}.ipynb")
     else:
         print(f"report: {shown(run / 'report/report.html')}")
