@@ -111,6 +111,8 @@ def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
     from srlm_utils import warm
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
+    # who waits for a kernel that an interrupted run ends may learn of its death last, and nobody asks any more
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     source = NOTEBOOKS / f"{step.stage}.ipynb"
     out = run / "notebooks" / f"{step.name}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
