@@ -81,8 +81,8 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(tiny, monkeypatch, ca
     said = capsys.readouterr().out.splitlines()
     assert 1 <= len(said) <= 3  # once for each size that was a help
     assert re.fullmatch(
-        rf"memory ran out with \d+ texts at once \(q\d+-\d, q\d+-\d(, q\d+-\d, q\d+-\d)?( and \d+ more)?\): goes on with "
-        rf"{engine.batch_size}\. To begin with that, set batch_size to it\.",
+        rf"memory ran out with \d+ texts at once \(q\d+-\d, q\d+-\d(, q\d+-\d, q\d+-\d)?( and \d+ more)?\): goes on "
+        rf"with {engine.batch_size}\. To begin with that, set batch_size to it\.",
         said[-1],
     )
     machine.n_refused = 0
