@@ -1,9 +1,10 @@
 """``srlm estimate``: hours, memory and disk that a run will take, before it takes them.
 
 A step takes its tokens (`tokens.step_tokens`) at a device's rates, and what starting it takes. On a CPU the rates are
-those measured here. On a GPU they are its peak times the share of it that others measured and published, each with its
-source below: nothing of it was run on a GPU here, so take hours for a factor of two either way. Tokens are counted as
-`tokens` counts them, answers of at most 300 tokens; a model that writes longer ones takes longer.
+those measured here, with bfloat16 instructions or without, as the machine has them that is asked. On a GPU they are its
+peak times the share of it that others measured and published, each with its source below: nothing of it was run on a
+GPU here, so take hours for a factor of two either way. Tokens are counted as `tokens` counts them, answers of at most
+300 tokens; a model that writes longer ones takes longer.
 
 Of the models only their size counts. Judges and a prompt model from outside the run are taken for as large as the seed.
 """
@@ -69,6 +70,10 @@ CPU = Device(
     start=2.9,  # a step of the smoke run (benchmarks/latest.json, step_overhead_s)
     load=1e9,
 )
+
+# Where a CPU has no bfloat16 instructions: two cores with AVX2 alone, in float32, wrote 4.3, judged 5.3, and trained
+# 4.2 (SFT) and 3.7 times (DPO) as slowly in parts of `make bench` (LOG.md, 2026-11-26).
+WITHOUT_BFLOAT16 = 4.3
 
 # Generated, A100: lmdeploy 0.2.0 wrote 3,387 tok/s of Llama 2 7B to prompts as long as the answers
 # (docs/en/benchmark/a100_fp16.md): 0.146 of 312 TFLOP/s. vLLM 0.4.3 did 2,566 (vllm pull request 5046, online, its card
@@ -144,6 +149,8 @@ def step_cost(step: Step, experiment: Experiment, n_devices: int, device: Device
     copies, width = (1, n_devices if p.get("launch") else 1) if training else _replicas(p, n_devices)
     copies, width = (1, 1) if device is CPU else (copies, width)
     vllm, rate = p.get("engine", "transformers") != "transformers" and not training, dict(device.rate)
+    if device is CPU and resources.weight_bytes("auto", True) == 4:
+        rate = {k: v / WITHOUT_BFLOAT16 for k, v in rate.items()}
     if device is not CPU:
         slower = 1 if vllm else TRANSFORMERS_SLOWER
         rate = {k: v / (slower if k == "generated" else 1) for k, v in rate.items()}
