@@ -26,7 +26,7 @@ from filelock import FileLock
 
 from srlm_utils import chat, paths, verdicts
 from srlm_utils.artefacts import RowLog
-from srlm_utils.errors import DataError, ModelError, ParamError, short
+from srlm_utils.errors import DataError, ModelError, ParamError
 
 OPENAI = "https://api.openai.com/v1"
 KEY = "OPENAI_API_KEY"
@@ -169,7 +169,7 @@ class Api:
             f"{self.model}: {calls:,} calls for {n:,} requests, about {tokens_in:,} tokens in and at most "
             f"{tokens_out:,} out, about {_duration(math.ceil(calls / self.parallel) * each)} ({self.parallel} at once, "
             f"{f'{each:.1f} s a call so far' if timed else f'if a call takes {each:.0f} s'})"
-            + (f", at most {cost:.2f} at the given prices" if cost else "")
+            + (f", about {cost:.2f} at the given prices at most" if cost else "")
         )
 
     def _split(self, requests, max_tokens: int, logprobs: int):
@@ -362,22 +362,18 @@ def compare(api: Api, prompts: dict[str, str], a: dict[str, str], b: dict[str, s
 
     `p_first` is P(A) / (P(A) + P(B)) of the reply's first token where the endpoint gives it, else 1 or 0 by the letter
     that the reply ends in. A reply that says neither has 0.5 and "unread": True, and `metrics.outcomes` leaves its
-    prompt out. `DataError` at the end where that is most of the prompts.
+    prompt out.
     """
-    requests, unread = [(key, chat.user(text)) for key, text in verdicts.questions(prompts, a, b)], {}
+    requests, unread = [(key, chat.user(text)) for key, text in verdicts.questions(prompts, a, b)], set()
     for key, reply in api.ask(requests, max_tokens=VERDICT_TOKENS, logprobs=TOP_LOGPROBS):
         pid, order = key.split("\t")
         p = p_first(reply)
         if p is None:
-            unread[pid] = reply["text"]
+            unread.add(pid)
         row = {"prompt_id": pid, "order": order, "p_first": 0.5 if p is None else round(p, 6)}
         yield [row | ({"unread": True} if p is None else {})]
-    if not unread:
-        return
-    said = f"{api.model}: replies to {len(unread)} of {len(a)} prompts name neither A nor B"
-    if 2 * len(unread) > len(a):
-        raise DataError(f"{said}, such as {short(next(iter(unread.values())))}. Take another judge.")
-    print(f"{said}; these prompts are left out")
+    if unread:
+        print(f"{api.model}: replies to {len(unread)} of {len(a)} prompts name neither A nor B")
 
 
 def p_first(reply: dict) -> float | None:

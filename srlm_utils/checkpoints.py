@@ -165,7 +165,9 @@ class Selection:
     def _side_by_side(self, n: int, before: int, ours: dict[str, str], theirs: dict[str, str]) -> list[dict]:
         def make():
             compare = evaluate.pairwise_judge(self.step, self.judge, self.mode)
-            return [v for batch in compare(self.prompts, ours, theirs) for v in batch]
+            rows = [v for batch in compare(self.prompts, ours, theirs) for v in batch]
+            # a judge that says nothing prefers no step; hours of training are not to end for it
+            return [{k: v[k] for k in v if k != "unread"} for v in rows]
 
         return self._made(f"{n}-verdicts.jsonl", make)
 

@@ -279,7 +279,7 @@ def _shown(table: pd.DataFrame) -> str | pages.Markup:
     if table.empty:
         return ""
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    unit = {"share": "share difference"}
+    unit = {"share": "share difference", "p": ""}  # the difference of two p-values is none
     cells = [
         rate(
             {"value": r["difference"], "low": r["low"], "high": r["high"], "n": r["n"] or "?"}

@@ -252,6 +252,7 @@ class Engine:
                     tokens[places] = drawn = draw(reading.logits.repeat_interleave(n, 0), keys)
                     for place, key, goes in zip(places, keys, texts.add(keys, drawn.tolist()), strict=True):
                         held[place] = key if goes else None
+                    del reading  # its keys stand in the slots: the next one is read into the memory it had
                 yield from texts.finished()
                 continue
             if not waiting and len(free) >= max(1, slots.n // 8):  # nothing comes after them: smaller batches from here

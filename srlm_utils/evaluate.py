@@ -175,6 +175,10 @@ def compare_answers(
     else:
         prompts = {a["prompt_id"]: a["prompt"] for a in answers}
         rows = [v for batch in compare(prompts, ours, {pid: theirs[pid] for pid in ours}) for v in batch]
+        n_unread = len({v["prompt_id"] for v in rows if v.get("unread")})
+        if 2 * n_unread > len(ours):
+            said = f"what it says of {n_unread} of {len(ours)} prompts is no verdict"
+            raise DataError(f"{name}: {said}. Take another judge.")
     who = {"model_a": model, "model_b": opponent, "judge": name, "judge_mode": mode}
     who |= {"judge_rev": step.model_revision(name)}
     return [who | r for r in sorted(rows, key=lambda r: (r["prompt_id"], r["order"]))]

@@ -432,7 +432,7 @@ class Experiment:
         """Files laid over each other, then sets. Overlays name the variant, unless one of them does it itself."""
         trees = [read_yaml(f) for f in files] + [parse_set(s) for s in sets]
         named = {"common": {"variant": "+".join(f.stem for f in files[1:])}} if files[1:] else {}
-        return cls(merge(named, *trees), str(files[0]))
+        return cls(merge(trees[0], named, *trees[1:]), str(files[0]))
 
     def benchmarked(self) -> list[str]:
         """Models whose 10_benchmarks step is part of this experiment."""

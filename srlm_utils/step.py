@@ -74,15 +74,17 @@ class StepRun:
 
     def input(self, path: str) -> Path:
         """Where an input is. A scratch run borrows what it has not made itself from results/example, but to its own
-        candidates no scores: the ids are the same there, the texts are not."""
-        if (self.run / path).exists():
-            return self.run / path
+        candidates no scores, nor may older ones of its own be theirs: the ids are the same, the texts are not."""
+        here, candidates = self.run / path, (self.run / path).with_name("candidates.jsonl")
+        written, scored = (p.stat().st_mtime_ns if p.exists() else 0 for p in (candidates, here))
+        if self.scratch and path.endswith("aift/judgements.jsonl") and written > scored:
+            raise MissingInputError(
+                f"{shown(candidates)} is newer than any scores, which are of other candidates: run 05_judge first, "
+                f"or delete {shown(self.run)} to begin with the example."
+            )
+        if here.exists():
+            return here
         if self.scratch and (EXAMPLE / path).exists():
-            if path.endswith("aift/judgements.jsonl") and (self.run / path).with_name("candidates.jsonl").exists():
-                raise MissingInputError(
-                    f"{shown(self.run / path)} is missing, and the example's scores are of other candidates than those "
-                    f"of {shown(self.run)}: run 05_judge first, or delete {shown(self.run)} to begin with the example."
-                )
             self._borrowed.add(path)
             return EXAMPLE / path
         raise MissingInputError(f"{shown(self.run / path)} is missing: run {maker(path)} first.")

@@ -13,11 +13,12 @@ import traceback
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from srlm_utils import api as api_module
-from srlm_utils import chat
+from srlm_utils import chat, evaluate
 from srlm_utils.api import Api, compare, grade, p_first, parse_choice, parse_rating
 from srlm_utils.errors import DataError, ModelError, ParamError
 from srlm_utils.metrics import outcomes
@@ -297,15 +298,21 @@ def test_nonsense_is_no_verdict_and_is_counted(endpoint, capsys):
     rows = verdict_rows(Api("judge", server.url))
     assert [v["prompt_id"] for v in rows if v.get("unread") is True] == ["p1", "p1"]
     assert outcomes(rows) == {pid: 0.5 for pid in PROMPTS if pid != "p1"}  # A in both orders
-    assert "judge: replies to 1 of 12 prompts name neither A nor B; these prompts are left out" in (
-        capsys.readouterr().out
-    )
+    assert "judge: replies to 1 of 12 prompts name neither A nor B\n" in capsys.readouterr().out
 
 
-def test_a_judge_that_mostly_says_nothing_is_an_error(endpoint):
-    server = endpoint(lambda body, nth: completion(None if "Question 1?" in str(body) else "Both are fine."))
-    with pytest.raises(DataError, match="judge: replies to 12 of 12 prompts name neither A nor B, such as .*another"):
-        verdict_rows(Api("judge", server.url))
+def test_a_judge_that_mostly_says_nothing_is_an_error():
+    ours, theirs = ([{"prompt_id": p, "prompt": "Q?", "text": text} for p in PROMPTS] for text in ("a", "b"))
+    step = SimpleNamespace(model_revision=lambda name: name)
+
+    def decide(n_unread):
+        rows = [{"prompt_id": p, "order": o, "p_first": 0.5} for p in PROMPTS for o in ("AB", "BA")]
+        said = [row | {"unread": True} for row in rows[: 2 * n_unread]] + rows[2 * n_unread :]
+        return evaluate.compare_answers(step, "judge", "api", lambda *a: [said], "M1", ours, [], "M0", theirs)
+
+    assert len(outcomes(decide(6))) == 6
+    with pytest.raises(DataError, match="judge: what it says of 7 of 12 prompts is no verdict. Take another"):
+        decide(7)
 
 
 @pytest.mark.parametrize(

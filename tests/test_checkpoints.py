@@ -334,7 +334,7 @@ def test_an_endpoint_compares(tiny, tmp_path, monkeypatch):
     p = params(select_judge="judge:api", judge_base_url="http://localhost:1/v1")
     *_, selection = run(tiny, tmp_path, p)
     assert asked == ["http://localhost:1/v1"] * 3 and selection.kept == 2
-    assert [(r["n"], r["ties"]) for r in selection.rows] == [(2, 2)] * 3  # one of three prompts has no verdict
+    assert [(r["n"], r["ties"]) for r in selection.rows] == [(3, 3)] * 3  # no verdict is a tie here
 
 
 def test_an_answer_that_did_not_change_is_a_tie(tmp_path):

@@ -104,6 +104,13 @@ def test_the_example_and_itself_do_not_differ(tmp_path):
     assert again.returncode == 2 and "was not written by srlm compare" in again.stderr
 
 
+def test_the_difference_of_two_p_values_is_no_p_value():
+    row = {"metric": "sign_test", "model": "M3", "opponent": "M1", "set": "test_prompts", "judge": "M1", "run": "b"}
+    row |= {"judge_mode": "score", "unit": "p", "baseline_value": 0.5, "value": 0.03, "difference": -0.47, "n": None}
+    said = str(compare._shown(pd.DataFrame([row | {"low": None, "high": None, "paired": "no"}])))
+    assert "-0.47" in said and "p = 0.500" in said and "p = 0.030" in said and "0.001" not in said
+
+
 def test_a_ratios_difference_by_hand():
     """Two prompts: 3 of 4 and 1 of 2 pairs right, against 1 of 4 and 1 of 2. Of equally many draws each way."""
     d = metrics.ratio_difference(([3, 1], [4, 2]), ([1, 1], [4, 2]))

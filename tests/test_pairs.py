@@ -1,4 +1,5 @@
 import math
+import os
 import random
 from typing import get_args
 
@@ -55,8 +56,13 @@ def test_a_scratch_run_gives_its_own_candidates_no_scores_of_the_example(tmp_pat
     step = StepRun("06_build_pairs", BuildPairs().model_dump() | {"run_dir": str(run)})
     assert step.input("M1/aift/judgements.jsonl") == EXAMPLE / "M1/aift/judgements.jsonl"
     write_jsonl(run / "M1/aift/candidates.jsonl", [])
-    with pytest.raises(MissingInputError, match="are of other candidates than those of .*: run 05_judge first"):
-        step.input("M1/aift/judgements.jsonl")
+    for _ in range(2):
+        with pytest.raises(MissingInputError, match="which are of other candidates: run 05_judge first"):
+            step.input("M1/aift/judgements.jsonl")
+        write_jsonl(run / "M1/aift/judgements.jsonl", [])  # of candidates that were there before
+        os.utime(run / "M1/aift/judgements.jsonl", (1, 1))
+    write_jsonl(run / "M1/aift/judgements.jsonl", [])
+    assert step.input("M1/aift/judgements.jsonl") == run / "M1/aift/judgements.jsonl"
 
 
 def test_unparsed_is_never_rejected():

@@ -154,8 +154,14 @@ def test_files_then_overlays_then_sets(tmp_path):
 def test_overlays_name_the_variant(tmp_path):
     for name, text in (("base", "{}"), ("a", "dpo: {beta: 0.3}"), ("b", "{}"), ("named", "common: {variant: mine}")):
         (tmp_path / f"{name}.yaml").write_text(text)
-    for overlays, variant in ((), "default"), (("a",), "a"), (("a", "b"), "a+b"), (("a", "named"), "mine"):
-        found = Experiment.load([tmp_path / f"{name}.yaml" for name in ("base", *overlays)])
+    for names, variant in (
+        (("base",), "default"),
+        (("base", "a"), "a"),
+        (("base", "a", "b"), "a+b"),
+        (("base", "a", "named"), "mine"),
+        (("named", "a"), "a"),
+    ):
+        found = Experiment.load([tmp_path / f"{name}.yaml" for name in names])
         assert found.flat("09_report", "run", "r")["variant"] == variant
 
 

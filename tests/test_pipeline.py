@@ -481,8 +481,9 @@ def test_a_run_launches_a_training_and_compares_its_checkpoints(smoke):
         args = ["run", "params/smoke.yaml", "--only", "07_dpo@M2", "--run-name", run.name]
         result = cli(*args, *(x for s in sets for x in ("--set", f"dpo.{s}")))
         assert result.returncode == 0, result.stdout + result.stderr
-        assert len(pd.read_csv(run / "M2/training_log.csv")) > 3
-        assert pd.read_csv(run / "M2/selection.csv").kept.sum() == 1
+        log, selection = (pd.read_csv(run / f"M2/{name}.csv") for name in ("training_log", "selection"))
+        assert len(log) > 3 and selection.step.tolist() == [*range(2, len(log), 2), len(log)]
+        assert selection.kept.sum() == 1
         text = (run / "notebooks/07_dpo@M2.ipynb").read_text()
         assert "2 processes, MULTI_CPU, on cpu" in text and "it/s" not in text
         assert not [p for p in run.rglob("*") if p.name.endswith((".tmp", ".work"))]
