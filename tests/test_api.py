@@ -247,7 +247,7 @@ def test_the_estimate_comes_before_the_calls(endpoint, capsys):
     requests = [(str(i), chat.user("x" * 400 + str(i))) for i in range(10)]
     list(api.ask(requests, max_tokens=50))
     assert "10 calls for 10 requests, about 1,003 tokens in and at most 500 out" in seen[0]
-    assert "about 10 s (2 at once, if a call takes 2 s), at most 0.01 at the given prices" in seen[0]
+    assert "about 10 s (2 at once, if a call takes 2 s), about 0.01 at the given prices at most" in seen[0]
     assert "2 of 10 calls timed, about" in "".join(seen) + capsys.readouterr().out
     api.price_in = api.price_out = 0
     seen.clear()
