@@ -143,7 +143,7 @@ def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
             cwd=str(PROJ_ROOT),
             request_save_on_cell_execute=False,
             extra_arguments=["--log-level=CRITICAL"],  # a kernel that is told to end says so with a traceback
-            **({"kernel_manager_class": warm.Manager} if warm.possible() else {}),
+            **warm.kernels(),
         )
     except PapermillExecutionError as e:
         where = f"{shown(out)}, cell {e.exec_count}"

@@ -25,6 +25,11 @@ def possible() -> bool:
     return sys.platform == "linux" and not has_gpu()
 
 
+def kernels() -> dict:
+    """What papermill is told so that its kernels are forked, where that is possible."""
+    return {"kernel_manager_class": Manager} if possible() else {}
+
+
 class Manager(AsyncKernelManager):
     """A kernel manager for papermill whose kernels are forked from the server."""
 

@@ -89,7 +89,7 @@ def notebook(run, params, tmp_path):
     out = tmp_path / "out.ipynb"
     pm.execute_notebook(
         str(ROOT / "notebooks/10_benchmarks.ipynb"), str(out), parameters=flat, cwd=str(ROOT), progress_bar=False,
-        kernel_name="python3", **({"kernel_manager_class": warm.Manager} if warm.possible() else {}),
+        kernel_name="python3", **warm.kernels(),
     )  # fmt: skip
     step = next(s for s in list_steps(experiment) if s.name == "10_benchmarks@M0")
     assert status(step, flat, run) == (True, "done")

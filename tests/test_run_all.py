@@ -15,7 +15,6 @@ from srlm_utils.artefacts import read_jsonl
 ROOT = Path(__file__).resolve().parents[1]
 READING = "12_compare"  # opened by people, no step of a run; test_tour runs the other two
 NOTEBOOKS = sorted(p for p in (ROOT / "notebooks").glob("*.ipynb") if p.stem not in ("00_tour", "11_label"))
-WARM = {"kernel_manager_class": warm.Manager} if warm.possible() else {}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,7 +28,7 @@ def fresh_scratch():
 def test_run_all_on_defaults(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT / "notebooks")  # where JupyterLab starts a notebook
     out = tmp_path / path.name
-    pm.execute_notebook(str(path), str(out), kernel_name="python3", progress_bar=False, **WARM)
+    pm.execute_notebook(str(path), str(out), kernel_name="python3", progress_bar=False, **warm.kernels())
     nb = nbformat.read(out, as_version=4)
     outputs = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs]
     text = json.dumps(outputs)
