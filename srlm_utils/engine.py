@@ -339,7 +339,7 @@ class Engine:
         context.check_requests({key: len(ids) for key, ids in requests}, self.context)
 
         def run(some, at_once):
-            for numbers, logits in self._last_logits(some, at_once):
+            for numbers, logits in self._last_logits(some, at_once, choices):
                 probs = logits.float().softmax(-1)[:, choices]
                 mass = probs.sum(-1)
                 keys = [some[i][0] for i in numbers]
@@ -395,14 +395,15 @@ class Engine:
             found = found[len(text) :]
         return rows
 
-    def _last_logits(self, requests, most: int):
-        """(numbers of some of `requests`, logits behind their prompts), at most `most` at once; 0 is no limit."""
+    def _last_logits(self, requests, most: int, choices: list[int]):
+        """(numbers of some of `requests`, logits behind their prompts), at most `most` at once; 0 is no limit. Those of
+        `choices` are `vocabulary.unrounded`."""
 
         def begin(numbers):
             self._at_work = {requests[i][0]: len(requests[i][1]) for i in numbers}
 
         if attention.plain(self.model.config, max(len(ids) for _, ids in requests)):
-            for reading in read(self.model, [ids for _, ids in requests], most, begin):
+            for reading in read(self.model, [ids for _, ids in requests], most, begin, choices):
                 yield reading.prompts, reading.logits
             return
         # layers that are more than plain attention: whole prompts, longest first
@@ -411,9 +412,10 @@ class Engine:
             numbers = order[start : start + most]
             begin(numbers)
             ids, mask = self._left_pad([requests[i][1] for i in numbers])
-            out = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False, logits_to_keep=1
-            )
+            with vocabulary.unrounded(self.model, choices):
+                out = self.model(
+                    input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False, logits_to_keep=1
+                )
             yield numbers, out.logits[:, -1]
 
     def _left_pad(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,13 +1,13 @@
 """Reading prompts: in packed rows, so that what prompts begin with alike is read once."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache
 
-from srlm_utils import packing
+from srlm_utils import packing, vocabulary
 
 # A token attends to its whole row, so a prompt joins a row that holds less than so many tokens, and only if it finds
 # an eighth of itself there.
@@ -28,10 +28,15 @@ class Reading:
 
 
 def read(
-    model, prompts: list[list[int]], most: int = 0, begin: Callable[[list[int]], None] = lambda numbers: None
+    model,
+    prompts: list[list[int]],
+    most: int = 0,
+    begin: Callable[[list[int]], None] = lambda numbers: None,
+    choices: Sequence[int] = (),
 ) -> Iterator[Reading]:
     """Read `prompts` (token ids) with a model of plain attention (`attention.plain`), batch by batch of at most `most`
-    (0: what `BATCH_TOKENS` holds). `begin` is told the numbers of those that are about to be read.
+    (0: what `BATCH_TOKENS` holds). `begin` is told the numbers of those that are about to be read; the logits of the
+    token ids `choices` are `vocabulary.unrounded`.
 
     What all of them begin with is read first, by itself. The rest is packed: in order of their tokens, neighbours
     share most, and a row holds the tree of a few neighbours.
@@ -46,7 +51,7 @@ def read(
     most = most or len(prompts)
     for batch in _batches(_rows(rests, most), BATCH_TOKENS.get(model.device.type, 1024), most):
         begin([i for row in batch for i in row])
-        yield _read(model, rests, batch, head, past)
+        yield _read(model, rests, batch, head, past, choices)
 
 
 def _rows(prompts: list[list[int]], most: int) -> list[tuple[list[int], int]]:
@@ -79,7 +84,7 @@ def _batches(rows: list[tuple[list[int], int]], budget: int, most: int) -> Itera
         yield batch
 
 
-def _read(model, rests: list[list[int]], batch: list[list[int]], head: list[int], past) -> Reading:
+def _read(model, rests: list[list[int]], batch: list[list[int]], head: list[int], past, choices) -> Reading:
     trees, device = [packing.tree([rests[i] for i in row], [len(rests[i]) for i in row]) for row in batch], model.device
     inputs = packing.tensors([t for t, _ in trees], device, model.dtype, n_before=len(head))
     cache = DynamicCache()
@@ -90,12 +95,8 @@ def _read(model, rests: list[list[int]], batch: list[list[int]], head: list[int]
     ends = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
     for row, path in paths:
         ends[row, path[-1]] = True
-    logits = model(
-        **inputs,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=ends.to(device),
-    ).logits
+    with vocabulary.unrounded(model, choices):
+        logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=ends.to(device)).logits
     number = ends.flatten().cumsum(0).view(ends.shape) - 1  # of an end's row in the logits: equal prompts have one
     asked = torch.tensor([int(number[row, path[-1]]) for row, path in paths], device=device)
     where = torch.zeros(2, len(paths), len(head) + max(len(path) for _, path in paths), dtype=torch.long)

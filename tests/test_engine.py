@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from srlm_utils import chat, judge, verdicts, vllm_engine
+from srlm_utils import attention, chat, judge, verdicts, vllm_engine, vocabulary
 from srlm_utils.engine import Engine, pick_dtype
 from srlm_utils.errors import ModelError, StepFailed
 
@@ -74,6 +74,42 @@ def test_choice_probs_are_the_softmax_at_the_last_position(engine):
             p = engine.model(torch.tensor([ids])).logits[0, -1].softmax(-1)[[5, 6, 7]]
         assert found[key][0] == pytest.approx((p / p.sum()).tolist(), abs=1e-5)
         assert found[key][1] == pytest.approx(float(p.sum()), rel=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("plain", [True, False])  # prompts that share a beginning, or whole ones
+def test_in_bfloat16_choices_are_computed_from_the_last_state_in_float32(tiny, plain, monkeypatch):
+    half, choices = Engine(tiny, dtype="bfloat16", device="cpu"), [5, 6, 7]
+    monkeypatch.setattr(attention, "plain", lambda config, length: plain)
+    states, head = [], half.model.lm_head
+    hook = head.register_forward_pre_hook(lambda head, args: states.append(args[0].float()))
+    ((_, shares, mass),) = [row for batch in half.choice_probs(requests(half)[:1], choices) for row in batch]
+    hook.remove()
+    exact = (states[-1].flatten(0, -2)[-1] @ head.weight.float().T).softmax(-1)
+    assert shares == pytest.approx((exact[choices] / exact[choices].sum()).tolist(), abs=1e-6)
+    assert mass == pytest.approx(float(exact[choices].sum()), rel=1e-2)
+    rounded = head(states[-1].bfloat16()).float().flatten(0, -2)[-1, choices].softmax(-1)
+    assert shares != pytest.approx(rounded.tolist(), abs=2e-5)
+    assert not head._forward_hooks  # texts are sampled as transformers samples them
+
+
+@torch.inference_mode()
+def test_what_a_model_does_to_its_logits_is_done_to_unrounded_ones(tiny):
+    half = Engine(tiny, dtype="bfloat16", device="cpu").model
+    half.lm_head.register_forward_hook(lambda head, args, logits: logits)  # hooks of others stay
+    forward = half.forward
+
+    def capped(*args, **how):
+        out = forward(*args, **how)
+        out.logits = 0.01 * torch.tanh(out.logits / 0.01)
+        return out
+
+    half.forward = capped
+    with vocabulary.unrounded(half, [5]):
+        logits = half(torch.tensor([[5, 9, 8]])).logits
+    assert logits.dtype == torch.float32 and logits.abs().max() <= 0.01
+    with vocabulary.unrounded(half, []):
+        assert half(torch.tensor([[5, 9, 8]])).logits.dtype == torch.bfloat16
 
 
 def test_expected_score_is_the_mean_over_the_digits(engine):
