@@ -82,7 +82,7 @@ class VllmEngine:
     def choice_probs(
         self, requests: list[tuple[str, list[int]]], choices: list[int]
     ) -> Iterator[list[tuple[str, list[float], float]]]:
-        """As `engine.Engine.choice_probs`; at most `CHOICES` choices."""
+        """As `engine.Engine.choice_probs`, of `CHOICES` choices at most; vLLM has rounded their logits to its dtype."""
         if len(choices) > CHOICES:
             raise ParamError(f"{len(choices)} choices; vLLM tells the probabilities of {CHOICES} at most.")
         context.check_requests({key: len(ids) for key, ids in requests}, self.context)
