@@ -17,6 +17,7 @@ SEED_ROWS = {  # bundled
     "ift": 244,
     "ranked_train": 129,
     "onpolicy_train": 130,
+    "onpolicy_more": 113,
     "ranked_eval": 43,
     "onpolicy_eval": 44,
     "valid_prompts": 48,

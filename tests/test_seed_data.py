@@ -10,7 +10,8 @@ from srlm_utils import metrics
 from srlm_utils.artefacts import read_json, read_jsonl
 from srlm_utils.errors import DataError
 from srlm_utils.instructions import followed
-from srlm_utils.params import SeedData
+from srlm_utils.params import Experiment, SeedData
+from srlm_utils.paths import PROJ_ROOT as ROOT
 from srlm_utils.paths import SEED_DATA
 from srlm_utils.plan import seed_path
 from srlm_utils.rows import IftRow, PromptRow, RankedRow, load_rows
@@ -25,6 +26,7 @@ SHAPES = {
     "ranked_eval": RankedRow,
     "onpolicy_train": RankedRow,
     "onpolicy_eval": RankedRow,
+    "onpolicy_more": RankedRow,
     "judge_train": RankedRow,
     "judge_onpolicy": RankedRow,
     "valid_prompts": PromptRow,
@@ -32,7 +34,7 @@ SHAPES = {
     "safety_prompts": PromptRow,
 }
 AUTHORED = ("ranked_train", "ranked_eval", "judge_train")
-ONPOLICY = ("onpolicy_train", "onpolicy_eval", "judge_onpolicy")
+ONPOLICY = ("onpolicy_train", "onpolicy_eval", "onpolicy_more", "judge_onpolicy")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def test_every_file_is_known(files):
 
 def test_counts(files):
     n = {name: len(rows) for name, rows in files.items()}
-    assert n["ift"] >= 240 and n["judge_train"] >= 80 and n["judge_onpolicy"] >= 100
+    assert n["ift"] >= 240 and n["judge_train"] >= 80 and min(n["judge_onpolicy"], n["onpolicy_more"]) >= 100
     assert n["ranked_train"] + n["ranked_eval"] >= 160 and n["onpolicy_train"] + n["onpolicy_eval"] >= 120
     for kind in ("ranked", "onpolicy"):
         held_out, learned = n[f"{kind}_eval"], n[f"{kind}_train"]
@@ -174,6 +176,15 @@ def test_the_seed_of_a_run():
     seeds = load_seeds(SeedData(run_dir="x").model_dump())[0]
     assert Counter(r["set"] for r in seeds["ranked_eval"]).keys() == {"onpolicy_eval", "ranked_eval"}
     assert drop_leaks(seeds, 0.7)[1] == []
+
+
+def test_more_judgements_come_to_those_of_the_default(files):
+    overlay = Experiment.load([ROOT / "params" / name for name in ("quickstart.yaml", "variants/more_judgements.yaml")])
+    more = load_seeds(overlay.flat("01_seed_data", "run", "run"))[0]["ranked_train"]
+    default = load_seeds(SeedData(run_dir="x").model_dump())[0]["ranked_train"]
+    assert len(more) == len(default) + len(files["onpolicy_more"])
+    assert sum(len(r["replies"]) for r in more) == 1453  # what the overlay's header says
+    assert {r["prompt_id"] for r in default} < {r["prompt_id"] for r in more}
 
 
 def test_a_training_prompt_near_a_test_prompt_is_dropped(files):
