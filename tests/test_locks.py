@@ -104,7 +104,14 @@ def started(run, *sets):
     """A run whose first step with a model takes minutes; returns when that step's kernel holds its lock."""
     command = [sys.executable, "-m", "srlm_utils.cli", "run", "params/smoke.yaml", "--run-name", run.name]
     process = subprocess.Popen(
-        [*command, *sets], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        [*command, *sets],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        # tests that a shell began in the background hear no Ctrl-C, and hand that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     owner, deadline = run / "steps/02_sft@SFT.owner", time.time() + 240
     while time.time() < deadline and not owner.is_file():
