@@ -82,14 +82,14 @@ def unrounded(model, tokens: Sequence[int]):
     before it (LOG.md). Other logits keep their steps. Nothing changes without tokens, for a model in float32 and where
     the last layer is no plain matrix. What a model does to logits behind that layer, such as capping, is still done.
     """
-    head = model.get_output_embeddings()
+    tokens, head = list(tokens), model.get_output_embeddings()
     half = isinstance(head, torch.nn.Linear) and head.weight.dtype in (torch.bfloat16, torch.float16)
     if not tokens or not half:
         yield
         return
 
     def again(head, inputs, logits):
-        some = [None if x is None else x[list(tokens)].float() for x in (head.weight, head.bias)]
+        some = [None if x is None else x[tokens].float() for x in (head.weight, head.bias)]
         logits = logits.float()
         logits[..., tokens] = torch.nn.functional.linear(inputs[0].float(), *some)
         return logits

@@ -68,7 +68,8 @@ def test_in_bfloat16_too(items, plain):
 
     assert off(shared, alone) < 0.02
     assert stats.spearmanr([shared[k] for k in alone], [*alone.values()]).statistic >= 0.99
-    assert off(shared, plain) < 0.03  # what bfloat16 does to the layers, whatever the program
+    # what bfloat16 does to the layers, whatever the program: sharing must not move scores further
+    assert off(shared, plain) < min(0.03, 2 * off(alone, plain))
 
 
 def test_greedy_texts_are_transformers_own(full):
