@@ -13,6 +13,7 @@ from srlm_utils.answers import write_answers
 from srlm_utils.artefacts import RowLog
 from srlm_utils.errors import DataError, ParamError
 from srlm_utils.params import Experiment
+from srlm_utils.paths import PARAMS
 from srlm_utils.plan import fingerprint, list_steps, make_step
 from srlm_utils.step import maker
 from srlm_utils.tokens import step_tokens
@@ -45,6 +46,26 @@ def test_random_pairs_go_by_the_seed_and_not_by_score_or_place():
     for p in found:
         counts[p["chosen_id"], p["rejected_id"]] += 1
     assert len(counts) == 12 and min(counts.values()) > 8 and max(counts.values()) < 50  # 25 expected of each
+
+
+@pytest.mark.parametrize("preset", ["quickstart", "standard"])
+@pytest.mark.parametrize(
+    "overlay,chosen",
+    [("", "p-3"), ("paper_pairs", "p-0"), ("longer_wins", "p-2"), ("shorter_wins", "p-1"), ("random_ended", "p-3")],
+)
+def test_what_presets_and_their_controls_may_choose(preset, overlay, chosen):
+    prompts, cands, judged = case([5.0, 4.0, 1.0, 3.0], TEXTS)  # p-3 alone ended by itself
+    cands = [c | {"ended": c["cand_id"] == "p-3"} for c in cands]
+    files = [PARAMS / f"{preset}.yaml", *([PARAMS / "variants" / f"{overlay}.yaml"] if overlay else [])]
+    p = Experiment.load(files).flat("06_build_pairs", "M1", "")
+    (pair,), _ = pairs.build_pairs(prompts, cands, judged, rule=p["pair_rule"], chosen_ended=p["chosen_ended"])
+    assert pair["chosen_id"] == chosen
+
+
+def test_the_random_control_chooses_among_all():
+    p = Experiment.load([PARAMS / "quickstart.yaml", PARAMS / "variants" / "random_pairs.yaml"])
+    p = p.flat("06_build_pairs", "M1", "")
+    assert (p["pair_rule"], p["chosen_ended"]) == ("random", False)
 
 
 @pytest.mark.parametrize("rule", ["random", "longer", "shorter", "length_control"])
