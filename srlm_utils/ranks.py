@@ -59,6 +59,12 @@ class AcrossRanks:
                 param_dtype=policy.param_dtype, reduce_dtype=torch.float32, output_dtype=torch.float32
             )
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        # each process writes its own; then the first one writes the trainer's state, by which a checkpoint counts as
+        # whole (`train.last_checkpoint`): without the wait it did so while another was still writing
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Average over the micro-batches of all processes, as trl would over those of one.
 

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import DatasetCard, ModelCard
 
 from srlm_utils import cards, hub
-from srlm_utils.artefacts import describe, read_json, write_json, write_jsonl
+from srlm_utils.artefacts import describe, read_json, read_jsonl, write_json, write_jsonl
 from srlm_utils.errors import DataError, MissingInputError, ParamError
 from srlm_utils.paths import EXAMPLE
 from tests.conftest import srlm
@@ -80,7 +80,8 @@ def test_the_hub_reads_the_examples_cards(model):
 def test_lineage_goes_back_to_the_seed_model():
     text = cards.from_run(EXAMPLE, "M3")
     order = [text.index(f"{i}. {m} ") for i, m in enumerate(["M0", "M1", "M2", "M3"], 1)]
-    assert order == sorted(order) and "M2/aift/pairs.jsonl (100 rows)" in text
+    n = len(read_jsonl(EXAMPLE / "M2/aift/pairs.jsonl"))
+    assert order == sorted(order) and f"M2/aift/pairs.jsonl ({n} rows)" in text
     assert cards.ancestors("SFT") == ["SFT"] and cards.ancestors("M3") == ["M1", "M2", "M3"]
 
 

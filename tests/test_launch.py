@@ -1,16 +1,19 @@
 """Trainings on two processes: the losses, weights and errors of one."""
 
 import copy
+import inspect
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -243,6 +246,25 @@ def test_two_processes_train_as_one(tiny, tmp_path, capsys, config, kind, lora_r
     assert (checkpoint / "pytorch_model_fsdp_0").is_dir() == ("fsdp" in config)
     assert (two / "adapter/adapter_model.safetensors").is_file() == bool(lora_r)
     assert not list((tmp_path / "two").glob(".*"))
+
+
+def test_a_checkpoint_counts_as_whole_when_every_process_has_written_its_part():
+    done = []
+
+    class Trainer:
+        accelerator = SimpleNamespace(wait_for_everyone=lambda: done.append("all there"))
+
+        def _save_rng_state(self, output_dir):
+            done.append(f"own state in {output_dir}")
+
+        def _save_checkpoint(self):  # transformers' order, which the installed version still has
+            self._save_rng_state("here")
+            done.append("state of the trainer")
+
+    type("Spread", (ranks.AcrossRanks, Trainer), {})()._save_checkpoint()
+    assert done == ["own state in here", "all there", "state of the trainer"]
+    theirs = inspect.getsource(transformers.Trainer._save_checkpoint)
+    assert 0 < theirs.index("self._save_rng_state(") < theirs.index("save_to_json(")
 
 
 @pytest.mark.slow
