@@ -32,7 +32,8 @@ def test_the_quickstart_takes_what_it_took(monkeypatch):
     assert sum(c.seconds for c in found) == pytest.approx(sum(took.values()), rel=0.25)
     for c in found:
         if took[c.step.name] > 30:
-            assert 0.4 < took[c.step.name] / c.seconds < 1.5, c.step.name
+            least = 0.4 if c.step.stage == "07_dpo" else 0.55
+            assert least < took[c.step.name] / c.seconds < 1.5, c.step.name
     memory = max(m["peak_memory_gb"] for m in map(read_json, (EXAMPLE / "steps").glob("*.json")))
     assert max(c.memory for c in found) / 1e9 == pytest.approx(memory, rel=0.3)
 
