@@ -298,7 +298,10 @@ COMMAND = f"{sys.executable} {ROOT / 'tests/vllm_server.py'} {{model}} {{port}}"
 
 
 def alive(pid):
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # asked in one go: between two questions it may end
+        return False
 
 
 def children(pid):
