@@ -107,12 +107,13 @@ def _finite(value):
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     """Rows as lines, compressed for ``.gz``: the same rows give the same bytes, whatever the time.
 
-    Raises `DataError` for a row that holds NaN or infinity.
+    What was `stored` compressed under this name goes. Raises `DataError` for a row that holds NaN or infinity.
     """
     pieces = _pieces(rows)
     if path.suffix == ".gz":
         pieces = [gzip.compress(b"".join(pieces), 9, mtime=0)]
     _write_whole(path, pieces)
+    path.with_name(f"{path.name}.gz").unlink(missing_ok=True)
 
 
 def _pieces(rows: Iterable[dict]) -> Iterator[bytes]:
@@ -159,16 +160,38 @@ def read_json(path: Path):
         ) from e
 
 
+def stored(path: Path) -> Path:
+    """Where a file of a run is: under its own name or, in a rendered run, compressed beside it (``<name>.gz``)."""
+    packed = path.with_name(f"{path.name}.gz")
+    return packed if packed.is_file() and not path.exists() else path
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file of a run is there, `stored` either way."""
+    return stored(path).exists()
+
+
+def find_jsonl(folder: Path, pattern: str) -> list[Path]:
+    """JSONL files that match a pattern that ends in ``.jsonl``, under their own names however they are `stored`."""
+    packed = {path.with_suffix("") for path in folder.glob(f"{pattern}.gz")}
+    return sorted(packed | {*folder.glob(pattern)})
+
+
+def _open(path: Path):
+    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+
+
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a JSONL file, also ``.gz``. Blank lines are skipped; anything but one object a line is a `DataError`."""
+    """Rows of a JSONL file, also ``.gz`` and what is `stored` so. Blank lines are skipped; anything but one object a
+    line is a `DataError`."""
     return [row for _, row in iter_jsonl(path)]
 
 
 def iter_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
     """(``file:line``, row) of what `read_jsonl` reads, one by one."""
-    start, i = 0, 0
+    start, i, path = 0, 0, stored(path)
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
+        with _open(path) as f:
             # lines of bytes: JSON strings may hold U+2028 and its like, which are no line ends here; and text is
             # decoded many lines at once, when no fault has a line
             for i, data in enumerate(f, 1):
@@ -245,17 +268,19 @@ def _complete(data: bytes) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _sha256(path: str, size: int, mtime_ns: int) -> str:
-    with open(path, "rb") as f:
+def _sha256(path: str, unpack: bool, size: int, mtime_ns: int) -> str:
+    with gzip.open(path) if unpack else open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file, or of a folder's file names and contents. Remembered while the file is unchanged."""
+    """Hash of a file, or of a folder's file names and contents; of what a file says that is `stored` compressed.
+    Remembered while the file is unchanged."""
     if path.is_dir():
         return _of_files(path, (p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")))
-    stat = path.stat()
-    return _sha256(str(path), stat.st_size, stat.st_mtime_ns)
+    found = stored(path)
+    stat = found.stat()
+    return _sha256(str(found), found != path, stat.st_size, stat.st_mtime_ns)
 
 
 def model_sha256(folder: Path) -> str:
@@ -274,6 +299,6 @@ def describe(path: Path) -> dict:
     """What a manifest says of a file or folder: sha256, and rows for JSONL."""
     info = {"sha256": sha256(path)}
     if path.suffix == ".jsonl":
-        with open(path, "rb") as f:
+        with _open(stored(path)) as f:
             info["n_rows"] = sum(1 for line in f if line.strip())
     return info

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from srlm_utils import evaluate, measures, metrics, pages, plots, rendered
-from srlm_utils.artefacts import read_json, read_jsonl, replace_folder, write_text
+from srlm_utils.artefacts import find_jsonl, is_there, read_json, read_jsonl, replace_folder, write_text
 from srlm_utils.cards import recorded
 from srlm_utils.errors import DataError, MissingInputError
 from srlm_utils.paths import shown
@@ -198,16 +198,17 @@ def _digest(value) -> str:
 def rows_behind(run: Path) -> dict[tuple, Rows]:
     """The rows behind the figures of a run that are means or ratios over prompts, by the figure's key."""
     out: dict[tuple, Rows] = {}
-    ranked = read_jsonl(run / "seed" / "ranked_eval.jsonl") if (run / "seed" / "ranked_eval.jsonl").is_file() else []
+    exam = run / "seed" / "ranked_eval.jsonl"
+    ranked = read_jsonl(exam) if is_there(exam) else []
     for folder in sorted(run.glob("*/eval")):
         model = folder.parent.name
-        if is_model_name(model) and (folder / "answers.jsonl").is_file():
+        if is_model_name(model) and is_there(folder / "answers.jsonl"):
             out |= _agreement_rows(model, ranked, folder) | _answer_rows(model, folder) | _verdict_rows(run, model)
     return out
 
 
 def _agreement_rows(model: str, ranked: list[dict], folder: Path) -> dict[tuple, Rows]:
-    if not (ranked and (folder / "judgements.jsonl").is_file()):
+    if not (ranked and is_there(folder / "judgements.jsonl")):
         return {}
     by_mode: dict[str, list[dict]] = {}
     for row in read_jsonl(folder / "judgements.jsonl"):
@@ -242,7 +243,7 @@ def _answer_rows(model: str, folder: Path) -> dict[tuple, Rows]:
         parts = {i: (sum(map(measure, its)) / len(its), 1) for i, its in of.items()}
         out[metric, "test_prompts", "", "", model, ""] = Rows(parts, {"prompts": prompts})
     scores: dict[str, list[dict]] = {}
-    for row in read_jsonl(folder / "answer_scores.jsonl") if (folder / "answer_scores.jsonl").is_file() else []:
+    for row in read_jsonl(folder / "answer_scores.jsonl") if is_there(folder / "answer_scores.jsonl") else []:
         scores.setdefault(row["judge"], []).append(row)
     for judge, rows in scores.items():
         parts = {r["prompt_id"]: (r["score"], 1) for r in rows}
@@ -253,7 +254,7 @@ def _answer_rows(model: str, folder: Path) -> dict[tuple, Rows]:
 
 def _verdict_rows(run: Path, model: str) -> dict[tuple, Rows]:
     out = {}
-    for path in sorted((run / model / "eval" / "verdicts").glob("*.jsonl")):
+    for path in find_jsonl(run / model / "eval" / "verdicts", "*.jsonl"):
         by_judge: dict[tuple, list[dict]] = {}
         for v in read_jsonl(path):
             by_judge.setdefault((v["model_b"], v["judge"], v["judge_mode"]), []).append(v)
@@ -263,7 +264,7 @@ def _verdict_rows(run: Path, model: str) -> dict[tuple, Rows]:
                 "judge": _digest(sorted({r["judge_rev"] for r in rows})),
                 "opponent's answers": _digest(
                     sorted((a["prompt_id"], a["prompt"], a["text"]) for a in read_jsonl(theirs))
-                    if theirs.is_file()
+                    if is_there(theirs)
                     else str(theirs)
                 ),
             }

@@ -13,7 +13,7 @@ from jinja2 import Environment
 from markupsafe import escape
 
 from srlm_utils import metrics
-from srlm_utils.artefacts import read_jsonl
+from srlm_utils.artefacts import find_jsonl, is_there, iter_jsonl, read_jsonl
 from srlm_utils.errors import MissingInputError, ParamError
 from srlm_utils.params import is_draft
 from srlm_utils.paths import PACKAGE, RESULTS, resolve, run_folder, shown
@@ -138,10 +138,11 @@ class Run:
         self._check(model), self._check(opponent)
         for a, b in ((model, opponent), (opponent, model)):
             path = self.folder / a / f"eval/verdicts/{a}_vs_{b}.jsonl"
-            if path.is_file():
+            if is_there(path):
                 break
         else:
-            pairs = sorted(p.stem.replace("_vs_", " and ") for p in self.folder.glob("*/eval/verdicts/*_vs_*.jsonl"))
+            there = find_jsonl(self.folder, "*/eval/verdicts/*_vs_*.jsonl")
+            pairs = sorted(p.stem.replace("_vs_", " and ") for p in there)
             raise MissingInputError(
                 f"{self.name}: {model} and {opponent} were not compared. Compared are {', '.join(pairs) or 'none'}."
             )
@@ -223,11 +224,11 @@ class Run:
     def _rows(self, model: str, what: str, *, optional: bool = False) -> list[dict]:
         self._check(model)
         path = self.folder / model / FILES[what]
-        if path.is_file():
+        if is_there(path):
             return read_jsonl(path)
         if optional:
             return []
-        have = [m for m in self.models.index if (self.folder / m / FILES[what]).is_file()]
+        have = [m for m in self.models.index if is_there(self.folder / m / FILES[what])]
         raise MissingInputError(
             f"{self.name}: {model} has no {what} ({shown(path)}; {maker(f'{model}/{FILES[what]}')} makes it). "
             f"Models with {what}: {', '.join(have) or 'none'}."
@@ -349,11 +350,8 @@ def _indented(text: str) -> str:
 
 
 def _count(path: Path) -> int:
-    if not path.is_file():
-        return 0
-    with open(path, "rb") as f:
-        return sum(1 for line in f if line.strip())
+    return sum(1 for _ in iter_jsonl(path)) if is_there(path) else 0
 
 
 def _optional(path: Path) -> list[dict]:
-    return read_jsonl(path) if path.is_file() else []
+    return read_jsonl(path) if is_there(path) else []

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from srlm_utils.artefacts import read_json, sha256
+from srlm_utils.artefacts import is_there, read_json, sha256
 from srlm_utils.errors import DataError, ParamError
 from srlm_utils.params import PLACE, STAGES, Experiment, is_draft, model_names, stage_key
 from srlm_utils.paths import PROMPTS, SEED_DATA, resolve
@@ -397,7 +397,7 @@ def status(step: Step, params: dict, run: Path) -> tuple[bool, str]:
     if stale:
         return False, f"input changed: {stale[0]}"
     for name, info in outputs.items():
-        if not (run / name).exists():
+        if not is_there(run / name):
             return False, f"output is gone: {name}"
         if sha256(run / name) != info["sha256"]:
             return False, f"output was changed: {name}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from srlm_utils import errors, field_benchmarks, rendered
-from srlm_utils.artefacts import named_faults, read_json, write_text
+from srlm_utils.artefacts import is_there, named_faults, read_json, write_text
 from srlm_utils.errors import DataError, Interrupted, LockedError, MissingInputError, ParamError, SrlmError, StepFailed
 from srlm_utils.params import Experiment, yaml_section
 from srlm_utils.paths import NOTEBOOKS, PROJ_ROOT, shown
@@ -73,7 +73,7 @@ def _execute(experiment, run, command, steps, start, only, force) -> int:
         if not force and status(step, params, run)[0]:
             continue
         for path in step.reads:
-            if not (run / path).exists():
+            if not is_there(run / path):
                 raise MissingInputError(
                     f"{step.name}: {shown(run / path)} is missing: run {maker_of(path, steps)} first."
                 )

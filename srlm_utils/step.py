@@ -27,11 +27,13 @@ from srlm_utils import resources, seed_model, serve, tracking, trainings
 from srlm_utils.artefacts import (
     RowLog,
     describe,
+    is_there,
     model_sha256,
     named_faults,
     read_json,
     read_jsonl,
     sha256,
+    stored,
     write_json,
     write_text,
 )
@@ -76,15 +78,15 @@ class StepRun:
         """Where an input is. A scratch run borrows what it has not made itself from results/example, but to its own
         candidates no scores, nor may older ones of its own be theirs: the ids are the same, the texts are not."""
         here, candidates = self.run / path, (self.run / path).with_name("candidates.jsonl")
-        written, scored = (p.stat().st_mtime_ns if p.exists() else 0 for p in (candidates, here))
+        written, scored = (p.stat().st_mtime_ns if p.exists() else 0 for p in map(stored, (candidates, here)))
         if self.scratch and path.endswith("aift/judgements.jsonl") and written > scored:
             raise MissingInputError(
                 f"{shown(candidates)} is newer than any scores, which are of other candidates: run 05_judge first, "
                 f"or delete {shown(self.run)} to begin with the example."
             )
-        if here.exists():
+        if is_there(here):
             return here
-        if self.scratch and (EXAMPLE / path).exists():
+        if self.scratch and is_there(EXAMPLE / path):
             self._borrowed.add(path)
             return EXAMPLE / path
         raise MissingInputError(f"{shown(self.run / path)} is missing: run {maker(path)} first.")

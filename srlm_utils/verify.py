@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from srlm_utils.artefacts import describe, read_json, read_jsonl
+from srlm_utils.artefacts import describe, find_jsonl, is_there, read_json, read_jsonl
 from srlm_utils.errors import DataError
 from srlm_utils.pairs import by_the_model
 from srlm_utils.params import is_draft
@@ -88,7 +88,7 @@ class _Check:
         """Rows of a file of the run, read once; [] where it is absent or cannot be read, which is a finding once."""
         if file not in self._rows:
             self._rows[file] = []
-            if (self.run / file).is_file():
+            if is_there(self.run / file):
                 try:
                     self._rows[file] = read_jsonl(self.run / file)
                 except DataError as e:
@@ -123,7 +123,7 @@ class _Check:
             self._inputs(name, manifest["inputs"])
 
     def _output(self, file: str, then: dict, rendered: bool) -> None:
-        if not (self.run / file).exists():
+        if not is_there(self.run / file):
             if rendered and file.endswith(LEFT_OUT):
                 self.out.notes.append(f"{file} is not here: a rendered run leaves it out")
             else:
@@ -155,7 +155,7 @@ class _Check:
 
     def ids(self) -> None:
         for pattern in ("seed/*", "*/selection_answers", "*/eft/*", "*/aift/*", "*/eval/*", "*/eval/verdicts/*"):
-            for path in sorted(self.run.glob(f"{pattern}.jsonl")):
+            for path in find_jsonl(self.run, f"{pattern}.jsonl"):
                 file = path.relative_to(self.run).as_posix()
                 names = IDS.get("verdicts" if path.parent.name == "verdicts" else path.stem, ("prompt_id",))
                 seen: set[tuple] = set()
@@ -169,7 +169,7 @@ class _Check:
 
     def refer(self, file: str, name: str, known: Iterable[str], where: str) -> None:
         """Each row's field `name` must be one of `known`, the ids of `where`; nothing is said where that is absent."""
-        if (self.run / where).is_file():
+        if is_there(self.run / where):
             known = set(known)
             for row in self.rows(file):
                 if row.get(name) not in known:
@@ -193,7 +193,7 @@ class _Check:
         for row in self.rows(prompts) if wanted else ():
             if n[row.get("prompt_id")] != wanted:
                 self.fault(candidates, _id(row), f"{n[row.get('prompt_id')]} candidates", f"{wanted} of each prompt")
-        if (self.run / judgements).is_file() and not self.param(f"05_judge@{of_round}", "max_rows", 0):
+        if is_there(self.run / judgements) and not self.param(f"05_judge@{of_round}", "max_rows", 0):
             for cand_id in self.ids_of(candidates, "cand_id") - self.ids_of(judgements, "id"):
                 self.fault(judgements, str(cand_id), "no judgement", "one of each candidate")
         by_id = {c.get("cand_id"): c for c in self.rows(candidates)}
@@ -222,7 +222,7 @@ class _Check:
     def judge_pairs(self, model: str) -> None:
         """Pairs of judgements are two that the model wrote of one of its candidates, whole and with a score."""
         file, judgements = (f"{model}/aift/{name}.jsonl" for name in ("judge_pairs", "judgements"))
-        if not (self.run / judgements).is_file():
+        if not is_there(self.run / judgements):
             return
         judged = {r.get("id"): r.get("samples") or [] for r in self.rows(judgements)}
         for row in self.rows(file):
@@ -280,7 +280,7 @@ class _Check:
         self.refer(f"{folder}/answers.jsonl", "prompt_id", self.ids_of(tests, "prompt_id"), tests)
         answers = f"{folder}/answers.jsonl"
         self.refer(f"{folder}/answer_scores.jsonl", "prompt_id", self.ids_of(answers, "prompt_id"), answers)
-        for path in sorted((self.run / folder / "verdicts").glob("*.jsonl")):
+        for path in find_jsonl(self.run / folder / "verdicts", "*.jsonl"):
             file = path.relative_to(self.run).as_posix()
             for row in self.rows(file):
                 if f"{row.get('model_a')}_vs_{row.get('model_b')}" != path.stem or row.get("model_a") != model:
@@ -296,7 +296,7 @@ class _Check:
         seed = {name: self.rows(f"seed/{name}.jsonl") for name in SEED_FILES}
         home = {row.get("prompt_id"): name for name in HELD_OUT for row in seed[name]}
         learned = [("seed/ift.jsonl", "01_seed_data@run"), ("seed/ranked_train.jsonl", "01_seed_data@run")]
-        for path in sorted(self.run.glob("*/aift/prompts.jsonl")):
+        for path in find_jsonl(self.run, "*/aift/prompts.jsonl"):
             learned.append((path.relative_to(self.run).as_posix(), f"04_self_instruct@{path.parts[-3]}"))
         for file, step in learned:
             pool = Pool(self.param(step, "rouge_l_max", 0.7))

@@ -2,12 +2,15 @@ import errno
 import json
 import math
 import os
+import shutil
 import tracemalloc
 
 import pytest
 
-from srlm_utils import artefacts
+from srlm_utils import artefacts, example
+from srlm_utils.artefacts import describe, find_jsonl, is_there, read_jsonl, write_jsonl
 from srlm_utils.errors import DataError, MissingInputError, StorageError
+from srlm_utils.paths import EXAMPLE
 from srlm_utils.rows import IftRow, RankedRow, load_rows
 
 ROWS = [{"id": "a", "text": "plain"}, {"id": "b", "text": "é\u2028ü"}, {"id": "c", "text": "日本"}]
@@ -297,3 +300,38 @@ def test_the_line_and_byte_that_is_not_utf8(tmp_path):
     (tmp_path / "r.jsonl").write_bytes(b'{"a": 1}\n{"a": "\xe9"}\n')
     with pytest.raises(DataError, match=r"r\.jsonl:2: not UTF-8 \(byte 16\)"):
         artefacts.read_jsonl(tmp_path / "r.jsonl")
+
+
+def test_rows_that_a_rendered_run_keeps_compressed_are_the_same_rows(tmp_path):
+    path, rows = tmp_path / "M1" / "rows.jsonl", [{"id": f"r{i}", "text": "é" * i} for i in range(50)]
+    write_jsonl(path, rows)
+    then = describe(path)
+    example.pack(path)
+    assert [p.name for p in path.parent.iterdir()] == ["rows.jsonl.gz"]
+    assert not path.exists() and is_there(path) and not is_there(path.with_name("other.jsonl"))
+    assert read_jsonl(path) == rows and describe(path) == then and then["n_rows"] == 50
+    assert find_jsonl(tmp_path, "*/rows.jsonl") == [path]
+    write_jsonl(path, rows[:2])  # made again: what stood here before is gone
+    assert [p.name for p in path.parent.iterdir()] == ["rows.jsonl"] and read_jsonl(path) == rows[:2]
+    assert describe(path)["n_rows"] == 2 and find_jsonl(tmp_path, "*/rows.jsonl") == [path]
+
+
+def test_the_example_is_small_and_its_long_files_are_compressed():
+    files = [p for p in EXAMPLE.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) < 5e6
+    assert all(p.suffix == ".gz" or p.stat().st_size <= example.PLAIN for p in files if ".jsonl" in p.name)
+
+
+def test_a_run_is_rendered_without_weights_and_with_all_its_rows(tmp_path, monkeypatch):
+    run, out = tmp_path / "quickstart", tmp_path / "example"
+    shutil.copytree(EXAMPLE, run)
+    for path in run.rglob("*.jsonl.gz"):
+        write_jsonl(path.with_suffix(""), read_jsonl(path))
+    assert not [*run.rglob("*.gz")]
+    for name in ("M1/model/model.safetensors", "SFT/eft/train.jsonl", "steps/08_evaluate@M3.work/answers.jsonl"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("")
+    monkeypatch.setattr(example, "EXAMPLE", out)
+    example.render(run)
+    files = {p.relative_to(EXAMPLE): p.read_bytes() for p in EXAMPLE.rglob("*") if p.is_file()}
+    assert {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()} == files
