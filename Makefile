@@ -1,5 +1,5 @@
 # make run    the whole loop on a small real model (CPU is enough): 19 minutes on 2 cores with AVX512-BF16,
-#             and once 18 for the outside judge
+#             and once 12 to 18 for the outside judge
 # make test   the tests, but for those of make test-long: kills by the dozen, 100,000 fuzzed rows, a sweep, a loop on servers;
 #             make test-browser those that open pages in headless Chromium, where it is installed
 # make lab    JupyterLab on the tour; its file browser has the repository, its terminals have srlm

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from srlm_utils import evaluate, judge, metrics, seed_model, seeds, sources
+from srlm_utils.artefacts import is_there
 from srlm_utils.errors import DataError, ParamError
 
 SAMPLING = {
@@ -64,7 +65,7 @@ def report(args) -> str:
         raise ParamError(f"--limit {args.limit}: expected the number of prompts to use, or 0 for all.")
     rubric = judge.Rubric(args.rubric)
     # as every path of a command line, from where one stands
-    source = str(Path(args.ranked).resolve()) if Path(args.ranked).is_file() else args.ranked
+    source = str(Path(args.ranked).resolve()) if is_there(Path(args.ranked)) else args.ranked
     rows, of_kind, drops = ranked_rows(source, language=args.language, all_turns=args.all_turns, limit=args.limit)
     name = seeds.set_name(source)
     judged = scores_of(args.model, rubric, rows, args.mode)

@@ -177,8 +177,20 @@ def find_jsonl(folder: Path, pattern: str) -> list[Path]:
     return sorted(packed | {*folder.glob(pattern)})
 
 
-def _open(path: Path):
-    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+@contextmanager
+def _unpacked(path: Path):
+    """The bytes of a file, unpacked for ``.gz``; `DataError` for one that cannot be."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
+            yield f
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise DataError(f"{path}: cannot be read, it cannot be unpacked ({e}). Fetch or make the file again.") from e
+
+
+def count_rows(path: Path) -> int:
+    """Rows of a JSONL file, `stored` either way, whatever they hold."""
+    with _unpacked(stored(path)) as f:
+        return sum(1 for line in f if line.strip())
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -191,7 +203,7 @@ def iter_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
     """(``file:line``, row) of what `read_jsonl` reads, one by one."""
     start, i, path = 0, 0, stored(path)
     try:
-        with _open(path) as f:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
             # lines of bytes: JSON strings may hold U+2028 and its like, which are no line ends here; and text is
             # decoded many lines at once, when no fault has a line
             for i, data in enumerate(f, 1):
@@ -231,6 +243,8 @@ class RowLog:
     def __init__(self, path: Path):
         with named_faults(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            if stored(path) != path:  # compressed: it goes on as it was
+                write_jsonl(path, read_jsonl(path))
             if path.exists():
                 data = path.read_bytes()
                 if (whole := _complete(data)) < len(data):
@@ -269,13 +283,19 @@ def _complete(data: bytes) -> int:
 
 @lru_cache(maxsize=4096)
 def _sha256(path: str, unpack: bool, size: int, mtime_ns: int) -> str:
-    with gzip.open(path) if unpack else open(path, "rb") as f:
+    if unpack:
+        with _unpacked(Path(path)) as f:
+            digest = hashlib.sha256()
+            while piece := f.read(PIECE):
+                digest.update(piece)
+            return digest.hexdigest()
+    with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file, or of a folder's file names and contents; of what a file says that is `stored` compressed.
-    Remembered while the file is unchanged."""
+    """Hash of a file, or of a folder's file names and contents; of what a file says that is `stored` compressed, with
+    `DataError` if it cannot be unpacked. Remembered while the file is unchanged."""
     if path.is_dir():
         return _of_files(path, (p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")))
     found = stored(path)
@@ -299,6 +319,5 @@ def describe(path: Path) -> dict:
     """What a manifest says of a file or folder: sha256, and rows for JSONL."""
     info = {"sha256": sha256(path)}
     if path.suffix == ".jsonl":
-        with _open(stored(path)) as f:
-            info["n_rows"] = sum(1 for line in f if line.strip())
+        info["n_rows"] = count_rows(path)
     return info

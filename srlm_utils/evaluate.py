@@ -98,7 +98,9 @@ def gain_rows(
     model: str, opponent: str, ranked: list[dict], judged: list[dict], theirs: list[dict], mode: str, set_name: str
 ) -> list[dict]:
     """Metric row of how much better `model` judges than `opponent` on the same replies."""
-    gain = metrics.agreement_gain(scored_prompts(ranked, judged), scored_prompts(ranked, theirs))
+    both = {r["id"] for r in judged} & {r["id"] for r in theirs}  # one may have judged fewer (`max_rows`)
+    shared = [row for row in ranked if all(item["id"] in both for item in ranked_items([row]))]
+    gain = metrics.agreement_gain(scored_prompts(shared, judged), scored_prompts(shared, theirs))
     where = {"model": model, "opponent": opponent, "set": set_name, "judge": model, "judge_mode": mode}
     return metrics.metric_rows({"agreement_gain": gain}, **where)
 
@@ -169,6 +171,11 @@ def compare_answers(
             raise DataError(
                 f"{opponent}/eval/answer_scores.jsonl is by other weights of {name} than the present ones (another "
                 f"machine, or an emptied cache). Score its answers again: --only 08_evaluate@{opponent} --force."
+            )
+        if missing := sorted(ours.keys() - {r["prompt_id"] for r in sides[1]}):
+            raise DataError(
+                f"{opponent}/eval/answer_scores.jsonl has no score of {name} for {missing[0]}: it was evaluated "
+                f"without this win judge. Score its answers, too: --only 08_evaluate@{opponent} --force."
             )
         same = {pid for pid, text in ours.items() if text == theirs[pid]}
         rows = verdicts.from_scores(*({r["prompt_id"]: r["score"] for r in side} for side in sides), same)

@@ -13,7 +13,7 @@ from jinja2 import Environment
 from markupsafe import escape
 
 from srlm_utils import metrics
-from srlm_utils.artefacts import find_jsonl, is_there, iter_jsonl, read_jsonl
+from srlm_utils.artefacts import count_rows, find_jsonl, is_there, read_jsonl
 from srlm_utils.errors import MissingInputError, ParamError
 from srlm_utils.params import is_draft
 from srlm_utils.paths import PACKAGE, RESULTS, resolve, run_folder, shown
@@ -350,7 +350,7 @@ def _indented(text: str) -> str:
 
 
 def _count(path: Path) -> int:
-    return sum(1 for _ in iter_jsonl(path)) if is_there(path) else 0
+    return count_rows(path) if is_there(path) else 0
 
 
 def _optional(path: Path) -> list[dict]:

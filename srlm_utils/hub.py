@@ -4,12 +4,13 @@ The token comes from the variable HF_TOKEN and from nowhere else. A new reposito
 click on the hub, after a look at it.
 """
 
+import gzip
 import os
 import re
 from pathlib import Path
 
 from srlm_utils import cards, rendered
-from srlm_utils.artefacts import CARD, describe, read_json
+from srlm_utils.artefacts import CARD, describe, find_jsonl, read_json, stored
 from srlm_utils.errors import DataError, MissingInputError, ParamError
 from srlm_utils.paths import shown
 from srlm_utils.plan import draft_of, init_model
@@ -76,8 +77,8 @@ def _aift(run: Path, model: str) -> dict[str, str | bytes]:
     chain = cards.ancestors(model)
     learned = {path for m in chain[1:2] for path in cards.training_manifest(run, m)["inputs"]}
     for m in (name for successor in chain[1:] for name in (init_model(successor), draft_of(successor))):
-        for path in sorted((run / m / "aift").glob("*.jsonl")):
-            files[f"{m}/{path.name}"] = str(path)
+        for path in find_jsonl(run / m / "aift", "*.jsonl"):
+            files[f"{m}/{path.name}"] = str(path) if path.exists() else gzip.decompress(stored(path).read_bytes())
             # the first table of the page is what M2 learned from
             first = path.stem in ("pairs", "positives") and f"{m}/aift/{path.name}" in learned
             configs.append((f"{m}_{path.stem}", f"{m}/{path.name}", first))

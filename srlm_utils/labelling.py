@@ -14,7 +14,7 @@ from filelock import FileLock
 from markupsafe import escape
 
 from srlm_utils import metrics, winrates
-from srlm_utils.artefacts import RowLog, write_jsonl
+from srlm_utils.artefacts import RowLog, is_there, write_jsonl
 from srlm_utils.errors import MissingInputError, ParamError
 from srlm_utils.explore import Run, cards_html
 from srlm_utils.paths import resolve, shown
@@ -46,7 +46,7 @@ class Study:
 
     def votes(self) -> list[dict]:
         """All verdicts so far on this comparison, of every reader."""
-        if not self.path.is_file():
+        if not is_there(self.path):
             return []
         with self._lock():
             rows = self._rows()

@@ -172,7 +172,9 @@ def build_pairs(
         )
         if not reason:
             chosen, rejected = RULES[rule](good, bad, order, length_rho)
-            if rule in ("longer", "shorter") and len(chosen["text"]) == len(rejected["text"]):
+            longer = len(chosen["text"]) - len(rejected["text"])
+            # the other way round where only a draft's answer may be chosen and only the model's own be rejected
+            if rule == "longer" and longer <= 0 or rule == "shorter" and longer >= 0:
                 reason = "same_length"
             elif chosen["text"] == rejected["text"]:
                 reason = "same_text"

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from srlm_utils.artefacts import is_there, read_json, sha256
+from srlm_utils.artefacts import is_there, read_json, sha256, stored
 from srlm_utils.errors import DataError, ParamError
 from srlm_utils.params import PLACE, STAGES, Experiment, is_draft, model_names, stage_key
 from srlm_utils.paths import PROMPTS, SEED_DATA, resolve
@@ -343,8 +343,8 @@ def external_inputs(params: dict) -> dict[str, Path]:
 
 
 def seed_path(name: str) -> Path:
-    """A seed file by name (one that the kit carries) or by path."""
-    return SEED_DATA / f"{name}.jsonl" if re.fullmatch(r"\w+", name) else resolve(name)
+    """A seed file by name (one that the kit carries) or by path, a run's own however it is `stored`."""
+    return SEED_DATA / f"{name}.jsonl" if re.fullmatch(r"\w+", name) else stored(resolve(name))
 
 
 def is_hub_id(name: str) -> bool:
@@ -378,15 +378,18 @@ def status(step: Step, params: dict, run: Path) -> tuple[bool, str]:
     if not path.is_file():
         return False, "was interrupted: will continue" if (work / "fingerprint.json").is_file() else "not run yet"
     try:
-        manifest = read_json(path)
         now = fingerprint(step, params, run)
+    except FileNotFoundError as e:
+        return False, f"input is gone: {Path(e.filename).name}"
+    except DataError as e:
+        return False, f"an input cannot be read: {e}"
+    try:
+        manifest = read_json(path)
         old = {
             "params": STAGES[stage_key(step.stage)]().model_dump() | manifest["params"],
             "inputs": {k: v["sha256"] for k, v in manifest["inputs"].items()},
         }
         outputs = manifest["outputs"]
-    except FileNotFoundError as e:
-        return False, f"input is gone: {Path(e.filename).name}"
     except (DataError, KeyError, TypeError, AttributeError):
         return False, "its manifest is damaged"
     changed = [k for k in now["params"] if old["params"][k] != now["params"][k]]
@@ -399,7 +402,11 @@ def status(step: Step, params: dict, run: Path) -> tuple[bool, str]:
     for name, info in outputs.items():
         if not is_there(run / name):
             return False, f"output is gone: {name}"
-        if sha256(run / name) != info["sha256"]:
+        try:
+            same = sha256(run / name) == info["sha256"]
+        except DataError:  # it cannot be unpacked
+            same = False
+        if not same:
             return False, f"output was changed: {name}"
     return True, "done"
 

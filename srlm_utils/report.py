@@ -119,6 +119,9 @@ def example_pairs(step, n: int) -> list[dict]:
     by_prompt: dict[str, list[dict]] = {}
     for c in step.rows(f"{m}/aift/candidates.jsonl"):
         by_prompt.setdefault(c["prompt_id"], []).append(c | {"score": scores.get(c["cand_id"])})
+    # a scratch run's own candidates have the ids of the example's, whose pairs it may have borrowed
+    texts = {c["cand_id"]: c["text"] for found in by_prompt.values() for c in found}
+    pairs = [p for p in pairs if all(texts.get(p[f"{side}_id"]) == p[side] for side in ("chosen", "rejected"))]
     out = []
     for pair in pairs[:n]:
         cands = sorted(by_prompt[pair["prompt_id"]], key=lambda c: -(c["score"] if c["score"] is not None else -1))

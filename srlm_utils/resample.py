@@ -30,9 +30,10 @@ def seeds_interval(num: np.ndarray, den: np.ndarray, *, share: bool) -> tuple[fl
     """Interval of the mean over seeds of sum(num) / sum(den); both (seeds, prompts), two of each at least.
 
     Seeds answer the same prompts, so both are samples: the variance is that of the prompts' means over seeds, divided
-    by their number, plus that of the seeds' figures, divided by theirs. What one seed did on one prompt counts in both:
-    the interval is too wide rather than too narrow. Nothing is drawn, since three seeds are too few to draw
-    from; Student's t with Satterthwaite's degrees of freedom (1946) pays for the few. Shares have Wilson's form.
+    by their number, plus that of the seeds' figures, divided by theirs. What one seed did on one prompt counts in both.
+    Nothing is drawn, since three seeds are too few to draw from; Student's t with Satterthwaite's degrees of freedom
+    (1946) pays for the few. Two seeds often agree by chance and would pay nothing then: their t is the mean of both
+    parts' own, weighted by variance (Cochran and Cox 1957). Shares have Wilson's form.
     """
     n_seeds, n_prompts = num.shape
     totals = den.sum(1, keepdims=True)
@@ -45,7 +46,10 @@ def seeds_interval(num: np.ndarray, den: np.ndarray, *, share: bool) -> tuple[fl
             return value, value
         unseen = unseen_share(den.sum(0))
         return value * (1 - unseen), value + (1 - value) * unseen
-    t = _t(1 + variance**2 / (parts**2 / (n_prompts - 1, n_seeds - 1)).sum())
+    if n_seeds == 2:
+        t = float((parts * (_t(n_prompts), _t(n_seeds))).sum() / variance)
+    else:
+        t = _t(1 + variance**2 / (parts**2 / (n_prompts - 1, n_seeds - 1)).sum())
     if not share:
         half = float(t * variance**0.5)
         return value - half, value + half

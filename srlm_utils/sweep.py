@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from srlm_utils import cells, runner
-from srlm_utils.artefacts import link_or_copy
+from srlm_utils.artefacts import is_there, link_or_copy, stored
 from srlm_utils.cells import DEFAULT
 from srlm_utils.errors import Interrupted, LockedError, ParamError, SrlmError
 from srlm_utils.params import Experiment, merge, read_yaml
@@ -149,8 +149,9 @@ def adopt(experiment: Experiment, run: Path, donors: list[Path]) -> list[str]:
         for donor in donors:
             if status(step, params, donor)[0] and fingerprint(step, params, donor) == wanted:
                 for path in (*step.writes, f"notebooks/{step.name}.ipynb", f"steps/{step.name}.json"):
-                    if (donor / path).exists():
-                        _take(donor / path, run / path)
+                    if is_there(donor / path):
+                        found = stored(donor / path)
+                        _take(found, (run / path).with_name(found.name))
                 taken.append(step.name)
                 break
     return taken

@@ -9,6 +9,7 @@ written in. Only the assistant's tokens carry loss.
 import contextlib
 import copy
 import importlib.util
+import json
 import math
 import random
 import shutil
@@ -616,8 +617,16 @@ def train(trainer, step, selection=None) -> pd.DataFrame:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint: the state of the trainer is what is written last."""
-    return max((p.parent for p in folder.glob("checkpoint-*/trainer_state.json")), key=step_of, default=None)
+    """The newest whole checkpoint: the state of the trainer is what is written last, in place, so it must be whole."""
+    states = folder.glob("checkpoint-*/trainer_state.json")
+    return max((p.parent for p in states if _is_whole(p)), key=step_of, default=None)
+
+
+def _is_whole(state: Path) -> bool:
+    try:
+        return bool(json.loads(state.read_text(encoding="utf-8")))
+    except ValueError:
+        return False
 
 
 def step_of(checkpoint: Path) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from srlm_utils.artefacts import describe, find_jsonl, is_there, read_json, read_jsonl
+from srlm_utils.artefacts import describe, find_jsonl, is_there, read_json, read_jsonl, stored
 from srlm_utils.errors import DataError
 from srlm_utils.pairs import by_the_model
 from srlm_utils.params import is_draft
@@ -92,7 +92,8 @@ class _Check:
                 try:
                     self._rows[file] = read_jsonl(self.run / file)
                 except DataError as e:
-                    self.fault(file, "", str(e).removeprefix(f"{self.run / file}:").strip(), "rows that can be read")
+                    said = str(e).removeprefix(f"{stored(self.run / file)}:").strip()
+                    self.fault(file, "", said, "rows that can be read")
                 self.out.n_files += 1
                 self.out.n_rows += len(self._rows[file])
         return self._rows[file]
@@ -129,7 +130,10 @@ class _Check:
             else:
                 self.fault(file, "", "no such file", f"what {self.maker[file]} wrote")
             return
-        now = describe(self.run / file)
+        try:
+            now = describe(self.run / file)
+        except DataError:
+            return  # its rows are read, too: that says it
         if now["sha256"] != then["sha256"] or now.get("n_rows") != then.get("n_rows"):
             self.fault(file, "", _summary(now), f"{_summary(then)}, as {self.maker[file]} wrote it")
 

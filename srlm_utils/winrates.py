@@ -83,13 +83,15 @@ def bradley_terry(duels: list[tuple[str, str, dict]], *, anchor: str, n_draws: i
     rate = np.divide(won, total, out=np.full(total.shape, 0.5), where=total > 0)
     # draws of a comparison that one side won throughout show no doubt: the last row has its exact bound instead
     unseen = np.array([resample.unseen_share(f[f > 0]) if f.any() else 0.0 for f in fought.T])
-    bound = np.where((rate[0] == 0) | (rate[0] == 1), np.clip(rate[0], unseen, 1 - unseen), rate[0])
+    bound = np.where(rate[0] == 0, unseen, np.where(rate[0] == 1, 1 - unseen, rate[0]))
     ratings = ELO * resample.logistic(x, np.vstack([rate, bound]), np.vstack([total, total[0]]), ridge=_RIDGE)
     n = {m: sum(len(r) for a, b, r in duels if m in (a, b)) for m in models}
     out = {}
     for m, values in zip(others, ratings.T, strict=True):
         figure = _figure(values[:-1], len(prompts), n[m])
-        out[m] = figure | {"low": min(figure["low"], float(values[-1])), "high": max(figure["high"], float(values[-1]))}
+        if len(prompts) > 1:
+            figure |= {"low": min(figure["low"], float(values[-1])), "high": max(figure["high"], float(values[-1]))}
+        out[m] = figure
     return {m: out.get(m, {"value": 0.0, "low": 0.0, "high": 0.0, "n": n[m]}) for m in models}
 
 
@@ -159,5 +161,5 @@ def kappa(a: dict[Hashable, float], b: dict[Hashable, float], *, n_draws: int = 
 
 def _figure(values: np.ndarray, n_prompts: int, n: int) -> dict:
     """A figure from its values on the rows of `resample.weights`."""
-    low, high = resample.interval(values, n_prompts)
+    low, high = resample.interval(values, n_prompts) if n_prompts > 1 else (None, None)
     return {"value": float(values[0]), "low": low, "high": high, "n": n}

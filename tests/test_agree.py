@@ -7,6 +7,7 @@ import pytest
 from srlm_utils import agree, judge
 from srlm_utils.cli import main
 from srlm_utils.metrics import METRICS
+from srlm_utils.paths import EXAMPLE
 from tests.test_judge_modes import Judge
 from tests.test_sources import PREFERENCES, TREES, save
 
@@ -67,6 +68,11 @@ def test_a_path_is_relative_to_where_one_stands(fake, tmp_path, monkeypatch, cap
     save(tmp_path / "here.jsonl", TREES)
     monkeypatch.chdir(tmp_path)
     assert json.loads(run(capsys, "--model", "good", "--ranked", "here.jsonl", "--json"))["n_prompts"] == 2
+
+
+def test_the_exam_of_a_rendered_run_goes_by_its_name(fake, capsys):
+    out = run(capsys, "--model", "good", "--ranked", str(EXAMPLE / "seed/ranked_eval.jsonl"), "--json")
+    assert json.loads(out)["n_prompts"] == 87
 
 
 def test_bad_input_ends_in_one_line(tmp_path, capsys):

@@ -335,3 +335,13 @@ def test_a_run_is_rendered_without_weights_and_with_all_its_rows(tmp_path, monke
     example.render(run)
     files = {p.relative_to(EXAMPLE): p.read_bytes() for p in EXAMPLE.rglob("*") if p.is_file()}
     assert {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()} == files
+
+
+def test_a_compressed_log_goes_on(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    write_jsonl(path, ROWS)
+    example.pack(path)
+    log = artefacts.RowLog(path)
+    log.extend([{"id": "d"}])
+    log.close()
+    assert read_jsonl(path) == [*ROWS, {"id": "d"}] and [*tmp_path.iterdir()] == [path]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import DatasetCard, ModelCard
 
-from srlm_utils import cards, hub
+from srlm_utils import cards, example, hub
 from srlm_utils.artefacts import describe, read_json, read_jsonl, write_json, write_jsonl
 from srlm_utils.errors import DataError, MissingInputError, ParamError
 from srlm_utils.paths import EXAMPLE
@@ -129,6 +129,15 @@ def test_a_push_is_one_commit_with_the_card_and_as_trained(run, api):
     assert card.data.configs == [{"config_name": "M1_pairs", "data_files": "M1/pairs.jsonl", "default": True}]
     assert "7 rows" in card.text and "/models" not in card.text
     assert "hf_1234567890" not in json.dumps([str(c) for c in api.calls[1:]])
+
+
+def test_a_push_holds_the_rows_of_a_rendered_run_unpacked(run, api):
+    rows = (run / "M1/aift/pairs.jsonl").read_bytes()
+    example.pack(run / "M1/aift/pairs.jsonl")
+    hub.push(run, "M2", "ada/m2", data=True)
+    files = api.calls[-1][2]
+    assert set(files) == {"README.md", "M1/pairs.jsonl"} and files["M1/pairs.jsonl"].getvalue() == rows
+    assert "7 rows" in DatasetCard(files["README.md"].decode()).text
 
 
 def test_a_push_is_checked_before_anything_is_asked(run, api, monkeypatch):

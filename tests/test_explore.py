@@ -9,7 +9,7 @@ import pytest
 
 import srlm_utils
 from srlm_utils.artefacts import read_jsonl, write_jsonl
-from srlm_utils.errors import MissingInputError, ParamError
+from srlm_utils.errors import DataError, MissingInputError, ParamError
 from srlm_utils.paths import EXAMPLE, PROJ_ROOT
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> [x](javascript:alert(3)) \x1b[2J\x07\u202eabc $4 or $5"
@@ -153,3 +153,13 @@ def test_opening_a_run_loads_no_model_library():
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=PROJ_ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_torn_line_of_one_model_leaves_the_others_readable(tmp_path):
+    shutil.copytree(EXAMPLE, tmp_path / "run", ignore=shutil.ignore_patterns("notebooks"))
+    path = tmp_path / "run/M3/eval/answers.jsonl"
+    path.write_text(path.read_text().rstrip()[:-5])
+    torn = srlm_utils.open_run(tmp_path / "run")
+    assert len(torn.pairs("M1")) == 84
+    with pytest.raises(DataError, match="answers.jsonl:64"):
+        torn.answers("M3")

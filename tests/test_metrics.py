@@ -407,6 +407,9 @@ def test_gain_rows_take_the_replies_of_their_set_alone():
     (row,) = evaluate.gain_rows("M1", "M0", [ranked("p")], judged(4, 2), judged(1, 2), "expected", "s")
     assert (row["metric"], row["value"], row["n"], row["opponent"]) == ("agreement_gain", 1.0, 1, "M0")
     assert report.rate(row) == "100.0 points, n=1"
+    both = [ranked("p"), ranked("q")]  # the other model judged one of them alone
+    (row,) = evaluate.gain_rows("M1", "M0", both, judged(4, 2), judged(1, 2)[:2], "expected", "s")
+    assert (row["value"], row["n"]) == (1.0, 1)
 
 
 def test_a_training_figure_shows_the_parts_of_the_loss():
@@ -465,15 +468,19 @@ def test_the_agreement_table_is_empty_where_a_model_was_not_measured():
 
 
 def test_a_reports_pairs_are_those_that_were_learned_from():
-    pair = {"prompt_id": "p", "prompt": "Q?", "chosen_id": "b", "rejected_id": "a"}
+    pair = {"prompt_id": "p", "prompt": "Q?", "chosen_id": "b", "rejected_id": "a", "chosen": "b", "rejected": "a"}
+    others = [
+        pair | {"chosen": "of the example"},
+        pair | {"chosen_id": "c", "prompt_id": "q"},
+    ]  # where 04 ran in scratch
     rows = {
         "M1/aift/pairs.jsonl": [pair | {"chosen_id": "a", "rejected_id": "c"}],
-        "F2/aift/pairs.jsonl": [pair],
+        "F2/aift/pairs.jsonl": [*others, pair],
         "F2/aift/judgements.jsonl": [{"id": i, "score": s} for i, s in (("a", 1.0), ("b", 3.0))],
         "F2/aift/candidates.jsonl": [{"cand_id": i, "prompt_id": "p", "text": i} for i in "ab"],
     }
     step = SimpleNamespace(rows=rows.__getitem__, params=SimpleNamespace(drafts=["F2"], iterations=2))
-    (shown,) = report.example_pairs(step, 1)
+    (shown,) = report.example_pairs(step, 3)
     assert [(c["cand_id"], c["role"]) for c in shown["candidates"]] == [("b", "chosen"), ("a", "rejected")]
     table = pd.DataFrame([{"metric": "pair_yield", "model": m, "value": 1.0, "n": 1} for m in ("F2", "M1")])
     table = table.assign(low=None, high=None, unit="share")

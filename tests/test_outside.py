@@ -288,6 +288,15 @@ def test_scores_of_two_judges_of_one_name_are_not_set_against_each_other(capsys)
     assert "another outside scored the answers of M1: this win rate means nothing" in capsys.readouterr().out
 
 
+def test_an_opponent_that_the_judge_did_not_score_is_named():
+    theirs = [{"prompt_id": "p", "judge": "SFT", "judge_rev": "a", "score": 3}]
+    step = SimpleNamespace(rows=lambda path: theirs, model_revision=lambda name: "a", scratch=False)
+    answers = [{"prompt_id": "p", "prompt": "Q?", "text": "t"}]
+    ours = [{"prompt_id": "p", "judge": "M1", "judge_rev": "b", "score": 3}]
+    with pytest.raises(DataError, match="M0/eval/answer_scores.jsonl has no score of M1 for p.*08_evaluate@M0 --force"):
+        evaluate.compare_answers(step, "M1", "score", None, "M2", answers, ours, "M0", answers)
+
+
 @pytest.mark.parametrize(
     "row, wrong",
     [

@@ -47,6 +47,14 @@ def test_drops_are_counted_with_their_reason(scores, texts, reason):
     assert made == [] and drops[reason] == 1 and sum(drops.values()) == 1
 
 
+@pytest.mark.parametrize("rule,own", [("longer", "ccc"), ("shorter", "c")])
+def test_a_rule_of_length_is_not_turned_round_where_a_drafts_answer_alone_may_be_chosen(rule, own):
+    prompts, cands, judged = case([3.0, 2.0], ["bb", own])
+    cands[0]["author"], cands[1]["ended"] = "F2", False
+    assert pairs.build_pairs(prompts, cands, judged, rule=rule, chosen_ended=True)[1]["same_length"] == 1
+    assert len(pairs.build_pairs(prompts, cands, judged, rule="score", chosen_ended=True)[0]) == 1
+
+
 def test_every_rule_of_the_parameter_is_there():
     assert {*pairs.RULES} == {*get_args(PairRule)}
 

@@ -15,7 +15,7 @@ from srlm_utils.artefacts import describe, read_jsonl, write_json, write_jsonl, 
 from srlm_utils.errors import DataError, Interrupted, ParamError, StepFailed
 from srlm_utils.params import Experiment
 from srlm_utils.paths import EXAMPLE
-from srlm_utils.plan import external_inputs, fingerprint, list_steps, status
+from srlm_utils.plan import external_inputs, fingerprint, list_steps, plan, status
 from srlm_utils.report import COLUMNS
 from tests.conftest import ROOT, cli
 
@@ -290,6 +290,14 @@ def test_models_are_told_apart_by_their_weights_not_by_their_cards(tmp_path):
     assert found[0] == found[1] and [*found[0]] == ["M1"]
 
 
+def test_steps_of_a_rendered_run_are_taken_over_with_their_rows(tmp_path):
+    experiment = Experiment.load([EXAMPLE / "params.yaml"])
+    taken = sweep.adopt(experiment, tmp_path / "run", [EXAMPLE])
+    assert taken == ["01_seed_data@run"]
+    done = {step.name for step, _, is_done, _ in plan(experiment, tmp_path / "run") if is_done}
+    assert done == {*taken}
+
+
 def test_the_same_text_wins_against_itself_in_no_judges_eyes():
     found = [planted("default", 0), planted("random_pairs", 0, score=0.1)]
     for a in found[1].answers[: 5 * 32]:
@@ -316,7 +324,9 @@ def test_seeds_are_a_sample_too():
     assert row(alike, "default", "default", "win_rate")["verdict"] == "better"
 
 
-@pytest.mark.parametrize("n_seeds,n_prompts,seed_sd", [(3, 64, 0.0), (3, 64, 0.08), (3, 256, 0.05), (2, 64, 0.05)])
+@pytest.mark.parametrize(
+    "n_seeds,n_prompts,seed_sd", [(3, 64, 0.0), (3, 64, 0.08), (3, 256, 0.05), (2, 64, 0.05), (2, 256, 0.08)]
+)
 def test_intervals_over_prompts_and_seeds_cover(n_seeds, n_prompts, seed_sd):
     """Win rates of 0.6 whose prompts favour one side in all seeds, and whose seeds differ."""
     rng, hits, wide = np.random.default_rng(0), [], []

@@ -327,3 +327,14 @@ def test_a_loss_that_is_no_number_stops_the_step_and_names_its_rows(tiny, tmp_pa
     expected = [i for batch in trainer.row_ids[2:4] for i in batch]
     assert ", ".join(expected) in str(e.value)
     assert [d.name for d in (tmp_path / "checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_training_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path):
+    """What is written last is the trainer's state, and a death may leave the beginning of it."""
+    assert train.last_checkpoint(tmp_path) is None
+    for step, state in ((10, '{"global_step": 10}'), (20, ""), (30, '{"global_st'), (40, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert train.last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"

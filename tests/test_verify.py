@@ -9,7 +9,9 @@ import pytest
 from srlm_utils import cli
 from srlm_utils.artefacts import describe, read_json, read_jsonl, write_json, write_jsonl
 from srlm_utils.errors import MissingInputError
+from srlm_utils.params import Experiment
 from srlm_utils.paths import EXAMPLE
+from srlm_utils.plan import make_step, status
 from srlm_utils.verify import _Check, verify
 
 
@@ -270,6 +272,23 @@ def test_a_file_that_cannot_be_read_is_one_finding(run):
     (run / "M1/eval/answers.jsonl").write_bytes(b'{"prompt_id": "test-001"\n')
     found = [f for f in verify(run).findings if f.file == "M1/eval/answers.jsonl"]
     assert [f.expected.partition(",")[0] for f in found][1:] == ["rows that can be read"]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: data[:500] + b"?" + data[501:], lambda data: b"<html>"]
+)
+def test_a_compressed_file_that_cannot_be_unpacked_is_one_finding_and_stale(run, damage):
+    files, experiment = ("M1/aift/candidates.jsonl", "seed/ranked_train.jsonl"), Experiment.load([run / "params.yaml"])
+    for path in (run / f"{file}.gz" for file in files):
+        path.write_bytes(damage(path.read_bytes()))
+    found = {f.file: f.found for f in verify(run).findings if f.expected.startswith("rows")}
+    assert found.keys() == {*files}
+    assert all("cannot be unpacked" in said and str(run) not in said for said in found.values())
+    stale = {("01_seed_data", "run"): "output was changed: seed", ("06_build_pairs", "M1"): "M1/aift/candidates"}
+    for (stage, model), says in stale.items():
+        params = experiment.flat(stage, model, str(run))
+        done, why = status(make_step(stage, model, params), params, run)
+        assert not done and says in why
 
 
 def test_missing_weights_of_a_run_that_has_weights_are_a_fault(run):

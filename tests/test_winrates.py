@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy.stats import binom
 
-from srlm_utils import metrics, report, winrates
+from srlm_utils import metrics, plots, report, winrates
 from srlm_utils.errors import DataError
 
 N_SIMULATIONS, N_PROMPTS = 500, 200
@@ -77,6 +77,23 @@ def test_a_model_that_wins_all_has_a_finite_rating():
     assert 400 < figure["value"] < 10_000 and figure["high"] >= figure["value"]
     least = metrics.mean([1] * 30)["low"]  # the win rate it may have all the same
     assert figure["low"] == pytest.approx(400 * math.log10(least / (1 - least)), abs=1)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 10])
+def test_a_model_that_loses_all_is_the_mirror_image(n):
+    won, lost = (
+        winrates.bradley_terry([("B", "A", {str(i): result for i in range(n)})], anchor="A")["B"]
+        for result in (1.0, 0.0)
+    )
+    assert [lost[k] for k in ("value", "low", "high")] == pytest.approx([-won[k] for k in ("value", "high", "low")])
+
+
+def test_one_comparison_has_a_rating_without_an_interval_and_a_figure():
+    vote = {"judge": "labels.jsonl", "judge_mode": "human", "model": "M1", "opponent": "M0", "prompt_id": "t"}
+    table = report.ratings_table(pd.DataFrame([vote | {"result": 1.0, "category": "x", "chars": 10.0}]))
+    (m1,) = table[table.model == "M1"].itertuples()
+    assert m1.value > 0 and m1.n == 1 and pd.isna(m1.low) and pd.isna(m1.high)
+    plots.ratings(table)
 
 
 def test_wins_over_one_model_alone_leave_the_others_interval_as_it_was():
