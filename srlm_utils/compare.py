@@ -31,6 +31,7 @@ OVERLAID = {
     "answer_chars": ("Length of the test answers", "characters", 1),
     "ended_rate": ("Answers that end by themselves", "%", 100),
     "repeated_4grams": ("Repetition in the test answers", "repeated 4-grams, %", 100),
+    "list_rate": ("Answers that hold a list", "%", 100),
 }
 _COUNTS = {  # figures of reward agreement that are ratios of counts over prompts
     "pairwise_accuracy": (lambda c: c["right"], lambda c: c["n"] - c["ties"]),
@@ -237,6 +238,7 @@ def _answer_rows(model: str, folder: Path) -> dict[tuple, Rows]:
         "answer_tokens": lambda a: a["n_tokens"],
         "ended_rate": lambda a: a["ended"],
         "repeated_4grams": lambda a: measures.repeated_ngrams(a["text"]),
+        "list_rate": lambda a: measures.has_list(a["text"]),
     }
     out = {}
     for metric, measure in measured.items():

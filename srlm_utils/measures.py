@@ -32,6 +32,7 @@ def answer_figures(answers: list[dict], prompts: list[dict]) -> dict[str, dict]:
         "answer_tokens": over_prompts(lambda a, _: a["n_tokens"]),
         "ended_rate": over_prompts(lambda a, _: a["ended"]),
         "repeated_4grams": over_prompts(lambda a, _: repeated_ngrams(a["text"])),
+        "list_rate": over_prompts(lambda a, _: has_list(a["text"])),
         "distinct_1": distinct([a["text"] for a in answers], 1),
         "distinct_2": distinct([a["text"] for a in answers], 2),
         "refusal_rate": over_prompts(lambda a, _: is_refusal(a["text"])),
@@ -96,6 +97,14 @@ def repeated_ngrams(text: str, n: int = 4) -> float:
     """Share of a text's word n-grams that occurred in it before; 0 for texts shorter than n words."""
     grams = ngrams(text, n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+_ITEM = re.compile(r"^\s*(?:[-*•+]|\d{1,3}[.)])\s", re.M)
+
+
+def has_list(text: str) -> bool:
+    """Whether a line of a text begins as an item does: with a dash, a star, a bullet, or a number and a stop."""
+    return bool(_ITEM.search(text))
 
 
 def distinct(texts: list[str], n: int) -> dict:

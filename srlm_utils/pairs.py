@@ -5,6 +5,7 @@ from collections import defaultdict
 from itertools import combinations
 
 from srlm_utils.errors import DataError
+from srlm_utils.measures import has_list
 from srlm_utils.params import is_draft
 
 
@@ -79,6 +80,13 @@ def _length_controlled(good: list[dict], bad: list[dict], order, rho: float) -> 
     return chosen, min(bad, key=lambda c: (-len(c["text"]), c["score"], order(c)))
 
 
+def _of_one_form(good: list[dict], bad: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Those of both that hold a list, or that do not: whose scores lie further apart. None if no form has both."""
+    sides = [[[c for c in side if has_list(c["text"]) == form] for side in (good, bad)] for form in (False, True)]
+    sides = [(g, b) for g, b in sides if g and b]
+    return max(sides, key=lambda s: max(c["score"] for c in s[0]) - min(c["score"] for c in s[1]), default=([], []))
+
+
 RULES = {  # by params.PairRule
     "score": _best_and_worst,
     "random": _at_random,
@@ -98,6 +106,7 @@ def build_pairs(
     rule: str = "score",
     length_rho: float = 0.0,
     chosen_ended: bool = False,
+    same_form: bool = False,
     implicit_rule: str = "",
 ) -> tuple[list[dict], dict[str, int]]:
     """One pair a prompt; (pairs, drops by reason).
@@ -123,6 +132,10 @@ def build_pairs(
     without one, or where none of them scores above another answer though one that was cut off does, is dropped as
     none_ended.
 
+    `same_form`: the pair is made among the answers that hold a list, or among those that hold none, whichever has the
+    larger margin: so that what is learned is not to write lists, which small judges prefer (LOG.md). A prompt whose
+    pairs of one form have no margin is dropped as other_form. An addition of this kit.
+
     `implicit_rule` "agree" keeps a pair only if the implicit reward prefers the same answer (Zhou et al. 2025); others
     are dropped as rewards_disagree. "weigh" gives every pair the round's mean `consistency`, by which `train` weighs
     what it teaches (Wang et al. 2024).
@@ -138,6 +151,8 @@ def build_pairs(
         drops["same_length"] = 0
     if chosen_ended:
         drops["none_ended"] = 0
+    if same_form:
+        drops["other_form"] = 0
     if implicit_rule == "agree":
         drops["rewards_disagree"] = 0
 
@@ -157,8 +172,16 @@ def build_pairs(
         bad = [c for c in valid if not by_a_draft(c)]
         chosen, rejected = _best_and_worst(good, bad, order, length_rho)
         margin = chosen["score"] - rejected["score"]
+        whole = margin
+        if same_form and margin > 0:
+            good, bad = _of_one_form(good, bad)
+            if good:
+                chosen, rejected = _best_and_worst(good, bad, order, length_rho)
+            margin = chosen["score"] - rejected["score"] if good else 0.0
         reason = (
-            "none_ended"
+            "other_form"
+            if margin <= 0 < whole
+            else "none_ended"
             if margin <= 0 and max(c["score"] for c in able) > rejected["score"]
             else "tie"
             if margin == 0
@@ -213,6 +236,7 @@ ADVICE = {
     "same_text": "raise self_instruct.temperature: the candidates are alike",
     "empty_chosen": "look at the candidates: the best of them are empty",
     "none_ended": "raise self_instruct.max_new_tokens: hardly an answer ends, or hardly a good one",
+    "other_form": "raise self_instruct.n_candidates: answers with a list and without are hardly ever both good and bad",
     "low_score": "lower positive_min_score",
 }
 

@@ -182,6 +182,7 @@ class BuildPairs(Step):
     implicit_rule: Literal["", "agree", "weigh"] = ""  # what the implicit reward decides: which pairs, how much
     length_rho: float = Field(0.32, ge=0, lt=0.5)  # of length_control
     chosen_ended: bool = False  # only answers that ended by themselves may be chosen
+    same_form: bool = False  # both answers of a pair hold a list, or neither does
     min_margin: float = Field(0.0, ge=0, le=5)
     positive_min_score: float = Field(4.5, ge=0, le=5)
     on_unhealthy: Literal["warn", "stop"] = "warn"

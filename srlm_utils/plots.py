@@ -231,14 +231,15 @@ def overlay(rows: pd.DataFrame, runs: list[str], label: str, factor: float):
 
 
 def answers(metrics: pd.DataFrame):
-    """Length, own endings and repetition of the test answers by model."""
+    """Length, own endings, repetition and lists of the test answers by model."""
     panels = [
         ("answer_chars", "mean length, characters", 1),
         ("ended_rate", "ended by themselves, %", 100),
         ("repeated_4grams", "repeated 4-grams, %", 100),
+        ("list_rate", "with a list, %", 100),
     ]
     data = metrics[metrics.metric.isin([p[0] for p in panels])]
-    fig, axes = plt.subplots(1, 3, figsize=(9.6, 3.1))
+    fig, axes = plt.subplots(1, len(panels), figsize=(11.2, 3.1))
     for ax, (name, label, scale) in zip(axes, panels, strict=True):
         rows = data[data.metric == name].reset_index(drop=True)
         for x, r in rows.iterrows():

@@ -39,6 +39,7 @@ ANSWERS = [
     "answer_tokens",
     "ended_rate",
     "repeated_4grams",
+    "list_rate",
     "distinct_1",
     "distinct_2",
     "prompt_strict_accuracy",

@@ -23,6 +23,7 @@ FIGURES = {
     "instruction_strict_accuracy": ("share difference", 0.0, ("worse", "better")),
     "ended_rate": ("share difference", 0.0, ("worse", "better")),
     "repeated_4grams": ("share difference", 0.0, ("better", "worse")),
+    "list_rate": ("share difference", 0.0, ("fewer", "more")),
     "answer_chars": ("times", 1.0, ("shorter", "longer")),
 }
 COLUMNS = ["variant", "model", "against", "opponent", "metric", "set", "judge", "judge_mode", "seed", "n_seeds"]
@@ -96,6 +97,8 @@ def measured(a: Cell, model: str, b: Cell, opponent: str) -> dict[tuple, dict[st
     out["ended_rate", *tests] = {i: (x["ended"] - y["ended"], 1) for i, (x, y) in pairs.items()}
     repeated = measures.repeated_ngrams
     out["repeated_4grams", *tests] = {i: (repeated(x["text"]) - repeated(y["text"]), 1) for i, (x, y) in pairs.items()}
+    listed = measures.has_list
+    out["list_rate", *tests] = {i: (listed(x["text"]) - listed(y["text"]), 1) for i, (x, y) in pairs.items()}
     # an empty answer has a length too; a prompt without a denominator would be left out
     out["answer_chars", *tests] = {i: (len(x["text"]), len(y["text"]) or 1e-9) for i, (x, y) in pairs.items()}
     return {key: values for key, values in out.items() if values}
@@ -196,6 +199,7 @@ def _panel(row: dict) -> str:
         "answer_chars": "length",
         "ended_rate": "ended by themselves",
         "repeated_4grams": "repeated 4-grams",
+        "list_rate": "with a list",
         "instruction_strict_accuracy": "instructions followed",
     }[row["metric"]]
 
@@ -290,7 +294,7 @@ def write(sweep: Path) -> Path:
             "What are the answers like?",
             "Differences to the opponent's answers to the same prompts; length as a multiple of its mean.",
             "answers",
-            ["instruction_strict_accuracy", "ended_rate", "repeated_4grams", "answer_chars"],
+            ["instruction_strict_accuracy", "ended_rate", "repeated_4grams", "list_rate", "answer_chars"],
         ),
         (
             "Does it judge better?",

@@ -241,6 +241,24 @@ def test_repeated_ngrams(text, n, share):
     assert measures.repeated_ngrams(text, n) == pytest.approx(share)
 
 
+@pytest.mark.parametrize(
+    "text,listed",
+    [
+        ("- one\n- two", True),
+        ("Take these:\n\n 1. eggs", True),
+        ("2) then", True),
+        ("* star", True),
+        ("-5 degrees, and 3.5 of it", False),
+        ("A well-known fact - no list", False),
+        ("**bold** is none", False),
+        ("In 1999. it was so\n1999. as a year is none", False),
+        ("", False),
+    ],
+)
+def test_a_line_that_begins_as_an_item_makes_a_list(text, listed):
+    assert measures.has_list(text) == listed
+
+
 def test_distinct_counts_over_all_answers():
     answers = [answer("b", "a b a"), answer("c", "A c")]
     found = measures.answer_figures(answers, PROMPTS)

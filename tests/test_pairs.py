@@ -9,6 +9,7 @@ from scipy import stats
 from srlm_utils import health, pairs
 from srlm_utils.artefacts import read_jsonl, write_jsonl
 from srlm_utils.errors import MissingInputError, ParamError
+from srlm_utils.measures import has_list
 from srlm_utils.params import BuildPairs, Experiment, PairRule, read_yaml
 from srlm_utils.paths import EXAMPLE, PARAMS
 from srlm_utils.plan import list_steps
@@ -308,3 +309,20 @@ def test_an_answer_that_was_cut_off_is_not_chosen():
     cands[1]["ended"] = False
     assert pairs.build_pairs(prompts, cands, judged, chosen_ended=True)[1]["none_ended"] == 1
     assert pairs.build_pairs(prompts, cands, judged)[0][0]["chosen_id"] == "p-0"
+
+
+def test_a_pair_of_one_form_is_of_two_lists_or_of_none():
+    texts = ["- a\n- b", "- c", "prose", "more prose", "- d"]
+    prompts, cands, judged = case([5.0, 2.5, 4.0, 1.0, 3.0], texts)
+    (pair,), drops = pairs.build_pairs(prompts, cands, judged, same_form=True)
+    assert (pair["chosen_id"], pair["rejected_id"]) == ("p-2", "p-3")  # 3 points apart, the lists 2.5
+    assert sum(drops.values()) == 0 and "other_form" not in pairs.build_pairs(prompts, cands, judged)[1]
+    for rule in ("random", "longer", "shorter", "length_control"):
+        for p in pairs.build_pairs(prompts, cands, judged, same_form=True, rule=rule)[0]:
+            assert has_list(p["chosen"]) == has_list(p["rejected"])
+    cands[2]["ended"] = False  # may be rejected, not chosen: what is left are the lists
+    (pair,), _ = pairs.build_pairs(prompts, cands, judged, same_form=True, chosen_ended=True)
+    assert (pair["chosen_id"], pair["rejected_id"]) == ("p-0", "p-1")
+    made, drops = pairs.build_pairs(*case([5.0, 1.0], ["- a", "prose"]), same_form=True)
+    assert made == [] and drops["other_form"] == 1
+    assert pairs.build_pairs(*case([2.0, 2.0], ["- a", "prose"]), same_form=True)[1]["tie"] == 1

@@ -313,6 +313,14 @@ def test_repetition_counts_against_a_variant():
     assert row(sweep_report.compare([looped]), "longer_wins", "longer_wins", "repeated_4grams")["verdict"] == "worse"
 
 
+def test_lists_are_counted_and_not_called_better_or_worse():
+    listed = planted("longer_wins", 0)
+    for a in listed.answers:
+        a["text"] = "- a\n- b" if a["model"] == "M3" else a["text"]
+    found = row(sweep_report.compare([listed]), "longer_wins", "longer_wins", "list_rate")
+    assert (found["value"], found["verdict"]) == (1.0, "more")
+
+
 def test_seeds_are_a_sample_too():
     apart = [planted("default", s, wins=w) for s, w in ((0, 0.9), (1, 0.45), (2, 0.75))]
     table = sweep_report.compare(apart)
