@@ -136,7 +136,7 @@ def test_a_push_holds_the_rows_of_a_rendered_run_unpacked(run, api):
     example.pack(run / "M1/aift/pairs.jsonl")
     hub.push(run, "M2", "ada/m2", data=True)
     files = api.calls[-1][2]
-    assert set(files) == {"README.md", "M1/pairs.jsonl"} and files["M1/pairs.jsonl"].getvalue() == rows
+    assert set(files) == {"README.md", "M1/pairs.jsonl"} and files["M1/pairs.jsonl"] == rows
     assert "7 rows" in DatasetCard(files["README.md"].decode()).text
 
 
