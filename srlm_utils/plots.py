@@ -99,7 +99,7 @@ def _agreement_panel(ax, metrics: pd.DataFrame) -> None:
     labels = []
     for x, row in rows.iterrows():
         if row.n < MIN_PAIRS:
-            labels.append(f"{row.model}\n{row.n} pairs\ntoo few")
+            labels.append(f"{row.model}\n{row.n} pair{'s' * (row.n != 1)}\ntoo few")
             continue
         _interval(ax, row, x, upright=True, scale=100, **_look(row.model))
         labels.append(f"{row.model}\n{row.n} pairs\nties {100 * ties[row.model]:.0f} %")
