@@ -243,8 +243,10 @@ class RowLog:
     def __init__(self, path: Path):
         with named_faults(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            if stored(path) != path:  # compressed: it goes on as it was
-                write_jsonl(path, read_jsonl(path))
+            if (packed := stored(path)) != path:  # it goes on as it was
+                with _unpacked(packed) as f:
+                    _write_whole(path, [f.read()])
+                packed.unlink()
             if path.exists():
                 data = path.read_bytes()
                 if (whole := _complete(data)) < len(data):

@@ -78,11 +78,12 @@ def _aift(run: Path, model: str) -> dict[str, str | bytes]:
     learned = {path for m in chain[1:2] for path in cards.training_manifest(run, m)["inputs"]}
     for m in (name for successor in chain[1:] for name in (init_model(successor), draft_of(successor))):
         for path in find_jsonl(run / m / "aift", "*.jsonl"):
+            n_rows = describe(path)["n_rows"]
             files[f"{m}/{path.name}"] = str(path) if path.exists() else gzip.decompress(stored(path).read_bytes())
             # the first table of the page is what M2 learned from
             first = path.stem in ("pairs", "positives") and f"{m}/aift/{path.name}" in learned
             configs.append((f"{m}_{path.stem}", f"{m}/{path.name}", first))
-            lines.append(f"- `{m}/{path.name}`: {describe(path)['n_rows']} rows")
+            lines.append(f"- `{m}/{path.name}`: {n_rows} rows")
     if not files:
         raise MissingInputError(f"{model} descends from no model that made preference data; leave out --data.")
     from huggingface_hub import DatasetCardData

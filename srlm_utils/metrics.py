@@ -54,7 +54,7 @@ METRICS = {
     "answer_tokens": ("tokens", "mean length of the test answers"),
     "ended_rate": ("share", "test answers that end by themselves within the token budget"),
     "repeated_4grams": ("share", "4-grams of an answer that occurred in it before, mean over answers"),
-    "list_rate": ("share", "test answers that hold a list: a line that begins with a dash, a star or a number"),
+    "list_rate": ("share", 'test answers that hold a list: a line that begins as an item does ("-", "*", "1.")'),
     "prompt_strict_accuracy": ("share", "test prompts all of whose verifiable instructions the answer follows"),
     "prompt_loose_accuracy": ("share", "the same without a first or last line or asterisks, where that helps"),
     "instruction_strict_accuracy": ("share", "verifiable instructions of the test prompts that the answer follows"),

@@ -83,7 +83,7 @@ def _length_controlled(good: list[dict], bad: list[dict], order, rho: float) -> 
 def _of_one_form(good: list[dict], bad: list[dict]) -> tuple[list[dict], list[dict]]:
     """Those of both that hold a list, or that do not: whose scores lie further apart. None if no form has both."""
     sides = [[[c for c in side if has_list(c["text"]) == form] for side in (good, bad)] for form in (False, True)]
-    sides = [(g, b) for g, b in sides if g and b]
+    sides = [(g, b) for g, b in sides if g and b and len({c["text"] for c in (*g, *b)}) > 1]
     return max(sides, key=lambda s: max(c["score"] for c in s[0]) - min(c["score"] for c in s[1]), default=([], []))
 
 
@@ -133,8 +133,8 @@ def build_pairs(
     none_ended.
 
     `same_form`: the pair is made among the answers that hold a list, or among those that hold none, whichever has the
-    larger margin: so that what is learned is not to write lists, which small judges prefer (LOG.md). A prompt whose
-    pairs of one form have no margin is dropped as other_form. An addition of this kit.
+    larger margin: so that what is learned is not to write lists, which a small model that judges itself prefers
+    (LOG.md). A prompt whose pairs of one form have no margin is dropped as other_form. An addition of this kit.
 
     `implicit_rule` "agree" keeps a pair only if the implicit reward prefers the same answer (Zhou et al. 2025); others
     are dropped as rewards_disagree. "weigh" gives every pair the round's mean `consistency`, by which `train` weighs
@@ -173,7 +173,7 @@ def build_pairs(
         chosen, rejected = _best_and_worst(good, bad, order, length_rho)
         margin = chosen["score"] - rejected["score"]
         whole = margin
-        if same_form and margin > 0:
+        if same_form and margin > 0 and margin >= min_margin:
             good, bad = _of_one_form(good, bad)
             if good:
                 chosen, rejected = _best_and_worst(good, bad, order, length_rho)
@@ -236,7 +236,7 @@ ADVICE = {
     "same_text": "raise self_instruct.temperature: the candidates are alike",
     "empty_chosen": "look at the candidates: the best of them are empty",
     "none_ended": "raise self_instruct.max_new_tokens: hardly an answer ends, or hardly a good one",
-    "other_form": "raise self_instruct.n_candidates: answers with a list and without are hardly ever both good and bad",
+    "other_form": "raise self_instruct.n_candidates: good and bad answers hardly ever share a form",
     "low_score": "lower positive_min_score",
 }
 

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from srlm_utils.artefacts import is_there, read_json, sha256, stored
+from srlm_utils.artefacts import is_there, read_json, sha256
 from srlm_utils.errors import DataError, ParamError
 from srlm_utils.params import PLACE, STAGES, Experiment, is_draft, model_names, stage_key
 from srlm_utils.paths import PROMPTS, SEED_DATA, resolve
@@ -343,8 +343,8 @@ def external_inputs(params: dict) -> dict[str, Path]:
 
 
 def seed_path(name: str) -> Path:
-    """A seed file by name (one that the kit carries) or by path, a run's own however it is `stored`."""
-    return SEED_DATA / f"{name}.jsonl" if re.fullmatch(r"\w+", name) else stored(resolve(name))
+    """A seed file by name (one that the kit carries) or by path."""
+    return SEED_DATA / f"{name}.jsonl" if re.fullmatch(r"\w+", name) else resolve(name)
 
 
 def is_hub_id(name: str) -> bool:

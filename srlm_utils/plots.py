@@ -239,7 +239,9 @@ def answers(metrics: pd.DataFrame):
         ("list_rate", "with a list, %", 100),
     ]
     data = metrics[metrics.metric.isin([p[0] for p in panels])]
-    fig, axes = plt.subplots(1, len(panels), figsize=(11.2, 3.1))
+    panels = [p for p in panels if p[0] in {*data.metric}] or panels[:1]  # runs of before have no list_rate
+    fig, axes = plt.subplots(1, len(panels), figsize=(2.8 * len(panels), 3.1), squeeze=False)
+    axes = axes[0]
     for ax, (name, label, scale) in zip(axes, panels, strict=True):
         rows = data[data.metric == name].reset_index(drop=True)
         for x, r in rows.iterrows():

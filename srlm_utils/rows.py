@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from srlm_utils.artefacts import read_jsonl
+from srlm_utils.artefacts import is_there, read_jsonl
 from srlm_utils.errors import DataError, MissingInputError, short
 from srlm_utils.instructions import check_instructions
 
@@ -80,7 +80,7 @@ def load_rows(path: Path, shape: type[_Row], limit: int = 0) -> list[dict]:
     Raises `MissingInputError` for no file and `DataError` with file, row, field, what was found and
     what was expected.
     """
-    if not path.is_file():
+    if not is_there(path):
         raise MissingInputError(
             f"{path}: no such file. Expected JSONL rows of {shape.__name__} ({', '.join(shape.model_fields)})."
         )

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from srlm_utils.artefacts import iter_jsonl
+from srlm_utils.artefacts import is_there, iter_jsonl
 from srlm_utils.errors import DataError, MissingInputError
 from srlm_utils.plan import is_hub_id, seed_path
 from srlm_utils.rows import IftRow, RankedRow, check_rows, first_fault, load_rows
@@ -83,7 +83,7 @@ def records(name: str) -> Iterator[tuple[str, dict]]:
         yield from _hub_records(name)
         return
     path = seed_path(name)
-    if not path.is_file():
+    if not is_there(path):
         raise MissingInputError(f"{path}: no such file. Expected JSONL (.jsonl or .jsonl.gz) of {FORMATS}.")
     yield from iter_jsonl(path)
 

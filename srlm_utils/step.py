@@ -232,7 +232,7 @@ class StepRun:
                 continue  # model_source() has a stand-in
             self.input(path)
         for name, path in external_inputs(vars(self.params)).items():
-            if not path.exists():
+            if not is_there(path):
                 raise MissingInputError(f"{name.split(':')[0]}: {path}: no such file.")
 
     def _largest_model(self) -> Path | None:

@@ -133,7 +133,8 @@ class _Check:
         try:
             now = describe(self.run / file)
         except DataError:
-            return  # its rows are read, too: that says it
+            self.rows(file)  # which says it once
+            return
         if now["sha256"] != then["sha256"] or now.get("n_rows") != then.get("n_rows"):
             self.fault(file, "", _summary(now), f"{_summary(then)}, as {self.maker[file]} wrote it")
 

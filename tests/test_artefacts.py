@@ -11,6 +11,7 @@ from srlm_utils import artefacts, example
 from srlm_utils.artefacts import describe, find_jsonl, is_there, read_jsonl, write_jsonl
 from srlm_utils.errors import DataError, MissingInputError, StorageError
 from srlm_utils.paths import EXAMPLE
+from srlm_utils.plan import seed_path
 from srlm_utils.rows import IftRow, RankedRow, load_rows
 
 ROWS = [{"id": "a", "text": "plain"}, {"id": "b", "text": "é\u2028ü"}, {"id": "c", "text": "日本"}]
@@ -311,6 +312,7 @@ def test_rows_that_a_rendered_run_keeps_compressed_are_the_same_rows(tmp_path):
     assert not path.exists() and is_there(path) and not is_there(path.with_name("other.jsonl"))
     assert read_jsonl(path) == rows and describe(path) == then and then["n_rows"] == 50
     assert find_jsonl(tmp_path, "*/rows.jsonl") == [path]
+    assert artefacts.sha256(seed_path(str(path))) == then["sha256"]  # named as a source it is what it was
     write_jsonl(path, rows[:2])  # made again: what stood here before is gone
     assert [p.name for p in path.parent.iterdir()] == ["rows.jsonl"] and read_jsonl(path) == rows[:2]
     assert describe(path)["n_rows"] == 2 and find_jsonl(tmp_path, "*/rows.jsonl") == [path]
@@ -340,6 +342,8 @@ def test_a_run_is_rendered_without_weights_and_with_all_its_rows(tmp_path, monke
 def test_a_compressed_log_goes_on(tmp_path):
     path = tmp_path / "labels.jsonl"
     write_jsonl(path, ROWS)
+    with open(path, "a") as f:
+        f.write('{"id": "half a batch"} \n{"id": "to')
     example.pack(path)
     log = artefacts.RowLog(path)
     log.extend([{"id": "d"}])

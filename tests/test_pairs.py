@@ -318,11 +318,22 @@ def test_a_pair_of_one_form_is_of_two_lists_or_of_none():
     assert (pair["chosen_id"], pair["rejected_id"]) == ("p-2", "p-3")  # 3 points apart, the lists 2.5
     assert sum(drops.values()) == 0 and "other_form" not in pairs.build_pairs(prompts, cands, judged)[1]
     for rule in ("random", "longer", "shorter", "length_control"):
-        for p in pairs.build_pairs(prompts, cands, judged, same_form=True, rule=rule)[0]:
-            assert has_list(p["chosen"]) == has_list(p["rejected"])
+        (p,), _ = pairs.build_pairs(prompts, cands, judged, same_form=True, rule=rule)
+        assert has_list(p["chosen"]) == has_list(p["rejected"])
     cands[2]["ended"] = False  # may be rejected, not chosen: what is left are the lists
     (pair,), _ = pairs.build_pairs(prompts, cands, judged, same_form=True, chosen_ended=True)
     assert (pair["chosen_id"], pair["rejected_id"]) == ("p-0", "p-1")
     made, drops = pairs.build_pairs(*case([5.0, 1.0], ["- a", "prose"]), same_form=True)
     assert made == [] and drops["other_form"] == 1
     assert pairs.build_pairs(*case([2.0, 2.0], ["- a", "prose"]), same_form=True)[1]["tie"] == 1
+    near = case([5.0, 4.9], ["- a", "prose"])
+    assert pairs.build_pairs(*near, same_form=True, min_margin=0.5)[1]["small_margin"] == 1
+    one_text = case([5.0, 1.0, 4.0, 2.0], ["- a", "- a", "prose", "more"])
+    assert pairs.build_pairs(*one_text, same_form=True)[0][0]["chosen_id"] == "p-2"
+
+
+def test_drafts_and_anchors_make_pairs_of_one_form_too():
+    prompts, cands, judged = case([5.0, 3.0, 2.0, 0.5], ["- of a draft", "- own", "own", "an anchor's"])
+    cands[0]["author"], cands[3]["author"] = "F2", "M0"
+    (pair,), _ = pairs.build_pairs(prompts, cands, judged, same_form=True)
+    assert (pair["chosen_id"], pair["rejected_id"]) == ("p-0", "p-1")  # 2 points apart, own and anchor's 1.5

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from srlm_utils import cli
+from srlm_utils import cli, example
 from srlm_utils.artefacts import describe, read_json, read_jsonl, write_json, write_jsonl
 from srlm_utils.errors import MissingInputError
 from srlm_utils.params import Experiment
@@ -281,8 +281,15 @@ def test_a_compressed_file_that_cannot_be_unpacked_is_one_finding_and_stale(run,
     files, experiment = ("M1/aift/candidates.jsonl", "seed/ranked_train.jsonl"), Experiment.load([run / "params.yaml"])
     for path in (run / f"{file}.gz" for file in files):
         path.write_bytes(damage(path.read_bytes()))
+    graded = "M1/benchmarks/mt_bench/grades.jsonl"  # no row of it is looked at
+    write_jsonl(run / graded, read_jsonl(EXAMPLE / files[0]))
+    manifest = {"step": "10_benchmarks@M1", "params": {}, "inputs": {}, "outputs": {graded: describe(run / graded)}}
+    write_json(run / "steps/10_benchmarks@M1.json", manifest)
+    example.pack(run / graded)
+    assert not [f for f in verify(run).findings if f.file == graded]
+    (run / f"{graded}.gz").write_bytes(damage((run / f"{graded}.gz").read_bytes()))
     found = {f.file: f.found for f in verify(run).findings if f.expected.startswith("rows")}
-    assert found.keys() == {*files}
+    assert found.keys() == {*files, graded}
     assert all("cannot be unpacked" in said and str(run) not in said for said in found.values())
     stale = {("01_seed_data", "run"): "output was changed: seed", ("06_build_pairs", "M1"): "M1/aift/candidates"}
     for (stage, model), says in stale.items():
