@@ -177,19 +177,37 @@ def find_jsonl(folder: Path, pattern: str) -> list[Path]:
     return sorted(packed | {*folder.glob(pattern)})
 
 
+_UNPACKING = EOFError, gzip.BadGzipFile, zlib.error  # what is raised by a file that is no whole ``.gz``
+
+
+def _open(path: Path):
+    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+
+
+def _not_unpacked(where, e: Exception) -> DataError:
+    return DataError(f"{where}: cannot be read, it cannot be unpacked ({e}). Fetch or make the file again.")
+
+
 @contextmanager
 def _unpacked(path: Path):
-    """The bytes of a file, unpacked for ``.gz``; `DataError` for one that cannot be."""
+    """The bytes of a file that may be `stored` compressed; `DataError` where they cannot be unpacked."""
+    path = stored(path)
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
+        with _open(path) as f:
             yield f
-    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        raise DataError(f"{path}: cannot be read, it cannot be unpacked ({e}). Fetch or make the file again.") from e
+    except _UNPACKING as e:
+        raise _not_unpacked(path, e) from e
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's bytes, `stored` either way."""
+    with _unpacked(path) as f:
+        return f.read()
 
 
 def count_rows(path: Path) -> int:
     """Rows of a JSONL file, `stored` either way, whatever they hold."""
-    with _unpacked(stored(path)) as f:
+    with _unpacked(path) as f:
         return sum(1 for line in f if line.strip())
 
 
@@ -199,11 +217,16 @@ def read_jsonl(path: Path) -> list[dict]:
     return [row for _, row in iter_jsonl(path)]
 
 
+def read_optional(path: Path) -> list[dict]:
+    """What `read_jsonl` reads; [] for no file."""
+    return read_jsonl(path) if is_there(path) else []
+
+
 def iter_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
     """(``file:line``, row) of what `read_jsonl` reads, one by one."""
     start, i, path = 0, 0, stored(path)
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
+        with _open(path) as f:
             # lines of bytes: JSON strings may hold U+2028 and its like, which are no line ends here; and text is
             # decoded many lines at once, when no fault has a line
             for i, data in enumerate(f, 1):
@@ -211,9 +234,8 @@ def iter_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
                 if line.strip():
                     yield f"{path}:{i}", parse_row(line, f"{path}:{i}")
                 start += len(data)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        where = f"{path}:{i}" if i else path
-        raise DataError(f"{where}: cannot be read, it cannot be unpacked ({e}). Fetch or make the file again.") from e
+    except _UNPACKING as e:
+        raise _not_unpacked(f"{path}:{i}" if i else path, e) from e
     except UnicodeDecodeError as e:
         raise DataError(f"{path}:{i}: not UTF-8 (byte {start + e.start}). Save the file as UTF-8.") from e
 
@@ -244,8 +266,7 @@ class RowLog:
         with named_faults(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if (packed := stored(path)) != path:  # it goes on as it was
-                with _unpacked(packed) as f:
-                    _write_whole(path, [f.read()])
+                _write_whole(path, [read_bytes(path)])
                 packed.unlink()
             if path.exists():
                 data = path.read_bytes()
@@ -285,13 +306,7 @@ def _complete(data: bytes) -> int:
 
 @lru_cache(maxsize=4096)
 def _sha256(path: str, unpack: bool, size: int, mtime_ns: int) -> str:
-    if unpack:
-        with _unpacked(Path(path)) as f:
-            digest = hashlib.sha256()
-            while piece := f.read(PIECE):
-                digest.update(piece)
-            return digest.hexdigest()
-    with open(path, "rb") as f:
+    with _unpacked(Path(path)) if unpack else open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 

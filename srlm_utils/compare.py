@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from srlm_utils import evaluate, measures, metrics, pages, plots, rendered
-from srlm_utils.artefacts import find_jsonl, is_there, read_json, read_jsonl, replace_folder, write_text
+from srlm_utils.artefacts import find_jsonl, is_there, read_json, read_jsonl, read_optional, replace_folder, write_text
 from srlm_utils.cards import recorded
 from srlm_utils.errors import DataError, MissingInputError
 from srlm_utils.paths import shown
@@ -199,8 +199,7 @@ def _digest(value) -> str:
 def rows_behind(run: Path) -> dict[tuple, Rows]:
     """The rows behind the figures of a run that are means or ratios over prompts, by the figure's key."""
     out: dict[tuple, Rows] = {}
-    exam = run / "seed" / "ranked_eval.jsonl"
-    ranked = read_jsonl(exam) if is_there(exam) else []
+    ranked = read_optional(run / "seed" / "ranked_eval.jsonl")
     for folder in sorted(run.glob("*/eval")):
         model = folder.parent.name
         if is_model_name(model) and is_there(folder / "answers.jsonl"):
@@ -233,19 +232,12 @@ def _answer_rows(model: str, folder: Path) -> dict[tuple, Rows]:
     of: dict[str, list[dict]] = {}
     for a in answers:
         of.setdefault(a["prompt_id"], []).append(a)
-    measured = {
-        "answer_chars": lambda a: len(a["text"]),
-        "answer_tokens": lambda a: a["n_tokens"],
-        "ended_rate": lambda a: a["ended"],
-        "repeated_4grams": lambda a: measures.repeated_ngrams(a["text"]),
-        "list_rate": lambda a: measures.has_list(a["text"]),
-    }
     out = {}
-    for metric, measure in measured.items():
+    for metric, measure in measures.OF_AN_ANSWER.items():
         parts = {i: (sum(map(measure, its)) / len(its), 1) for i, its in of.items()}
         out[metric, "test_prompts", "", "", model, ""] = Rows(parts, {"prompts": prompts})
     scores: dict[str, list[dict]] = {}
-    for row in read_jsonl(folder / "answer_scores.jsonl") if is_there(folder / "answer_scores.jsonl") else []:
+    for row in read_optional(folder / "answer_scores.jsonl"):
         scores.setdefault(row["judge"], []).append(row)
     for judge, rows in scores.items():
         parts = {r["prompt_id"]: (r["score"], 1) for r in rows}

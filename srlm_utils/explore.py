@@ -13,7 +13,7 @@ from jinja2 import Environment
 from markupsafe import escape
 
 from srlm_utils import metrics
-from srlm_utils.artefacts import count_rows, find_jsonl, is_there, read_jsonl
+from srlm_utils.artefacts import count_rows, find_jsonl, is_there, read_jsonl, read_optional
 from srlm_utils.errors import MissingInputError, ParamError
 from srlm_utils.params import is_draft
 from srlm_utils.paths import PACKAGE, RESULTS, resolve, run_folder, shown
@@ -117,9 +117,9 @@ class Run:
         first that did), n_tokens, n_chars, ended, reference (a good answer, where the prompt has one).
         """
         table = self._table(model, "answers")
-        scored = _optional(self.folder / model / "eval/answer_scores.jsonl")
+        scored = read_optional(self.folder / model / "eval/answer_scores.jsonl")
         judge = scored[0]["judge"] if scored else ""
-        seed = {r["prompt_id"]: r for r in _optional(self.folder / "seed/test_prompts.jsonl")}
+        seed = {r["prompt_id"]: r for r in read_optional(self.folder / "seed/test_prompts.jsonl")}
         table = table.assign(
             category=[seed.get(i, {}).get("category", "") for i in table.prompt_id],
             reference=[seed.get(i, {}).get("reference", "") for i in table.prompt_id],
@@ -351,7 +351,3 @@ def _indented(text: str) -> str:
 
 def _count(path: Path) -> int:
     return count_rows(path) if is_there(path) else 0
-
-
-def _optional(path: Path) -> list[dict]:
-    return read_jsonl(path) if is_there(path) else []

@@ -4,13 +4,12 @@ The token comes from the variable HF_TOKEN and from nowhere else. A new reposito
 click on the hub, after a look at it.
 """
 
-import gzip
 import os
 import re
 from pathlib import Path
 
 from srlm_utils import cards, rendered
-from srlm_utils.artefacts import CARD, describe, find_jsonl, read_json, stored
+from srlm_utils.artefacts import CARD, count_rows, describe, find_jsonl, read_bytes, read_json
 from srlm_utils.errors import DataError, MissingInputError, ParamError
 from srlm_utils.paths import shown
 from srlm_utils.plan import draft_of, init_model
@@ -78,12 +77,11 @@ def _aift(run: Path, model: str) -> dict[str, str | bytes]:
     learned = {path for m in chain[1:2] for path in cards.training_manifest(run, m)["inputs"]}
     for m in (name for successor in chain[1:] for name in (init_model(successor), draft_of(successor))):
         for path in find_jsonl(run / m / "aift", "*.jsonl"):
-            n_rows = describe(path)["n_rows"]
-            files[f"{m}/{path.name}"] = str(path) if path.exists() else gzip.decompress(stored(path).read_bytes())
+            files[f"{m}/{path.name}"] = str(path) if path.exists() else read_bytes(path)
             # the first table of the page is what M2 learned from
             first = path.stem in ("pairs", "positives") and f"{m}/aift/{path.name}" in learned
             configs.append((f"{m}_{path.stem}", f"{m}/{path.name}", first))
-            lines.append(f"- `{m}/{path.name}`: {n_rows} rows")
+            lines.append(f"- `{m}/{path.name}`: {count_rows(path)} rows")
     if not files:
         raise MissingInputError(f"{model} descends from no model that made preference data; leave out --data.")
     from huggingface_hub import DatasetCardData

@@ -15,6 +15,14 @@ from srlm_utils.instructions import followed
 from srlm_utils.metrics import mean, plain, ratio
 from srlm_utils.self_instruct import rouge_l, words
 
+OF_AN_ANSWER = {  # what one answer is like by itself, whatever its prompt
+    "answer_chars": lambda a: len(a["text"]),
+    "answer_tokens": lambda a: a["n_tokens"],
+    "ended_rate": lambda a: a["ended"],
+    "repeated_4grams": lambda a: repeated_ngrams(a["text"]),
+    "list_rate": lambda a: has_list(a["text"]),
+}
+
 
 def answer_figures(answers: list[dict], prompts: list[dict]) -> dict[str, dict]:
     """All figures of one model's test answers that need their texts alone; `prompts` are the rows they answer.
@@ -28,11 +36,7 @@ def answer_figures(answers: list[dict], prompts: list[dict]) -> dict[str, dict]:
         return mean([_mean(measure(a, prompt) for a in its) for prompt, its in rows])
 
     figures = {
-        "answer_chars": over_prompts(lambda a, _: len(a["text"])),
-        "answer_tokens": over_prompts(lambda a, _: a["n_tokens"]),
-        "ended_rate": over_prompts(lambda a, _: a["ended"]),
-        "repeated_4grams": over_prompts(lambda a, _: repeated_ngrams(a["text"])),
-        "list_rate": over_prompts(lambda a, _: has_list(a["text"])),
+        **{name: over_prompts(lambda a, _, measure=measure: measure(a)) for name, measure in OF_AN_ANSWER.items()},
         "distinct_1": distinct([a["text"] for a in answers], 1),
         "distinct_2": distinct([a["text"] for a in answers], 2),
         "refusal_rate": over_prompts(lambda a, _: is_refusal(a["text"])),

@@ -94,11 +94,9 @@ def measured(a: Cell, model: str, b: Cell, opponent: str) -> dict[tuple, dict[st
         for i, (x, y) in pairs.items()
         if x.get("n_instructions", 0) > 0
     }
-    out["ended_rate", *tests] = {i: (x["ended"] - y["ended"], 1) for i, (x, y) in pairs.items()}
-    repeated = measures.repeated_ngrams
-    out["repeated_4grams", *tests] = {i: (repeated(x["text"]) - repeated(y["text"]), 1) for i, (x, y) in pairs.items()}
-    listed = measures.has_list
-    out["list_rate", *tests] = {i: (listed(x["text"]) - listed(y["text"]), 1) for i, (x, y) in pairs.items()}
+    for name in ("ended_rate", "repeated_4grams", "list_rate"):
+        measure = measures.OF_AN_ANSWER[name]
+        out[name, *tests] = {i: (measure(x) - measure(y), 1) for i, (x, y) in pairs.items()}
     # an empty answer has a length too; a prompt without a denominator would be left out
     out["answer_chars", *tests] = {i: (len(x["text"]), len(y["text"]) or 1e-9) for i, (x, y) in pairs.items()}
     return {key: values for key, values in out.items() if values}

@@ -469,10 +469,8 @@ def test_the_agreement_table_is_empty_where_a_model_was_not_measured():
 
 def test_a_reports_pairs_are_those_that_were_learned_from():
     pair = {"prompt_id": "p", "prompt": "Q?", "chosen_id": "b", "rejected_id": "a", "chosen": "b", "rejected": "a"}
-    others = [
-        pair | {"chosen": "of the example"},
-        pair | {"chosen_id": "c", "prompt_id": "q"},
-    ]  # where 04 ran in scratch
+    # borrowed pairs beside candidates of a scratch run's own
+    others = [pair | {"chosen": "of the example"}, pair | {"chosen_id": "c", "prompt_id": "q"}]
     rows = {
         "M1/aift/pairs.jsonl": [pair | {"chosen_id": "a", "rejected_id": "c"}],
         "F2/aift/pairs.jsonl": [*others, pair],
