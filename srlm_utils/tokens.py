@@ -85,7 +85,10 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
         for i in range(1 if p["replay"] else new, new + 1):
             source = experiment.flat("04_self_instruct", f"M{i}", "")
             share = 1 if i == new else p["replay"]
-            tokens += 2 * share * source["n_prompts"] * (CHAT + PROMPT + _written(source))
+            ended = experiment.flat("06_build_pairs", f"M{i}", "")["chosen_ended"]
+            chosen = min(ANSWER, _written(source)) if ended else _written(source)
+            pair = CHAT + PROMPT + chosen + _written(source)  # the prompt is read once
+            tokens += share * source["n_prompts"] * pair
         tokens /= 1 - p["judge_share"]
         n["trained"], n["judged"] = tokens * p["epochs"], tokens  # the reference reads every pair once
         _add_selection(n, p, source["n_prompts"], _rows(experiment, "valid"))

@@ -22,9 +22,8 @@ def costs(tree: dict, n: int = 1, device=H100):
 
 
 def test_the_quickstart_takes_what_it_took(monkeypatch):
-    """Within 25 % in all. Single steps are further off: DPO took 0.45 of its estimate (chosen answers that ended early,
-    prompts without a pair, pairs that share their prompt), evaluation in one mode up to 1.45 times; and short ones are
-    start-up alone."""
+    """Within 25 % in all. Single steps are further off: DPO took 0.6 of its estimate (prompts without a pair, answers
+    that ended early), evaluation in one mode up to 1.45 times; and short ones are start-up alone."""
     monkeypatch.setattr(engine, "cpu_features", lambda: {"avx512_bf16": True})  # as where it was run
     took = {m["step"]: m["seconds"] for m in map(read_json, (EXAMPLE / "steps").glob("*.json"))}
     found, _ = estimate.estimate(Experiment.load([EXAMPLE / "params.yaml"]), 1, CPU)
@@ -32,8 +31,7 @@ def test_the_quickstart_takes_what_it_took(monkeypatch):
     assert sum(c.seconds for c in found) == pytest.approx(sum(took.values()), rel=0.25)
     for c in found:
         if took[c.step.name] > 30:
-            least = 0.4 if c.step.stage == "07_dpo" else 0.55
-            assert least < took[c.step.name] / c.seconds < 1.5, c.step.name
+            assert 0.55 < took[c.step.name] / c.seconds < 1.5, c.step.name
     memory = max(m["peak_memory_gb"] for m in map(read_json, (EXAMPLE / "steps").glob("*.json")))
     assert max(c.memory for c in found) / 1e9 == pytest.approx(memory, rel=0.3)
 
@@ -148,7 +146,7 @@ def test_the_command_says_hours_and_what_does_not_fit(capsys):
     quickstart = str(PROJ_ROOT / "params/quickstart.yaml")
     assert cli.main(["estimate", quickstart, "--gpus", "4", "--gpu", "a100", *large]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^07_dpo@M2 +- +31 k +62 k +1 +\d+\.\d +\d+\.\d$", out, re.M)
+    assert re.search(r"^07_dpo@M2 +- +24 k +47 k +1 +\d+\.\d +\d+\.\d$", out, re.M)
     assert re.search(r"^4 x a100: .* GPU hours; 1\d\d\d GB a device; \d+ GB of disk$", out, re.M)
     assert re.search(r"WARNING: \S+ needs .* there are 80 GB; \d+ steps .*set \w+\.lora_r to train adapters", out)
     assert "stand idle" in out
