@@ -111,10 +111,18 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+def _experiment(args) -> Experiment:
+    """The experiment of a command line; what it asks for and does not reach is said first."""
+    experiment = Experiment.load(args.params, args.sets)
+    for line in experiment.shadowed:
+        print(f"WARNING: {line}", file=sys.stderr)
+    return experiment
+
+
 def _run(args) -> int:
     from srlm_utils.runner import execute
 
-    experiment = Experiment.load(args.params, args.sets)
+    experiment = _experiment(args)
     program = Path(sys.argv[0])
     found = shutil.which("srlm") or program.name != "srlm"
     words = ["srlm" if found else str(program), "run", *map(str, args.params)]  # make calls it by its path
@@ -139,7 +147,7 @@ def _sweep(args) -> int:
     for s in args.sets:
         words += ["--set", s]
     variants = [v.strip() for v in args.variants.split(",")]
-    base = Experiment.load(args.params, args.sets)
+    base = _experiment(args)
     command = shlex.join([*words, "--name", name])
     failed = sweep.run(base, variants, args.seeds, name, command, report=sweep_report.write)
     if failed:
@@ -151,7 +159,7 @@ def _plan(args) -> int:
     from srlm_utils.plan import plan
     from srlm_utils.tokens import token_table
 
-    experiment = Experiment.load(args.params, args.sets)
+    experiment = _experiment(args)
     if args.tokens:
         print(token_table(experiment))
         return 0
@@ -166,7 +174,7 @@ def _plan(args) -> int:
 def _estimate(args) -> int:
     from srlm_utils.estimate import DEVICES, report
 
-    print(report(Experiment.load(args.params, args.sets), args.gpus, DEVICES[args.gpu]))
+    print(report(_experiment(args), args.gpus, DEVICES[args.gpu]))
     return 0
 
 

@@ -392,6 +392,39 @@ def merge(*trees: dict) -> dict:
     return out
 
 
+def shadowed(tree: dict, asked: dict) -> list[str]:
+    """What `asked`, laid over a file to make `tree`, does not reach: the file has it closer, by section or by model.
+
+    ``sft.rank_weight = 0.0 does not change by_model.M1.sft.rank_weight = 4.0``, one line a parameter.
+    """
+    models = tree.get("by_model", {})
+    found = []
+    for section, values in asked.items():
+        if section == "by_model":
+            continue
+        for name, value in values.items():
+            stages = [k for k, cls in STAGES.items() if name in cls.model_fields] if section == "common" else [section]
+            paths = [(k,) for k in stages if k != section] + [("by_model", m, k) for m in models for k in stages]
+            closer = {
+                ".".join((*path, name)): _at(tree, path).get(name) for path in paths if name not in _at(asked, path)
+            }
+            closer = [f"{path} = {v}" for path, v in closer.items() if v is not None and not _has(v, value)]
+            if closer:
+                found.append(f"{section}.{name} = {value} does not change {', '.join(closer)}")
+    return found
+
+
+def _has(value, asked) -> bool:
+    """Whether `value` is what was asked, or a list with all of it (judge modes, for one)."""
+    return value == asked or isinstance(value, list) and isinstance(asked, list) and {*asked} <= {*value}
+
+
+def _at(tree: dict, path: tuple[str, ...]) -> dict:
+    for key in path:
+        tree = tree.get(key, {})
+    return tree
+
+
 def check(cls: type[BaseModel], values: dict, where: str) -> dict:
     """`values` as a complete, typed, plain dict of `cls`; `ParamError` on the first misfit."""
     try:
@@ -417,6 +450,7 @@ class Experiment:
     def __init__(self, tree: dict, source: str = "params"):
         _check_names(tree, source)
         self.tree, self.source = tree, source
+        self.shadowed: list[str] = []  # what overlays and sets of `load` ask for and do not reach
         common = tree.get("common", {})
         self.run = Run(**check(Run, {k: v for k, v in common.items() if k in Run.model_fields}, f"{source}: common"))
         for stage in STAGES:  # every value is checked now, whether its step runs today or next week
@@ -433,7 +467,9 @@ class Experiment:
         """Files laid over each other, then sets. Overlays name the variant, unless one of them does it itself."""
         trees = [read_yaml(f) for f in files] + [parse_set(s) for s in sets]
         named = {"common": {"variant": "+".join(f.stem for f in files[1:])}} if files[1:] else {}
-        return cls(merge(trees[0], named, *trees[1:]), str(files[0]))
+        experiment = cls(merge(trees[0], named, *trees[1:]), str(files[0]))
+        experiment.shadowed = shadowed(experiment.tree, merge({}, *trees[1:]))
+        return experiment
 
     def benchmarked(self) -> list[str]:
         """Models whose 10_benchmarks step is part of this experiment."""

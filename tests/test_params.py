@@ -1,8 +1,10 @@
 import pytest
 
 from srlm_utils.artefacts import write_json
+from srlm_utils.cli import main
 from srlm_utils.errors import ParamError
 from srlm_utils.params import STAGES, Experiment, merge, parse_set, read_yaml
+from srlm_utils.paths import PARAMS
 from srlm_utils.plan import fingerprint, make_step, status
 
 
@@ -193,3 +195,36 @@ def test_a_parameter_that_came_later_makes_nothing_stale_at_its_default(tmp_path
     write_json(tmp_path / "steps/01_seed_data@run.json", {"params": older, "inputs": inputs, "outputs": {}})
     assert status(step, flat, tmp_path) == (True, "done")
     assert status(step, flat | {"rouge_l_max": 0.6}, tmp_path) == (False, "rouge_l_max changed: 0.7 -> 0.6")
+
+
+@pytest.mark.parametrize(
+    "sets,says",
+    [
+        (["sft.rank_weight=0"], ["sft.rank_weight = 0.0 does not change by_model.M1.sft.rank_weight = 4.0"]),
+        (["by_model.M1.sft.rank_weight=0"], []),
+        (["sft.rank_weight=0", "by_model.M1.sft.rank_weight=1"], []),
+        (["sft.rank_weight=4"], []),  # what M1 has
+        (
+            ["common.learning_rate=1e-5"],
+            [
+                "common.learning_rate = 1e-05 does not change dpo.learning_rate = 0.0002, "
+                "by_model.M1.sft.learning_rate = 0.0005"
+            ],
+        ),
+        (["common.learning_rate=1e-5", "dpo.learning_rate=1e-6", "by_model.M1.sft.learning_rate=1e-5"], []),
+        (["common.seed=3", "dpo.beta=0.2", "evaluate.judge_modes=[expected]"], []),
+    ],
+)
+def test_what_a_set_does_not_reach_is_said(sets, says):
+    assert Experiment.load([PARAMS / "quickstart.yaml"], sets).shadowed == says
+
+
+@pytest.mark.parametrize("overlay", sorted((PARAMS / "variants").glob("*.yaml")), ids=lambda p: p.stem)
+def test_overlays_reach_what_they_name(overlay):
+    for base in ("quickstart", "standard"):
+        assert Experiment.load([PARAMS / f"{base}.yaml", overlay]).shadowed == []
+
+
+def test_the_command_line_warns_of_it(capsys):
+    assert main(["plan", str(PARAMS / "quickstart.yaml"), "--set", "sft.rank_weight=0", "--run-name", "none"]) == 0
+    assert "WARNING: sft.rank_weight = 0.0 does not change by_model.M1" in capsys.readouterr().err
