@@ -13,7 +13,7 @@ import torch
 from srlm_utils import attention, chat, context, vocabulary
 from srlm_utils.errors import ModelError, ResourceError, StepFailed
 from srlm_utils.prefill import BATCH_TOKENS, read
-from srlm_utils.resources import check_weights, free_memory, out_of_memory, too_large
+from srlm_utils.resources import check_weights, free_memory, kept_numbers, out_of_memory, text_bytes, too_large
 from srlm_utils.sampling import sample, uniforms
 from srlm_utils.slots import Slots, blocks
 
@@ -309,11 +309,8 @@ class Engine:
     def _fitting(self, length: int) -> int:
         """How many texts of `length` tokens fit into half of the free memory, a power of two up to `MAX_BATCH`."""
         config = self.model.config.get_text_config()
-        heads = getattr(config, "num_attention_heads", 1)
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        d = getattr(config, "head_dim", None) or config.hidden_size // heads
-        per_text = 2 * config.num_hidden_layers * kv_heads * d * length * self.model.dtype.itemsize
-        per_text += 4 * 4 * config.vocab_size  # logits, and copies of them in float32
+        kept = kept_numbers(config)
+        per_text = text_bytes(config.num_hidden_layers, kept, config.vocab_size, length, self.model.dtype.itemsize)
         if self.device.startswith("cuda"):
             device = torch.device(self.device)
             # what torch holds for itself is free as well

@@ -19,21 +19,9 @@ from srlm_utils.errors import ParamError
 from srlm_utils.params import Experiment, stage_key
 from srlm_utils.paths import resolve
 from srlm_utils.plan import OUTSIDE, Step, is_model_name, list_steps, parse_win_judge
+from srlm_utils.resources import Size
 
 GB = resources.GB
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a model's size is: all its numbers, and the shape that activations and kept keys follow from."""
-
-    parameters: float
-    layers: int
-    width: int
-    inner: int  # of the feed-forward part
-    vocabulary: int
-    kept: int  # numbers of keys and values a layer keeps of a token
-
 
 SIZES = {  # of the models' own config.json
     "tiny-random": Size(0.4e6, 2, 32, 64, 4096, 64),
@@ -126,8 +114,7 @@ def size_of(name: str) -> Size:
         return SIZES[name]
     folder: Path = resolve(name)
     if (folder / "config.json").is_file():
-        layers, width, inner, vocabulary = resources.config(folder)
-        return Size(float(resources.n_parameters(folder)), layers, width, inner, vocabulary, 2 * width)
+        return resources.read_size(folder)
     said = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", name.replace("_", "-").lower())
     if not said:
         raise ParamError(
@@ -145,7 +132,7 @@ def step_cost(step: Step, experiment: Experiment, n_devices: int, device: Device
     if not any(made.values()):
         return Cost(step, made, 0, device.start, resources.PYTHON)
     training = key in ("sft", "dpo")
-    weights = resources.weight_bytes(p["dtype"], device is CPU) * size.parameters
+    item = resources.weight_bytes(p["dtype"], device is CPU)
     copies, width = (1, n_devices if p.get("launch") else 1) if training else _replicas(p, n_devices)
     copies, width = (1, 1) if device is CPU else (copies, width)
     vllm, rate = p.get("engine", "transformers") != "transformers" and not training, dict(device.rate)
@@ -156,10 +143,10 @@ def step_cost(step: Step, experiment: Experiment, n_devices: int, device: Device
         rate = {k: v / (slower if k == "generated" else 1) for k, v in rate.items()}
     seconds = sum(made[k] * _flop(k, size, p, device) / rate[k] for k in rate) / (copies * width)
     loads = _models_loaded(key, p)
-    seconds += device.start + loads * (weights / device.load + device.engine_start * vllm)
-    memory = _training_memory(size, p, key, width, weights) if training else _sampling_memory(size, p, width, weights)
+    seconds += device.start + loads * (item * size.parameters / device.load + device.engine_start * vllm)
+    memory = (_training_memory if training else _sampling_memory)(size, p, width, item)
     if training and p["select_steps"]:  # checkpoints answer, and are judged, on one device
-        memory = max(memory, _sampling_memory(size, p, 1, weights))
+        memory = max(memory, _sampling_memory(size, p, 1, item))
     return Cost(step, made, copies * width, seconds, memory + (resources.PYTHON if device is CPU else CUDA))
 
 
@@ -207,26 +194,22 @@ def _models_loaded(key: str, p: dict) -> int:
     return 1 + 2 * bool(p.get("implicit_reference"))
 
 
-def _training_memory(size: Size, p: dict, key: str, n_devices: int, weights: float) -> float:
+def _training_memory(size: Size, p: dict, n_devices: int, item: int) -> float:
     """Bytes a device: weights and what AdamW keeps, divided among the devices, and one micro-batch's activations."""
     if p["lora_r"]:
         layers = min(p["lora_layers"] or size.layers, size.layers)
         adapters = layers * p["lora_r"] * (8 * size.width + 3 * (size.width + size.inner))  # seven of them a layer
-        item = 0.55 if p.get("load_in_4bit") else weights / size.parameters  # QLoRA: 4 bits and their scales
-        kept = item * size.parameters + 16 * adapters
+        frozen = 0.55 if p.get("load_in_4bit") else item  # QLoRA: 4 bits and their scales
+        kept = frozen * size.parameters + 16 * adapters
     else:
         kept = 16 * size.parameters  # float32 weights, their gradients, and the two averages of AdamW
-    rows = p["micro_batch_size"] * (2 if key == "dpo" else 1)
-    layer = (8 * size.width + 3 * size.inner) * 2  # bytes of a token's activations in a layer
-    token = size.layers * 2 * size.width + layer if p["gradient_checkpointing"] else size.layers * layer
-    token += 12 * size.vocabulary  # logits in float32, with their gradient
-    return kept / n_devices + rows * p["max_length"] * token  # rows seldom fill max_length; a batch that does decides
+    return kept / n_devices + resources.activation_bytes(size, p, item)
 
 
-def _sampling_memory(size: Size, p: dict, n_devices: int, weights: float) -> float:
+def _sampling_memory(size: Size, p: dict, n_devices: int, item: int) -> float:
     """Bytes a device that weights and `TEXTS` texts at once need; vLLM takes what there is."""
-    length = 1024 + max(p.get("max_new_tokens", 0), p.get("judge_max_new_tokens", 0))
-    return (weights + TEXTS * length * size.layers * size.kept * 2) / n_devices
+    text = resources.text_bytes(size.layers, size.kept, size.vocabulary, resources.text_length(p), item)
+    return (item * size.parameters + TEXTS * text) / n_devices
 
 
 def disk(experiment: Experiment, costs: list[Cost]) -> float:

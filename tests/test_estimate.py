@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from srlm_utils import cli, engine, estimate
+from srlm_utils import cli, engine, estimate, resources
 from srlm_utils.artefacts import read_json
 from srlm_utils.errors import ParamError
 from srlm_utils.estimate import A100, CPU, DEVICES, H100, SIZES
@@ -32,8 +32,11 @@ def test_the_quickstart_takes_what_it_took(monkeypatch):
     for c in found:
         if took[c.step.name] > 30:
             assert 0.55 < took[c.step.name] / c.seconds < 1.5, c.step.name
-    memory = max(m["peak_memory_gb"] for m in map(read_json, (EXAMPLE / "steps").glob("*.json")))
-    assert max(c.memory for c in found) / 1e9 == pytest.approx(memory, rel=0.3)
+    peak = {m["step"]: 1e9 * m["peak_memory_gb"] for m in map(read_json, (EXAMPLE / "steps").glob("*.json"))}
+    assert max(c.memory for c in found) == pytest.approx(max(peak.values()), rel=0.3)
+    for c in found:  # SFT alone is the furthest off: its rows are short ones
+        if c.tokens["trained"]:
+            assert 0.9 < c.memory / peak[c.step.name] < 1.6, c.step.name
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
@@ -83,7 +86,7 @@ def test_all_weights_take_16_bytes_each_and_devices_share_them():
     adapters = costs(BIG | {"sft": {"micro_batch_size": 1, "gradient_checkpointing": True}})[0]["02_sft@M1"]
     assert 2 * 8.03e9 < adapters.memory < 24e9
     size, p = SIZES["meta-llama/Llama-3.1-8B"], Experiment(tree).flat("02_sft", "M1", "")
-    eight = estimate._training_memory(size, p, "sft", 8, 2 * size.parameters)
+    eight = estimate._training_memory(size, p, 8, 2)
     assert eight == pytest.approx(one.memory - estimate.CUDA - 14 * 8.03e9, rel=0.01)
 
 
@@ -92,7 +95,10 @@ def test_on_a_processor_without_bfloat16_auto_is_float32(monkeypatch):
     for bfloat16 in (True, False):
         monkeypatch.setattr(engine, "cpu_features", lambda has=bfloat16: {"avx512_bf16": has})
         both.append(costs({"common": {"seed_model": "meta-llama/Llama-3.1-8B"}}, 1, CPU)[0]["05_judge@M1"])
-    assert both[1].memory - both[0].memory == pytest.approx(2 * 8.03e9)
+    # weights and keys are twice as large; Python, and logits in float32, are not
+    as_large = resources.PYTHON + estimate.TEXTS * 16 * 128_256
+    assert both[1].memory - as_large == pytest.approx(2 * (both[0].memory - as_large))
+    assert both[1].memory - both[0].memory > 2 * 8.03e9
     assert both[1].seconds == pytest.approx(estimate.WITHOUT_BFLOAT16 * both[0].seconds, rel=0.01)
 
 

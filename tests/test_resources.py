@@ -1,18 +1,21 @@
 """What is said before a step that cannot fit, and of files that are not whole."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from srlm_utils import cli, engine, resources, seed_model, train, warm
+from srlm_utils import cli, engine, estimate, resources, seed_model, train, warm
 from srlm_utils.artefacts import write_json
 from srlm_utils.engine import Engine
 from srlm_utils.errors import ModelError, ResourceError
-from srlm_utils.params import Dpo, Judge, Sft
+from srlm_utils.params import Dpo, Experiment, Judge, Sft, stage_key
 from srlm_utils.paths import EXAMPLE
+from srlm_utils.plan import list_steps
 from tests.test_train import params
 
 
@@ -76,6 +79,51 @@ def test_memory_is_counted_in_the_dtype_that_the_processor_has(large, machine, m
     ask(large, Judge, "05_judge")
     with pytest.raises(ResourceError, match=r"needs at least 4\.5 GB of memory"):
         ask(large, Judge, "05_judge", device="cpu")
+
+
+@pytest.fixture
+def smollm2(large):
+    """The head of a model with SmolLM2-135M's shape, whose heads share keys and values."""
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
+    config = {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49_152} | heads
+    (large / "config.json").write_text(json.dumps(config))
+    return large
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+@pytest.mark.parametrize(
+    "name,values",
+    [
+        ("02_sft@M1", {"micro_batch_size": 8}),
+        ("02_sft@M1", {"micro_batch_size": 8, "gradient_checkpointing": True}),
+        ("07_dpo@M2", {"micro_batch_size": 8}),
+        ("07_dpo@M2", {"micro_batch_size": 8, "gradient_checkpointing": True}),
+        ("05_judge@M1", {"batch_size": estimate.TEXTS, "max_new_tokens": 96}),
+        ("08_evaluate@M1", {"batch_size": estimate.TEXTS, "max_new_tokens": 96, "judge_max_new_tokens": 200}),
+    ],
+)
+def test_what_is_estimated_is_what_a_step_is_warned_of(smollm2, machine, capsys, name, values, bfloat16):
+    machine(bfloat16=bfloat16)
+    stage, model = name.split("@")
+    experiment = Experiment({"common": {"seed_model": str(smollm2)}, stage_key(stage): values})
+    step = next(s for s in list_steps(experiment) if s.name == name)
+    expected = estimate.step_cost(step, experiment, 1, estimate.CPU).memory
+    machine(memory=expected - 0.2e9, bfloat16=bfloat16)
+    resources.check(name, stage, experiment.flat(stage, model, ""), smollm2 / "run", smollm2)
+    said = re.search(rf"WARNING: {name} may need (\d+\.\d) GB", capsys.readouterr().out)
+    # adapters, and what AdamW keeps of them, are estimated alone
+    assert float(said.group(1)) == pytest.approx(expected / 1e9, abs=0.15)
+
+
+def test_keys_that_heads_share_are_kept_once(smollm2, tiny, monkeypatch):
+    size = resources.read_size(smollm2)
+    assert replace(size, parameters=134.5e6) == estimate.SIZES["smollm2-135m-instruct"]
+    assert size.layers * size.kept * 2 == 23_040  # bytes a token
+    model, one = Engine(tiny, dtype="float32", device="cpu"), resources.read_size(seed_model.Path(tiny))
+    text = resources.text_bytes(one.layers, one.kept, one.vocabulary, 100, 4)
+    for free, fit in ((2 * 64 * text, 64), (2 * 64 * text - 1, 32)):
+        monkeypatch.setattr(engine, "free_memory", lambda free=free: free)
+        assert model._fitting(100) == fit
 
 
 def test_disk_is_asked_for_before_a_step(large, machine):
