@@ -36,7 +36,7 @@ def _stages(run: Path) -> dict[str, float]:
 
 
 def overhead() -> dict:
-    """Wall seconds a step of the smoke run: its model has 0.4 M parameters, so nearly all of it is overhead."""
+    """Wall seconds a step of the smoke run: its model has 0.2 M parameters, so nearly all of it is overhead."""
     run = PROJ_ROOT / "results" / "bench-smoke"
     wall = _srlm("run", "params/smoke.yaml", "--run-name", run.name, "--force")
     n = len(list((run / "steps").glob("*.json")))

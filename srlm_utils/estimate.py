@@ -24,7 +24,7 @@ from srlm_utils.resources import Size
 GB = resources.GB
 
 SIZES = {  # of the models' own config.json
-    "tiny-random": Size(0.4e6, 2, 32, 64, 4096, 64),
+    "tiny-random": Size(205_120, 2, 64, 128, 1024, 64),
     "smollm2-135m-instruct": Size(134.5e6, 30, 576, 1536, 49_152, 384),
     "gemma-3-270m": Size(268.1e6, 18, 640, 2048, 262_144, 512),
     "meta-llama/Llama-3.2-1B": Size(1.24e9, 16, 2048, 8192, 128_256, 1024),
