@@ -57,6 +57,12 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
             own += JUSTIFICATION * ("justify_first" in eft["formats"])
             n["trained"] += _rows(experiment, "ranked_train") * (parts * shared + REPLIES * own)
             n_rows += _rows(experiment, "ranked_train") * REPLIES * n_formats
+        for path in step.reads:
+            if path.endswith("/aift/positives.jsonl"):
+                source = experiment.flat("04_self_instruct", path.partition("/")[0], "")
+                answer = min(ANSWER, _written(source))  # it has ended
+                n["trained"] += source["n_prompts"] * (CHAT + PROMPT + answer)
+                n_rows += source["n_prompts"]
         n["trained"] *= p["epochs"]
         _add_selection(n, p, n_rows, _rows(experiment, "valid"))
     elif key == "self_instruct":

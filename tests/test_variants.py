@@ -162,6 +162,16 @@ def test_without_eft_m1_learns_from_ift_alone():
     assert trained[0]["trained"] > trained[1]["trained"] > 0
 
 
+def test_positives_are_trained_on_and_counted():
+    tree = {"common": {"learn_from": "positives", "select_steps": 5}, "sft": {"epochs": 2}}
+    tree["self_instruct"] = {"n_prompts": 100, "max_new_tokens": 96}
+    found = steps(tree)
+    sft, m2 = (step_tokens(found[f"02_sft@{m}"], Experiment(tree)) for m in ("SFT", "M2"))
+    assert m2["trained"] - sft["trained"] == 2 * 100 * (30 + 30 + 80)  # chat, prompt and answer, in two passes
+    assert m2["generated"] > sft["generated"]  # more rows are more checkpoints that answer
+    assert step_tokens(found["02_sft@M3"], Experiment(tree)) == m2  # a round's own positives, not those before
+
+
 def test_replay_reads_the_pairs_of_all_rounds_before():
     tree = {"common": {"iterations": 4}, "dpo": {"replay": 0.5}}
     found = steps(tree)
