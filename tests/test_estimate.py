@@ -51,6 +51,21 @@ def test_headers_say_what_is_estimated(path):
         assert line == estimate.headline(found, disk, int(n), device)
 
 
+def test_prose_says_the_minutes_that_are_estimated(monkeypatch):
+    def minutes(preset: str, bfloat16: bool) -> str:
+        monkeypatch.setattr(engine, "cpu_features", lambda: {"avx512_bf16": bfloat16})
+        found, _ = estimate.estimate(Experiment.load([PROJ_ROOT / f"params/{preset}.yaml"]), 1, CPU)
+        return f"{sum(c.seconds for c in found) / 60:.0f}"
+
+    def says(path: str, text: str) -> bool:
+        return text in " ".join((PROJ_ROOT / path).read_text().split())
+
+    assert says("docs/scale.md", f"On a CPU it gives {minutes('quickstart', True)} minutes for a quickstart that took")
+    assert says("docs/scale.md", f" and {minutes('standard', True)} for a standard run that took")
+    assert says("README.md", f"({minutes('quickstart', False)} minutes, by `srlm estimate`)")
+    assert says("params/quickstart.yaml", f"AVX512-BF16 ({minutes('quickstart', False)} without)")
+
+
 def test_what_the_papers_preset_takes_without_comparing_checkpoints():
     path = PROJ_ROOT / "params/paper_llama2_70b.yaml"
     found, disk = estimate.estimate(Experiment.load([path], ["common.select_steps=0"]), 16, H100)
