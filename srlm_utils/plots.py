@@ -1,4 +1,4 @@
-"""The kit's figures. Each takes tidy rows and returns a matplotlib figure; `save` keeps PNG and CSV.
+"""The kit's figures. Each takes tidy rows and returns (figure, rows drawn), `overlay` the figure; `save` keeps both.
 
 One colour and one marker a model, everywhere (Okabe and Ito's palette, safe for colour-blind readers).
 Rates are shown in %, with 95 % intervals and n.
@@ -96,6 +96,8 @@ def _agreement_panel(ax, metrics: pd.DataFrame) -> None:
     rows = metrics[metrics.metric == "pairwise_accuracy"].reset_index(drop=True)
     ties = metrics[metrics.metric == "tie_rate"].set_index("model").value
     gains = metrics[(metrics.metric == "agreement_gain") & (metrics.opponent == "M0")].set_index("model")
+    # replies without a score count half, so a gain over an M0 that writes none is one over chance
+    silent = (rows.n[rows.model == "M0"] < MIN_PAIRS).any()
     labels = []
     for x, row in rows.iterrows():
         if row.n < MIN_PAIRS:
@@ -105,7 +107,9 @@ def _agreement_panel(ax, metrics: pd.DataFrame) -> None:
         labels.append(f"{row.model}\n{row.n} pairs\nties {100 * ties[row.model]:.0f} %")
         if row.model in gains.index:
             g = gains.loc[row.model]
-            labels[-1] += f"\nvs M0 {100 * g.value:+.0f}\n[{100 * g.low:+.0f}, {100 * g.high:+.0f}]"
+            labels[-1] += (
+                f"\nvs {'chance' if silent else 'M0'} {100 * g.value:+.0f}\n[{100 * g.low:+.0f}, {100 * g.high:+.0f}]"
+            )
     # on the most pairs that any model could be measured on
     longer = metrics[metrics.metric == "longer_baseline"].sort_values("n").value.iloc[-1]
     lines = sorted([(50.0, "--", "chance"), (100 * longer, ":", "longer wins")])
@@ -246,10 +250,9 @@ def answers(metrics: pd.DataFrame):
         rows = data[data.metric == name].reset_index(drop=True)
         for x, r in rows.iterrows():
             _interval(ax, r, x, upright=True, scale=scale, **_look(r.model))
-        ax.set_xticks(range(len(rows)), rows.model)
-        ax.set_xlim(-0.6, len(rows) - 0.4)
+        n = _models_with_n(ax, rows)
         ax.set_ylim(bottom=0)
-        ax.set_title(f"{label}  (n={rows.n.max() if len(rows) else 0})", fontsize=9)
+        ax.set_title(f"{label}  ({n})" if n else label, fontsize=9)
     fig.suptitle("Test answers, judged by nobody (95 % intervals over prompts)", fontsize=11)
     return fig, data
 
@@ -265,9 +268,8 @@ def mean_scores(metrics: pd.DataFrame):
         rows = data[data.judge == judge].reset_index(drop=True)
         for x, r in rows.iterrows():
             _interval(ax, r, x, upright=True, **_look(r.model))
-        ax.set_xticks(range(len(rows)), rows.model)
-        ax.set_xlim(-0.6, len(rows) - 0.4)
-        ax.set_title(f"judge: {judge_label(judge)}, n={rows.n.max()}", fontsize=9)
+        n = _models_with_n(ax, rows)
+        ax.set_title(f"judge: {judge_label(judge)}{n and ', '}{n}", fontsize=9)
         ax.set_ylim(0, 5)
         ax.set_ylabel("mean score, 0 to 5")
     fig.suptitle("Score of the test answers (95 % intervals over prompts)", fontsize=11)
@@ -318,7 +320,7 @@ def funnel(steps: pd.DataFrame):
 
 
 def training(logs: pd.DataFrame):
-    """Losses by optimizer step: points, and a running mean over a twentieth of the steps, three at least.
+    """Losses by optimizer step: points, and the mean of a twentieth of the steps up to there, three at least.
 
     `logs` has columns model and step and what the trainer logged: the parts of the supervised loss and the share
     of ranked replies it orders right, or for DPO loss, rewards/accuracies and rewards/margins.
@@ -326,9 +328,9 @@ def training(logs: pd.DataFrame):
     titles = {
         "text_loss": "loss of answers and justifications",
         "score_loss": "loss of score digits",
-        "rank_accuracy": "training replies ordered right",
+        "rank_accuracy": "training replies ordered right, %",
         "loss": "loss",
-        "rewards/accuracies": "pairs ordered right",
+        "rewards/accuracies": "pairs ordered right, %",
         "rewards/margins": "reward margin",
     }
     nothing = {"rewards/accuracies": 0.5, "rewards/margins": 0.0}  # what a model that has learned nothing has
@@ -342,14 +344,16 @@ def training(logs: pd.DataFrame):
             if column == "rewards/accuracies":  # at first model and reference are one: no pair can be right
                 rows = rows[rows["rewards/margins"].abs() > 1e-6]
             if len(rows):
-                smooth = rows[column].rolling(max(3, len(rows) // 20), min_periods=1, center=True).mean()
-                ax.plot(rows.step, rows[column], color=color(m), marker=marker(m), markersize=2, lw=0, alpha=0.35)
+                values = rows[column] * (100 if "accurac" in column else 1)
+                smooth = values.rolling(max(3, len(rows) // 20), min_periods=1).mean()
+                ax.plot(rows.step, values, color=color(m), marker=marker(m), markersize=2, lw=0, alpha=0.35)
                 ax.plot(rows.step, smooth, color=color(m), lw=1.6, label=m)
         if column in nothing:
-            ax.axhline(nothing[column], color="#555555", lw=1, ls=":")
+            ax.axhline(nothing[column] * (100 if "accurac" in column else 1), color="#555555", lw=1, ls=":")
         ax.set_xlabel("optimizer step")
         ax.set_title(titles[column], fontsize=10)
         ax.legend(fontsize=8)
+    fig.suptitle("Training (points: steps; lines: mean of the last ones; dotted: nothing learned)", fontsize=11)
     return fig, logs
 
 
@@ -430,7 +434,7 @@ def ratings(table: pd.DataFrame):
         for y, row in rows.iterrows():
             _interval(ax, row, y, **_look(row.model))
         ax.axvline(0, color="#555555", lw=1, ls="--")
-        ax.set_yticks(range(len(rows)), [f"{r.model}\nn={r.n:.0f}" for r in rows.itertuples()], fontsize=8)
+        ax.set_yticks(range(len(rows)), [f"{r.model}\n{r.n:.0f} comparisons" for r in rows.itertuples()], fontsize=8)
         ax.set_ylim(len(rows) - 0.5, -0.5)
         ax.set_title(f"judge: {judge_label(judge, mode)}", fontsize=9)
         ax.set_xlabel("rating, Elo points (M0 is 0)", fontsize=9)
@@ -502,7 +506,7 @@ def judge_agreement(table: pd.DataFrame):
     ax.axvline(0, color="#555555", lw=1, ls="--")
     ax.set_yticks(
         range(len(table)),
-        [f"{r['first']}\nand {r['second']}  n={r['n']:.0f}" for r in table.to_dict("records")],
+        [f"{r['first']}\nand {r['second']}\n{r['n']:.0f} verdicts" for r in table.to_dict("records")],
         fontsize=8,
     )
     ax.set_ylim(len(table) - 0.5, -0.5)
@@ -549,6 +553,14 @@ def _panels(n: int, width: float, height: float):
     """A row of `n` panels, one a judge, that share their y axis where they have the same rows."""
     fig, axes = plt.subplots(1, max(n, 1), figsize=(width * max(n, 1) + 0.8, height), sharey=True, squeeze=False)
     return fig, axes[0]
+
+
+def _models_with_n(ax, rows: pd.DataFrame) -> str:
+    """Models below the axis; n for the title if all have the same, otherwise each has its own below it, and ""."""
+    one = rows.n.nunique() <= 1
+    ax.set_xticks(range(len(rows)), rows.model if one else [f"{r.model}\nn={r.n}" for r in rows.itertuples()])
+    ax.set_xlim(-0.6, len(rows) - 0.4)
+    return f"n={rows.n.iloc[0] if len(rows) else 0}" if one else ""
 
 
 def _look(model: str) -> dict:

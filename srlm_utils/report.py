@@ -8,6 +8,7 @@ from srlm_utils import metrics, pages, winrates
 from srlm_utils.artefacts import read_json, write_text
 from srlm_utils.errors import MissingInputError
 from srlm_utils.pairs import by_the_model
+from srlm_utils.paths import EXAMPLE, shown
 from srlm_utils.plan import draft_of, model_names, models_before, next_model
 from srlm_utils.printable import printable
 from srlm_utils.verdicts import judge_label
@@ -183,12 +184,24 @@ def agreement_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(found).fillna("")
 
 
+def origin(step) -> str:
+    """What a scratch report is made of, for its lead; "" for that of a run."""
+    if not step.scratch:
+        return ""
+    own = [m for m in model_names(step.params.iterations) if not step.is_borrowed(f"{m}/eval/answers.jsonl")]
+    return (
+        f"A scratch run: {', '.join(own) or 'no model'} was evaluated here (with M0 in the place of models that were "
+        f"never trained here), all else is of {shown(EXAMPLE)}. "
+    )
+
+
 def duels(step) -> pd.DataFrame:
     """Every comparison of two answers, a row each.
 
     Columns judge, judge_mode, model, opponent, prompt_id, result, category, chars.
     `result` is 1 where model won, 0.5 for a tie, 0; `chars` the mean length of the two answers. Verdicts on answers
-    that are not here are left out: a scratch run borrows verdicts on more prompts than it answered itself.
+    that are not here are left out: a scratch run borrows verdicts on more prompts than it answered itself, and on
+    answers in whose place it has its own.
     """
     names = model_names(step.params.iterations)
     kind = {r["prompt_id"]: r.get("category", "other") for r in step.rows("seed/test_prompts.jsonl")}
@@ -196,7 +209,10 @@ def duels(step) -> pd.DataFrame:
     out = []
     for m in names:
         for o in models_before(m):
-            rows = pd.DataFrame(step.rows(f"{m}/eval/verdicts/{m}_vs_{o}.jsonl"))
+            path = f"{m}/eval/verdicts/{m}_vs_{o}.jsonl"
+            if step.is_borrowed(path) and not all(step.is_borrowed(f"{a}/eval/answers.jsonl") for a in (m, o)):
+                continue
+            rows = pd.DataFrame(step.rows(path))
             here = kind.keys() & chars[m].keys() & chars[o].keys()
             for (judge, mode), part in rows.groupby(["judge", "judge_mode"], sort=False) if len(rows) else ():
                 for pid, result in metrics.outcomes(part[part.prompt_id.isin(here)].to_dict("records")).items():

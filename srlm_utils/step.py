@@ -91,6 +91,10 @@ class StepRun:
             return EXAMPLE / path
         raise MissingInputError(f"{shown(self.run / path)} is missing: run {maker(path)} first.")
 
+    def is_borrowed(self, path: str) -> bool:
+        """Whether an input is the example's, in a scratch run that has none of its own."""
+        return self.scratch and self.input(path).is_relative_to(EXAMPLE)
+
     def output(self, path: str) -> Path:
         """Where an output goes; its folder is made."""
         out = self.run / path

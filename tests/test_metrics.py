@@ -424,7 +424,8 @@ def test_a_training_figure_shows_the_parts_of_the_loss():
         [ax.get_title(loc="left") or ax.get_title() for ax in plots.training(t)[0].axes]
         for t in (both[both.model == "M1"], both[both.model == "M2"])
     ]
-    assert titles[0] == ["loss of answers and justifications", "loss of score digits", "training replies ordered right"]
+    parts = ["loss of answers and justifications", "loss of score digits", "training replies ordered right, %"]
+    assert titles[0] == parts
     assert titles[1] == ["loss", "reward margin"]
 
 
@@ -435,8 +436,63 @@ def test_no_pair_counts_as_wrong_before_the_first_step():
 
     log = {"model": "M2", "step": [1, 2, 3], "rewards/margins": [-2e-8, 0.1, 0.2], "rewards/accuracies": [0, 0.8, 0.9]}
     fig, _ = plots.training(pd.DataFrame(log))
-    (right,) = [ax for ax in fig.axes if (ax.get_title(loc="left") or ax.get_title()) == "pairs ordered right"]
-    assert min(y for line in right.lines[:2] for y in line.get_ydata()) >= 0.8
+    (right,) = [ax for ax in fig.axes if (ax.get_title(loc="left") or ax.get_title()) == "pairs ordered right, %"]
+    assert min(y for line in right.lines[:2] for y in line.get_ydata()) >= 80
+
+
+def test_the_line_of_a_training_begins_where_its_loss_does():
+    import pandas as pd
+
+    from srlm_utils import plots
+
+    log = {"model": "M3", "step": [1, 2, 3], "loss": [0.693, 0.703, 0.65], "rewards/margins": [0.0, 0.1, 0.2]}
+    ax = plots.training(pd.DataFrame(log))[0].axes[0]
+    assert ax.lines[1].get_ydata()[:2] == pytest.approx([0.693, 0.698])
+
+
+@pytest.mark.parametrize("n,labels,title", [([64, 64], ["M0", "M1"], "(n=64)"), ([3, 64], ["M0\nn=3", "M1\nn=64"], "")])
+def test_answers_of_models_on_other_prompts_have_an_n_each(n, labels, title):
+    import pandas as pd
+
+    from srlm_utils import plots
+
+    rows = [
+        {
+            "metric": name,
+            "model": m,
+            "value": 0.5,
+            "low": 0.4,
+            "high": 0.6,
+            "n": k,
+            "judge": "M1",
+            "judge_mode": "score",
+        }
+        for name in ("answer_chars", "ended_rate", "mean_score")
+        for m, k in zip(("M0", "M1"), n, strict=True)
+    ]
+    for draw in (plots.answers, plots.mean_scores):
+        ax = draw(pd.DataFrame(rows))[0].axes[0]
+        assert [t.get_text() for t in ax.get_xticklabels()] == labels
+        said = ax.get_title(loc="left") or ax.get_title()
+        assert title.strip("()") in said and ("n=" in said) == bool(title)
+
+
+@pytest.mark.parametrize("scored,said", [(3, "vs chance +20"), (90, "vs M0 +20")])
+def test_a_gain_over_a_model_that_writes_no_scores_is_one_over_chance(scored, said):
+    import pandas as pd
+
+    from srlm_utils import plots
+
+    row = {"set": "eval", "judge_mode": "sampled", "opponent": "", "low": 0.1, "high": 0.3}
+    rows = [
+        row | {"metric": "pairwise_accuracy", "model": "M0", "value": 0.5, "n": scored},
+        row | {"metric": "pairwise_accuracy", "model": "M1", "value": 0.7, "n": 90},
+        row | {"metric": "agreement_gain", "model": "M1", "opponent": "M0", "value": 0.2, "n": 95},
+        *(row | {"metric": "tie_rate", "model": m, "value": 0.1, "n": 95} for m in ("M0", "M1")),
+        row | {"metric": "longer_baseline", "model": "M1", "value": 0.5, "n": 95},
+    ]
+    ax = plots.agreement(pd.DataFrame(rows))[0].axes[0]
+    assert said in ax.get_xticklabels()[1].get_text()
 
 
 def test_p_values_keep_three_digits():

@@ -40,6 +40,11 @@ def test_run_all_on_defaults(path, tmp_path, monkeypatch):
         assert step is None or f"{path.stem}@{step} done" in text
     if path.stem in ("05_judge", "07_dpo", "09_report", "12_compare"):
         assert any("image/png" in o.get("data", {}) for o in outputs)
+    if path.stem == "12_compare":  # the sweep that README speaks of, with its controls
+        assert "of results/sweeps/standard" in text and "random_pairs" in text
+    if path.stem == "09_report":  # SFT was evaluated in scratch before, on a few prompts
+        said = (ROOT / "results/scratch/report/report.html").read_text()
+        assert "A scratch run: SFT was evaluated here" in said and "of results/example." in said
 
 
 @pytest.mark.slow

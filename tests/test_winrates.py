@@ -148,7 +148,10 @@ def test_duels_leave_out_verdicts_on_answers_that_are_not_here():
     files |= {"M0/eval/answers.jsonl": answers("a", "b", "c"), "SFT/eval/answers.jsonl": answers("a", "b", "c")}
     files |= {"M1/eval/answers.jsonl": answers("a"), "SFT/eval/verdicts/SFT_vs_M0.jsonl": [verdict("b", 1.0)]}
     files |= {f"M1/eval/verdicts/M1_vs_{o}.jsonl": [verdict("a", 0.0), verdict("b", 1.0)] for o in ("M0", "SFT")}
-    step = SimpleNamespace(params=SimpleNamespace(iterations=1), rows=files.__getitem__)
+    borrowed = set(files)
+    step = SimpleNamespace(
+        params=SimpleNamespace(iterations=1), rows=files.__getitem__, is_borrowed=lambda path: path in borrowed
+    )
     found = report.duels(step)
     assert list(zip(found.model, found.opponent, found.prompt_id, found.result, strict=True)) == [
         ("SFT", "M0", "b", 1.0),
@@ -156,6 +159,12 @@ def test_duels_leave_out_verdicts_on_answers_that_are_not_here():
         ("M1", "SFT", "a", 0.0),
     ]
     assert set(found.chars) == {4} and set(found.category) == {"list"}
+    borrowed.remove(
+        "SFT/eval/answers.jsonl"
+    )  # a scratch run has answered anew: what was said of the others is not of them
+    assert set(report.duels(step).opponent) == {"M0"} and set(report.duels(step).model) == {"M1"}
+    borrowed.remove("SFT/eval/verdicts/SFT_vs_M0.jsonl")  # and has compared them
+    assert list(report.duels(step).model) == ["SFT", "M1"]
 
 
 def test_a_judge_rates_the_models_that_its_votes_tie_to_m0():
