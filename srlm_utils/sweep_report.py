@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from srlm_utils import cells, measures, metrics, plots, report
+from srlm_utils import cells, measures, metrics, plots, readers, report
 from srlm_utils.cells import DEFAULT, Cell
 from srlm_utils.step import git_revision
 from srlm_utils.verdicts import from_scores, judge_label
@@ -270,9 +270,15 @@ METHOD = (
 )
 
 
+READERS = (
+    "They read both answers without knowing whose they are; a pair goes to the model with more of its readers' votes, "
+    "and ties count half. The first interval holds for other prompts and these models, the second for other seeds, too."
+)
+
+
 def write(sweep: Path) -> Path:
     """comparison.csv, figures/ and report.html of all cells of a sweep's folder; the report's path."""
-    found = cells.read_all(sweep)
+    found, votes = cells.read_all(sweep), readers.read(sweep)
     table, sections = compare(found), []
     plots.use_style()
     climbed = ladder(found)
@@ -312,6 +318,8 @@ def write(sweep: Path) -> Path:
                 sections.append({"title": f"{title[:-1]}, {where}?", "text": text, "figure": path, "table": kind})
     text = "Each model against the one before it, and the last one against those that the loop began with."
     sections.append({"title": "Round by round", "text": text, "table": verdicts_table(climbed)})
+    if len(votes):
+        sections.append({"title": "Blind readers", "text": READERS, "table": readers.table(votes)})
     differ = differences(found)
     if len(differ):
         sections.append({"title": "What differs", "text": "– is the kit's default.", "table": differ})
