@@ -150,8 +150,7 @@ def _agreement(model: str, ranked: list[dict], judged: list[dict]) -> list[dict]
     out: dict[tuple, dict] = {}
     for mode in dict.fromkeys(r["judge_mode"] for r in judged):
         scores = [r for r in judged if r["judge_mode"] == mode]
-        ids = {r["id"] for r in scores}
-        asked = [row for row in ranked if ids >= {item["id"] for item in evaluate.ranked_items([row])}]
+        asked = evaluate.judged_by_all(ranked, scores)
         for row, prompt in zip(asked, evaluate.scored_prompts(asked, scores), strict=True):
             if n := len(metrics.ordered_pairs(prompt["ranks"])):
                 who = {"model": model, "set": row["set"], "judge_mode": mode, "prompt_id": row["prompt_id"]}

@@ -215,9 +215,8 @@ def _agreement_rows(model: str, ranked: list[dict], folder: Path) -> dict[tuple,
         by_mode.setdefault(row["judge_mode"], []).append(row)
     out = {}
     for mode, judged in by_mode.items():
-        ids = {r["id"] for r in judged}
         for name, part in evaluate.by_set(ranked).items():
-            part = [row for row in part if all(item["id"] in ids for item in evaluate.ranked_items([row]))]
+            part = evaluate.judged_by_all(part, judged)
             counts = metrics.agreement_counts(evaluate.scored_prompts(part, judged))
             same = {"ranked replies": _digest(part)}
             for metric, (num, den) in _COUNTS.items():

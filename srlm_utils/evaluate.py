@@ -52,6 +52,12 @@ def scored_prompts(ranked: list[dict], judged: list[dict]) -> list[dict]:
     ]
 
 
+def judged_by_all(ranked: list[dict], *judged: list[dict]) -> list[dict]:
+    """Rankings all of whose replies are in each list of judgements; a judge may have judged fewer (`max_rows`)."""
+    ids = set.intersection(*({r["id"] for r in rows} for rows in judged))
+    return [row for row in ranked if all(item["id"] in ids for item in ranked_items([row]))]
+
+
 def of_prompts(ranked: list[dict], values: dict[str, list[float]]) -> list[list[float]]:
     """What `metrics.ratio` takes: sum and number of each prompt's `values`, by reply as in `ranked_items`."""
     found = [[v for r in row["replies"] for v in values[f"{row['prompt_id']}/{r['reply_id']}"]] for row in ranked]
@@ -98,8 +104,7 @@ def gain_rows(
     model: str, opponent: str, ranked: list[dict], judged: list[dict], theirs: list[dict], mode: str, set_name: str
 ) -> list[dict]:
     """Metric row of how much better `model` judges than `opponent` on the same replies."""
-    both = {r["id"] for r in judged} & {r["id"] for r in theirs}  # one may have judged fewer (`max_rows`)
-    shared = [row for row in ranked if all(item["id"] in both for item in ranked_items([row]))]
+    shared = judged_by_all(ranked, judged, theirs)
     gain = metrics.agreement_gain(scored_prompts(shared, judged), scored_prompts(shared, theirs))
     where = {"model": model, "opponent": opponent, "set": set_name, "judge": model, "judge_mode": mode}
     return metrics.metric_rows({"agreement_gain": gain}, **where)
