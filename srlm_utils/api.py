@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import random
 import re
 import statistics
 import threading
@@ -24,14 +23,12 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from srlm_utils import chat, paths, verdicts
+from srlm_utils import chat, paths, retry, verdicts
 from srlm_utils.artefacts import RowLog
 from srlm_utils.errors import DataError, ModelError, ParamError
 
 OPENAI = "https://api.openai.com/v1"
 KEY = "OPENAI_API_KEY"
-RETRIES = 8  # after the first try, each with about twice the wait: a minute and a half in all
-BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
 MAX_RETRY_AFTER_S = 300.0  # a server that asks for a longer wait ends the run, which can go on when it suits
 ASSUMED_CALL_S = 2.0  # until calls were timed
 CHARS_A_TOKEN = 4  # of English text, about
@@ -99,7 +96,7 @@ class Api:
         Reply: {"text", "top" ({token: logprob} of the first token's `logprobs` likeliest; {} if not asked for or not
         given), "usage" (the endpoint's token counts), "model" (which one it says answered)}. Identical requests are
         asked once. `ParamError` before the first call if `limit` is too low; `ModelError` if the endpoint refuses, or
-        does not answer after `RETRIES` more tries.
+        does not answer after `retry.RETRIES` more tries.
         """
         answers, ids, todo = self._split(requests, max_tokens, logprobs)
         made = len(self._seconds)
@@ -227,11 +224,11 @@ class Api:
                 if self._leave_out(e, sent):
                     continue
                 why, asked_for = _status(e), _retry_after(e.response.headers)
-                if e.status_code not in (408, 409, 429) and e.status_code < 500:
+                if not retry.may_pass(e.status_code):
                     raise _Unanswered(self._refusal(e.status_code, key, why)) from None
                 if asked_for > MAX_RETRY_AFTER_S:
                     why += f"; it asks to wait {_duration(asked_for)}"
-                    tries = RETRIES
+                    tries = retry.RETRIES
             except openai.APITimeoutError:
                 why = f"no answer within {self.timeout_s:g} s"
             except openai.APIConnectionError as e:
@@ -239,10 +236,9 @@ class Api:
             except _Malformed as e:
                 why = f"an answer that is not one of the chat API ({e})"
             tries += 1
-            if tries > RETRIES:
+            if tries > retry.RETRIES:
                 raise _Unanswered(f"{self.base_url} did not answer request {key!r} for {self.model}: {why}.")
-            # some of the wait is random, so that what failed together does not come back together
-            stop.wait(asked_for + min(BACKOFF_S * 2 ** (tries - 1), MAX_BACKOFF_S) * random.uniform(0.5, 1))
+            stop.wait(asked_for + retry.backoff(tries))
         return None
 
     def _leave_out(self, e, sent: dict) -> bool:

@@ -8,7 +8,6 @@ serves (``/v1/models``), and one that serves another model than the one meant is
 import json
 import os
 import queue
-import random
 import threading
 import time
 from collections import deque
@@ -16,14 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from srlm_utils import serve
+from srlm_utils import retry, serve
 from srlm_utils.errors import ModelError
 from srlm_utils.paths import resolve
 from srlm_utils.vllm_engine import Reply, VllmEngine
 
 KEY = "VLLM_API_KEY"  # vLLM's own name for it; sent to the servers if it is set
-RETRIES = 8  # of a request, after the first try
-BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
 TIMEOUT_S = 900.0  # for a request, behind all that its server has taken before it
 LOOK_S = 10.0  # for a server to say what it serves
 PATIENCE_S = 180.0  # with no server at all, before the step ends; it goes on where it was when it is run again
@@ -169,7 +166,7 @@ class _Server:
             raw = self._client.completions.with_raw_response.create(model=self.model, prompt=ids, extra_body=how)
             return _reply(raw.http_response.text, ids)
         except openai.APIStatusError as e:
-            if e.status_code in (408, 409, 429) or e.status_code >= 500:
+            if retry.may_pass(e.status_code):
                 raise _Failed(_words(e), gone=False) from None
             raise ModelError(f"{self.url} refuses a request of {len(ids)} tokens: {_words(e)}.") from None
         except openai.APIConnectionError as e:
@@ -261,7 +258,7 @@ class _Share:
                     self._give_back(item, server, e)
                     if e.gone:
                         self._find_again(server)
-                    self.ended.wait(_backoff(item.tries))
+                    self.ended.wait(retry.backoff(item.tries))
                 else:
                     with self.changed:
                         self.n_left -= 1
@@ -281,8 +278,10 @@ class _Share:
 
     def _give_back(self, item: _Item, server: _Server, e: _Failed) -> None:
         item.tries += 1
-        if item.tries > RETRIES:
-            raise ModelError(f"{server.url} did not answer request {item.key!r} ({e}), nor did {RETRIES} tries before.")
+        if item.tries > retry.RETRIES:
+            raise ModelError(
+                f"{server.url} did not answer request {item.key!r} ({e}), nor did {retry.RETRIES} tries before."
+            )
         with self.changed:
             self.waiting.appendleft(item)
             self.changed.notify_all()
@@ -299,14 +298,9 @@ class _Share:
             alone = time.monotonic() if any(s.up for s in self.servers) else alone
             if time.monotonic() - alone > PATIENCE_S:
                 break
-            self.ended.wait(_backoff(tries))
+            self.ended.wait(retry.backoff(tries))
         with self.changed:
             server.sought = False
             self.changed.notify_all()
             if not any(s.up or s.sought for s in self.servers):
                 raise ModelError("\n".join(["no server answers any more.", *(s.why for s in self.servers)]))
-
-
-def _backoff(tries: int) -> float:
-    """Seconds to wait after so many tries; random, so that what failed together does not come back together."""
-    return min(BACKOFF_S * 2 ** (tries - 1), MAX_BACKOFF_S) * random.uniform(0.5, 1)

@@ -99,12 +99,12 @@ def browser():
 @pytest.fixture
 def endpoint(monkeypatch, tmp_path):
     """Makes endpoints; the key is set, waits are short, the cache is a folder of the test."""
-    from srlm_utils import api
+    from srlm_utils import retry
     from tests.endpoints import SECRET, Endpoint
 
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     monkeypatch.setenv("SRLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(api, "BACKOFF_S", 0.02)
+    monkeypatch.setattr(retry, "BACKOFF_S", 0.02)
     servers = []
 
     def make(script):

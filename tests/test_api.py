@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 
 from srlm_utils import api as api_module
-from srlm_utils import chat, evaluate
+from srlm_utils import chat, evaluate, retry
 from srlm_utils.api import Api, compare, grade, p_first, parse_choice, parse_rating
 from srlm_utils.errors import DataError, ModelError, ParamError
 from srlm_utils.metrics import outcomes
@@ -97,7 +97,7 @@ def test_retry_after_is_waited_for(endpoint):
 
 
 def test_retries_end_and_the_answers_are_safe(endpoint, monkeypatch):
-    monkeypatch.setattr(api_module, "RETRIES", 2)
+    monkeypatch.setattr(retry, "RETRIES", 2)
     server = endpoint(
         lambda body, nth: (500, {}, "broken") if body["messages"][0]["content"] == "Say 4" else right_is_first(body)
     )
@@ -127,7 +127,7 @@ def test_a_refusal_ends_at_once(endpoint, status, says):
 
 
 def test_no_server_is_an_error_that_says_so(endpoint, monkeypatch):
-    monkeypatch.setattr(api_module, "RETRIES", 1)
+    monkeypatch.setattr(retry, "RETRIES", 1)
     with pytest.raises(ModelError, match="http://127.0.0.1:9/v1 did not answer request 'k0' .*no connection"):
         ask_all(Api("judge", "http://127.0.0.1:9/v1"))
 

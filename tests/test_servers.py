@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from srlm_utils import judge, serve, servers
+from srlm_utils import judge, retry, serve, servers
 from srlm_utils.answers import write_answers
 from srlm_utils.artefacts import RowLog, read_json, read_jsonl, sha256
 from srlm_utils.errors import ModelError, ParamError
@@ -34,8 +34,8 @@ MORE = [f"{p} ({i})" for i in range(4) for p in PROMPTS]
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(servers, "BACKOFF_S", 0.02)
-    monkeypatch.setattr(servers, "MAX_BACKOFF_S", 0.1)
+    monkeypatch.setattr(retry, "BACKOFF_S", 0.02)
+    monkeypatch.setattr(retry, "MAX_BACKOFF_S", 0.1)
     monkeypatch.setattr(servers, "PATIENCE_S", 1.0)
 
 
@@ -197,7 +197,7 @@ def test_a_request_that_never_works_ends_the_step_and_is_named(tiny, engine, ser
     server = served(fault=lambda body, nth: (500, {}, "cannot") if tuple(body["prompt"]) == bad else None)
     with pytest.raises(ModelError, match="did not answer request 'q2'.*500.*cannot"):
         generate(behind(tiny, server), requests(engine))
-    assert asked(server)[bad] == servers.RETRIES + 1
+    assert asked(server)[bad] == retry.RETRIES + 1
 
 
 def test_a_request_that_is_refused_is_not_asked_again(tiny, engine, served):
