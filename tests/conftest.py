@@ -43,6 +43,17 @@ def cli(*args: str) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
+def example_notebooks() -> list[Path]:
+    """The executed notebooks of the example: one for each step of its experiment, and no other."""
+    from srlm_utils.params import Experiment
+    from srlm_utils.paths import EXAMPLE
+    from srlm_utils.plan import list_steps
+
+    found = sorted((EXAMPLE / "notebooks").glob("*.ipynb"))
+    assert {p.stem for p in found} == {s.name for s in list_steps(Experiment.load([EXAMPLE / "params.yaml"]))}
+    return found
+
+
 def before_dpo(smoke, run) -> None:
     """Make `run` a copy of a smoke run whose M2 is still to be trained."""
     shutil.rmtree(run, ignore_errors=True)

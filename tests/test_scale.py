@@ -12,7 +12,7 @@ from srlm_utils.paths import PROJ_ROOT
 
 def test_synthetic_rows_are_a_run_that_every_part_takes():
     found = scale.run_once(20)
-    assert set(found["parts"]) == {"write_run", "build", "measure", "tables"} and found["rows_gb"] >= 0
+    assert set(found["parts"]) == {"write_run", "build", "measure", "tables"}
 
 
 @pytest.mark.long

@@ -13,7 +13,7 @@ import pytest
 from srlm_utils import rendered, share
 from srlm_utils.errors import DataError, MissingInputError
 from srlm_utils.paths import EXAMPLE, PROJ_ROOT
-from tests.conftest import cli
+from tests.conftest import cli, example_notebooks
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)><iframe src='//evil.example'></iframe>"
 
@@ -177,7 +177,7 @@ def test_a_notebook_that_printed_much_stays_small():
 
 
 def test_the_examples_notebooks_render_on_github():
-    for path in (EXAMPLE / "notebooks").glob("*.ipynb"):
+    for path in example_notebooks():
         text = path.read_text()
         assert path.stat().st_size < 2e6 and "widget-view" not in text and "\\r" not in text
         assert nbformat.reads(rendered.tidy(text), 4) == nbformat.reads(text, 4), (
