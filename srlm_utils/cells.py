@@ -1,7 +1,7 @@
 """What a finished cell of a sweep (one variant, one seed) leaves: small tables from which it can be compared anywhere.
 
 params.yaml          the experiment
-cell.json            minutes of work, revision of the kit, 12 digits of every model's weights
+cell.json            minutes of work, revision of the kit, 12 digits of the weights of every model that was trained
 metrics.csv          the run's figures
 answers.jsonl.gz     every model's answers to the test prompts, with the instructions they follow
 scores.jsonl.gz      expected scores of these answers, with the judge and its weights

@@ -125,8 +125,9 @@ def build_pairs(
     so with "score" the anchor's worst is rejected where it scores below the model's own worst, and the draft's best is
     chosen where it scores above the model's own best (Wang et al. 2025). Candidates without a valid score take no part:
     unparsed is not "worst"; nor do those without a token to learn from, empty and not ended. Reasons to drop a prompt:
-    few_scored (fewer than two that take part), tie (all equal), small_margin (best and worst are nearer than
-    `min_margin`), same_text, empty_chosen; and same_length, where longer and shorter have nothing to choose between.
+    few_scored (fewer than two that take part, or none of them the model's own), tie (all equal), small_margin (best and
+    worst are nearer than `min_margin`), same_text, empty_chosen; and same_length, where longer and shorter have nothing
+    to choose between.
 
     `chosen_ended`: only answers that ended by themselves may be chosen, so that nobody learns to be cut off. A prompt
     without one, or where none of them scores above another answer though one that was cut off does, is dropped as

@@ -121,8 +121,8 @@ def sft_rows(tokenizer, rows: list[dict], max_length: int) -> tuple[list[dict], 
     `rows` hold prompt and response; kind is the EFT format, or "ift". Labels are -100 on the prompt. Of a
     score-first judgement the digit alone carries loss: "Score: " is put in the judge's mouth when its
     expected score is read, and so it is here. EFT rows keep their `group`; score-first ones their `rank`.
-    Raises `ModelError` for score-first rows where the tokenizer does not write a score as one token, and
-    `DataError` for EFT rows without a rank.
+    Raises `DataError` for a score-first row without a rank, and `ModelError` for one where the tokenizer does not
+    write a score as one token.
     """
     out = []
     if unranked := next((r for r in rows if r.get("format") == "score_first" and "rank" not in r), None):

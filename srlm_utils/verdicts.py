@@ -81,8 +81,9 @@ def from_scores(a: dict[str, float], b: dict[str, float], same: set[str]) -> lis
 def read_votes(path: Path) -> list[dict]:
     """People's verdict rows; raises `DataError` for a row that is none.
 
-    Row: {"prompt_id", "model_a", "model_b", "order" ("AB", "BA": which answer was shown first), "p_first" (1 the first
-    wins, 0.5 tie, 0 the second), "judge" (who)}: what a model judge writes, too.
+    Row: {"prompt_id", "model_a", "model_b", "order" ("AB", "BA": which answer was shown first; "none" where neither
+    was, and A counts as the first), "p_first" (1 the first wins, 0.5 tie, 0 the second), "judge" (who)}: what a model
+    judge writes, too.
     """
     rows = read_jsonl(path)
     for i, row in enumerate(rows, 1):
