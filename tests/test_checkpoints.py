@@ -151,7 +151,7 @@ def test_the_strongest_of_a_chain_is_kept(rates, kept):
     assert best(rows(*rates)) == kept
 
 
-def test_strengths_are_bradley_and_terrys(tmp_path):
+def test_strengths_are_bradley_and_terrys():
     (a, b) = (strengths(rows(0.6, 0.8))[s] for s in (2, 4))
     assert a == pytest.approx(torch.logit(torch.tensor(6.5 / 11)).item())
     assert b - a == pytest.approx(torch.logit(torch.tensor(8.5 / 11)).item())

@@ -151,7 +151,7 @@ def test_rows_longer_than_the_context_are_not_trained_on(short):
     assert (len(rows), dropped) == (1, 1)
 
 
-def test_validation_prompts_of_a_selection_are_checked_before_training(short, tmp_path, monkeypatch):
+def test_validation_prompts_of_a_selection_are_checked_before_training(short, tmp_path):
     step = Step(selecting(Sft, select_max_new_tokens=120), tmp_path, short)
     with pytest.raises(DataError, match=r"v0 \(\d+ and 120\).*lower select_max_new_tokens"):
         checkpoints.Selection(step)

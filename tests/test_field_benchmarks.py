@@ -325,7 +325,7 @@ def test_the_harness_results_become_metric_rows():
         harness.metric_rows({}, "M2")
 
 
-def test_without_the_harness_the_extra_is_named(monkeypatch, tmp_path):
+def test_without_the_harness_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     params = Experiment({"benchmarks": {"lm_eval_tasks": ["arc_easy"]}}).flat("10_benchmarks", "M1", "")
     with pytest.raises(ParamError, match=r"lm_eval is not installed.*\[benchmarks\]"):

@@ -137,7 +137,7 @@ def test_a_second_page_of_one_reader_gives_no_second_verdict(study):
     assert two.current == one.current  # it moved on
 
 
-def test_answers_are_escaped_on_the_page(run, tmp_path):
+def test_answers_are_escaped_on_the_page(tmp_path):
     for m in ("M1", "SFT"):
         row = {"cand_id": "t-0", "prompt_id": "t", "prompt": EVIL, "text": EVIL + m, "n_tokens": 3, "ended": True}
         write_jsonl(tmp_path / "r" / m / "eval/answers.jsonl", [row])
@@ -148,7 +148,7 @@ def test_answers_are_escaped_on_the_page(run, tmp_path):
     assert "<script" not in html and "<img" not in html and "<b>anna" not in html and "\x1b" not in html
 
 
-def test_changed_answers_are_not_mixed_up(study, run, tmp_path):
+def test_changed_answers_are_not_mixed_up(study, run):
     study.page("anna").press("1")
     row = json.loads(study.path.read_text())
     write_jsonl(study.path, [row | {"answers": "0" * 12}])

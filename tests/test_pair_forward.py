@@ -63,7 +63,7 @@ def test_the_likelihood_of_chosen_answers_is_added_by_its_weight(tiny, tmp_path,
     assert with_nll[1][0] - alone[0] == pytest.approx(0.5 * nll, rel=1e-4)
 
 
-def test_the_vocabulary_sees_answers_alone_and_prompts_are_read_once(tiny, tmp_path, monkeypatch):
+def test_the_vocabulary_sees_answers_alone_and_prompts_are_read_once(tiny, tmp_path):
     p = params(train_batch_size=3, micro_batch_size=3)
     net, tok = train.load(tiny, p)
     rows, _ = train.dpo_rows(tok, PAIRS, 512)

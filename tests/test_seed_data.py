@@ -187,7 +187,7 @@ def test_more_judgements_come_to_those_of_the_default(files):
     assert {r["prompt_id"] for r in default} < {r["prompt_id"] for r in more}
 
 
-def test_a_training_prompt_near_a_test_prompt_is_dropped(files):
+def test_a_training_prompt_near_a_test_prompt_is_dropped():
     seeds = load_seeds(SeedData(run_dir="x", n_ift=20, n_ranked_train=5).model_dump())[0]
     test = seeds["test_prompts"][0]
     leak = {"prompt_id": "leak", "prompt": test["prompt"] + " Please.", "response": "x"}

@@ -253,7 +253,7 @@ write_answers(step, engine, {prompts!r}, n=2, log="answers.jsonl")
 """
 
 
-def test_what_is_on_disk_is_not_asked_again_after_a_kill(tiny, engine, served, tmp_path):
+def test_what_is_on_disk_is_not_asked_again_after_a_kill(tiny, served, tmp_path):
     slow = {"fault": lambda body, nth: time.sleep(0.05)}
     pair = served(**slow), served(**slow)
     prompts = [{"prompt_id": f"p{i}", "prompt": p} for i, p in enumerate(MORE)]

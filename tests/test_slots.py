@@ -49,7 +49,7 @@ def test_a_seed_gives_the_same_texts_for_any_batch_size(tiny, engine, batch_size
     assert generate(engine, requests(engine, MORE), **kw) == generate(other, requests(other, MORE), **kw)
 
 
-def test_models_that_are_not_plain_give_the_same_in_whole_batches(tiny, engine, monkeypatch):
+def test_models_that_are_not_plain_give_the_same_in_whole_batches(engine, monkeypatch):
     reqs, kw = requests(engine, MORE[:7]), {"n": 2, "temperature": 0.8, "top_p": 0.9, "max_new_tokens": 9}
     plain = generate(engine, reqs, **kw), sorted(r for b in engine.choice_probs(reqs, [5, 6, 7]) for r in b)
     monkeypatch.setattr(attention, "plain", lambda *_: False)
@@ -60,7 +60,7 @@ def test_models_that_are_not_plain_give_the_same_in_whole_batches(tiny, engine, 
         assert [*probs, mass] == pytest.approx([*other_probs, other_mass], abs=1e-5)
 
 
-def test_what_prompts_share_is_read_once(engine, monkeypatch):
+def test_what_prompts_share_is_read_once(engine):
     rubric = judge.Rubric("short")
     items = [
         {

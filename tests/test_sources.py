@@ -170,7 +170,7 @@ def test_bad_sources_are_named(tmp_path):
         list(sources.records(str(tmp_path / "none.jsonl")))
 
 
-def test_a_hub_data_set_is_streamed(tmp_path, monkeypatch):
+def test_a_hub_data_set_is_streamed(monkeypatch):
     import datasets
 
     asked = []
@@ -280,7 +280,7 @@ def test_what_is_left_out_is_counted_once(tmp_path):
     assert seeds.load_seeds(p.model_dump())[1][path]["prompt deleted"] == 1
 
 
-def test_a_set_that_is_all_leaks_is_an_error(tmp_path):
+def test_a_set_that_is_all_leaks_is_an_error():
     rows, _ = seeds.load_seeds(SeedData(run_dir="x", n_ift=3).model_dump())
     with pytest.raises(DataError, match="ift: every prompt also stands"):
         seeds.drop_leaks(rows | {"ift": [r | {"response": "x"} for r in rows["test_prompts"][:3]]}, 0.7)

@@ -111,7 +111,7 @@ def test_what_cells_share_is_made_once_a_seed(made, tmp_path, capsys):
     assert "cell 2/4: random_pairs, seed 0 · about" in out and "taken over from other cells: 01_seed_data@run" in out
 
 
-def test_a_step_of_other_parameters_or_inputs_is_made_again(made, tmp_path):
+def test_a_step_of_other_parameters_or_inputs_is_made_again(made):
     made.run(["default"], 1)
     made.run(["default", "without_eft"], 1)
     own = {s for c, s in made if c == "without_eft-0"}
