@@ -26,6 +26,7 @@ from filelock import FileLock
 from srlm_utils import chat, paths, retry, verdicts
 from srlm_utils.artefacts import RowLog
 from srlm_utils.errors import DataError, ModelError, ParamError
+from srlm_utils.printable import without_secret
 
 OPENAI = "https://api.openai.com/v1"
 KEY = "OPENAI_API_KEY"
@@ -301,10 +302,7 @@ def _key() -> str:
 
 def _clean(text: str) -> str:
     """Words of a server, fit for a file or a message: without the key, and valid UTF-8."""
-    key = _key()
-    if len(key) >= 8:  # a shorter one is a dummy, and may be a word
-        text = text.replace(key, "[key]")
-    return text.encode("utf-8", "replace").decode()
+    return without_secret(text, _key()).encode("utf-8", "replace").decode()
 
 
 def _reply(text: str) -> dict:

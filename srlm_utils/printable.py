@@ -15,11 +15,16 @@ def printable(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
+def without_secret(text: str, secret: str, name: str = "key") -> str:
+    """`text` with ``[name]`` in place of a secret; one of fewer than 8 characters is a dummy, and may be a word."""
+    return text.replace(secret, f"[{name}]") if len(secret) >= 8 else text
+
+
 def without_secrets(text: str) -> str:
     """`text` without the values of environment variables whose names say that they are secret."""
     for name, value in os.environ.items():
-        if _SECRET.search(name.upper()) and len(value) >= 8:  # a shorter one is a dummy, and may be a word
-            text = text.replace(value, f"[{name}]")
+        if _SECRET.search(name.upper()):
+            text = without_secret(text, value, name)
     return text
 
 

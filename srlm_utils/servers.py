@@ -18,6 +18,7 @@ from pathlib import Path
 from srlm_utils import retry, serve
 from srlm_utils.errors import ModelError
 from srlm_utils.paths import resolve
+from srlm_utils.printable import without_secret
 from srlm_utils.vllm_engine import Reply, VllmEngine
 
 KEY = "VLLM_API_KEY"  # vLLM's own name for it; sent to the servers if it is set
@@ -182,9 +183,7 @@ def _same(a: Path, b: Path) -> bool:
 def _words(e) -> str:
     """What went wrong, short, without the key."""
     why = str(getattr(e, "body", None) or e.__cause__ or e)[:300]
-    key = os.environ.get(KEY, "")
-    why = why.replace(key, "[key]") if len(key) >= 8 else why
-    return f"{getattr(e, 'status_code', type(e).__name__)}: {why}"
+    return f"{getattr(e, 'status_code', type(e).__name__)}: {without_secret(why, os.environ.get(KEY, ''))}"
 
 
 def _reply(text: str, ids: list[int]) -> Reply:
