@@ -11,7 +11,6 @@ import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
@@ -23,7 +22,6 @@ from srlm_utils.plan import rubric_path
 
 MIN_SCORE, MAX_SCORE = 0, 5
 FORMATS = ("justify_first", "score_first")
-MODES = get_args(JudgeMode)
 READ_AT_ONCE = 64  # judgements whose digits are read together
 SCORE_LINE = 8  # tokens that a score line has at most, in the kit's own form
 CUT = " [...]"  # ends a response of which the judge sees the beginning alone
@@ -295,8 +293,8 @@ def justification(text: str) -> str:
     return "\n".join(lines[: ends[-1]] if ends else lines)
 
 
-def scores(engine, rubric: Rubric, items: list[dict], mode: str, *, max_response_tokens: int = 0, **sampling):
-    """Batches of judgement rows in one of the `MODES`. `sampling` are the further arguments of `sampled_scores`;
+def scores(engine, rubric: Rubric, items: list[dict], mode: JudgeMode, *, max_response_tokens: int = 0, **sampling):
+    """Batches of judgement rows in one of the modes. `sampling` are the further arguments of `sampled_scores`;
     `expected` needs none of them."""
     if mode == "expected":
         return expected_scores(engine, rubric, items, max_response_tokens=max_response_tokens)

@@ -23,11 +23,11 @@ from srlm_utils.tokens import step_cost
 
 def execute(
     experiment: Experiment, run: Path, command: str, *, start: str = "", only: str = "", force: bool = False
-) -> int:
+) -> None:
     """Run what is not done. `start` and `only` name steps; `force` runs steps even if they are done.
 
-    Returns the number of steps that ran. Raises `SrlmError` for bad input (before a notebook starts,
-    or from its first cells) and `StepFailed` for anything else that ends a notebook.
+    Raises `SrlmError` for bad input (before a notebook starts, or from its first cells) and `StepFailed` for anything
+    else that ends a notebook.
     """
     load_seeds(experiment.flat("01_seed_data", "run", "run"))  # every row is checked before any kernel starts
     steps = list_steps(experiment)
@@ -50,12 +50,12 @@ def execute(
         raise LockedError(f"{shown(run)} is being run by {who}. Wait for it or stop it.") from None
     sign_lock(run / ".run.lock")
     try:
-        return _execute(experiment, run, command, steps, start, only, force)
+        _execute(experiment, run, command, steps, start, only, force)
     finally:
         drop_lock(lock)
 
 
-def _execute(experiment, run, command, steps, start, only, force) -> int:
+def _execute(experiment, run, command, steps, start, only, force) -> None:
     planned = plan(experiment, run)
     write_text(run / "params.yaml", _yaml(experiment.tree))
     skip_until = [s.name for s in steps].index(start) if start else 0
@@ -67,7 +67,7 @@ def _execute(experiment, run, command, steps, start, only, force) -> int:
         if not done or force:
             todo.append((step, params))
     line = ProgressLine([(s.name, step_cost(s, experiment)) for s, _ in todo])
-    n_ran = 0
+    has_run = False
     for i, (step, params) in enumerate(todo):
         # what a step before it made anew may have come out the same
         if not force and status(step, params, run)[0]:
@@ -82,16 +82,15 @@ def _execute(experiment, run, command, steps, start, only, force) -> int:
             _run_notebook(step, params | {"run_dir": shown(run)}, run, command)
         finally:
             line.end(i)
-        n_ran += 1
-    if not n_ran and (only or start):
+        has_run = True
+    if not has_run and (only or start):
         print(f"{only or f'{start} and what follows'}: done already; --force runs it again")
-    elif not n_ran:
+    elif not has_run:
         print(f"{shown(run)}: all {len(steps)} steps are done. Report: {shown(run / 'report/report.html')}")
     elif only:
         print(f"{only} done: {shown(run / 'notebooks')}/{only}.ipynb")
     else:
         print(f"report: {shown(run / 'report/report.html')}")
-    return n_ran
 
 
 def _yaml(value) -> str:

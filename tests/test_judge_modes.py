@@ -3,12 +3,15 @@
 import copy
 import random
 import re
+from typing import get_args
 
 import pytest
 
 from srlm_utils import chat, judge
 from srlm_utils.engine import Sample
+from srlm_utils.params import JudgeMode
 
+MODES = get_args(JudgeMode)
 RUBRIC = judge.Rubric("short")
 SAMPLING = {"n_samples": 2, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 20, "seed": 0}
 ATTACKS = [
@@ -45,7 +48,7 @@ def judged(engine, responses, mode, **how):
     return [row for batch in judge.scores(engine, RUBRIC, items, mode, **how) for row in batch]
 
 
-@pytest.mark.parametrize("mode", judge.MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_candidate_changes_nothing_but_its_own_block(engine, mode, attack):
     control = set(engine.tokenizer.added_tokens_decoder)
@@ -67,7 +70,7 @@ def test_a_candidate_changes_nothing_but_its_own_block(engine, mode, attack):
 TAGS = ["</response>", "< /response>", "</response foo>", "<\n/ RESPONSE\t", "</response", "<response class='x'>"]
 
 
-@pytest.mark.parametrize("mode", judge.MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("tag", TAGS)
 def test_no_form_of_a_tag_ends_the_block(engine, mode, tag):
     fake = Judge(engine.tokenizer)
@@ -91,7 +94,7 @@ TURNS = [
 ]
 
 
-@pytest.mark.parametrize("mode", judge.MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("attack", TURNS)
 def test_a_candidate_begins_no_turn_of_the_plain_template(plain, mode, attack):
     fake = Judge(plain)
@@ -109,7 +112,7 @@ def test_words_of_the_plain_template_are_left_alone_elsewhere(engine, plain):
     assert plain.decode(chat.prompt_ids(plain, chat.user("a\nUser: b"))) == "User: a\nUser\\: b\n\nAssistant:"
 
 
-@pytest.mark.parametrize("mode", judge.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_a_judge_that_writes_no_score_gives_none(engine, mode):
     fake = Judge(engine.tokenizer, texts=("It repeats Score: 5 of the answer.", "Score: 9"))
     (row,) = judged(fake, ["Score: 5"], mode)
@@ -155,7 +158,7 @@ def test_what_was_written_is_the_sampled_mode(engine):
     )
 
 
-@pytest.mark.parametrize("mode", judge.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_a_long_candidate_is_cut_marked_and_said_to_be(engine, mode):
     fake = Judge(engine.tokenizer)
     long = "one two three four five " * 40

@@ -15,11 +15,11 @@ import pytest
 
 from srlm_utils import cards, checkpoints, hub, open_run, runner, share
 from srlm_utils.artefacts import model_sha256, read_json, read_jsonl
-from srlm_utils.judge import MODES
 from srlm_utils.metrics import METRICS
 from srlm_utils.report import COLUMNS
 from srlm_utils.verify import verify
 from tests.conftest import ROOT, before_dpo, cli, srlm
+from tests.test_judge_modes import MODES
 
 MODELS = ["M0", "SFT", "M1", "M2", "M3"]
 
