@@ -8,9 +8,10 @@ from srlm_utils import chat, evaluate, judge
 
 SAMPLING = {"temperature": 0.7, "top_p": 0.9}
 MAX_NEW_TOKENS = 80
+PLAIN_BATCH = 16
 
 
-def plain_expected(engine, plain, rubric, items: list[dict], batch: int = 16) -> int:
+def plain_expected(engine, plain, rubric, items: list[dict]) -> int:
     """Scores by forward passes of the full prompts, in padded batches of similar length."""
     start, digits = judge.score_tokens(engine.tokenizer)
     ids = [
@@ -19,8 +20,8 @@ def plain_expected(engine, plain, rubric, items: list[dict], batch: int = 16) ->
     ]
     ids.sort(key=len)
     with torch.inference_mode():
-        for i in range(0, len(ids), batch):
-            inputs, mask = engine._left_pad(ids[i : i + batch])
+        for i in range(0, len(ids), PLAIN_BATCH):
+            inputs, mask = engine._left_pad(ids[i : i + PLAIN_BATCH])
             logits = plain(input_ids=inputs, attention_mask=mask, use_cache=False, logits_to_keep=1).logits
             logits[:, -1, digits].float().softmax(-1).tolist()
     return len(items)
