@@ -271,7 +271,6 @@ def _counts(p: dict) -> tuple[dict, list] | None:
     from scipy import stats  # slow to import, and needed nowhere else
 
     gaps = [scores[i] - scores[j] for i, j in pairs]
-    longer = [lengths[i] - lengths[j] for i, j in pairs]
     near = [abs(lengths[i] - lengths[j]) <= SIMILAR * max(lengths[i], lengths[j]) for i, j in pairs]
     flat = not pairs or len(set(scores)) == 1
     fives = [r for r, s in zip(ranks, scores, strict=True) if s >= 4.5]
@@ -279,9 +278,9 @@ def _counts(p: dict) -> tuple[dict, list] | None:
         "n": len(pairs),
         "right": sum(g > 0 for g in gaps),
         "ties": sum(g == 0 for g in gaps),
-        "longer": sum((g > 0) + 0.5 * (g == 0) for g in longer),
+        "longer": sum(_credit(lengths, *p) for p in pairs),
         "near": sum(near),
-        "near_right": sum((g > 0) + 0.5 * (g == 0) for g, is_near in zip(gaps, near, strict=True) if is_near),
+        "near_right": sum(_credit(scores, *p) for p, is_near in zip(pairs, near, strict=True) if is_near),
         "fives": len(fives),
         "fives_best": sum(r == min(p["ranks"]) for r in fives),
         "exact": not n_unscored and all(g > 0 for g in gaps),

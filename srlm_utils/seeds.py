@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from pathlib import Path
 
-from srlm_utils import sources
+from srlm_utils import metrics, sources
 from srlm_utils.errors import DataError, ParamError
 from srlm_utils.plan import is_hub_id, seed_path
 from srlm_utils.rows import PromptRow, load_rows
@@ -130,11 +130,9 @@ def drop_leaks(seeds: dict[str, list[dict]], rouge_l_max: float) -> tuple[dict[s
 
 def pairs_won_by_longer(ranked: list[dict]) -> tuple[float, int]:
     """(share of ordered reply pairs in which the better one is longer in characters, pairs)."""
-    gaps = [
-        len(a["text"]) - len(b["text"])
+    rows = [
+        {"ranks": [r["rank"] for r in row["replies"]], "scores": [len(r["text"]) for r in row["replies"]]}
         for row in ranked
-        for a in row["replies"]
-        for b in row["replies"]
-        if a["rank"] < b["rank"]
     ]
-    return sum((g > 0) + 0.5 * (g == 0) for g in gaps) / len(gaps), len(gaps)
+    n = sum(len(metrics.ordered_pairs(row["ranks"])) for row in rows)
+    return sum(map(metrics.credit, rows)) / n, n
