@@ -31,18 +31,13 @@ def agrees(ranks: list[int], scores: list[float], rule: str = "no_reversal") -> 
     return all(scores[i] >= scores[j] for i, j in pairs) and any(scores[i] > scores[j] for i, j in pairs)
 
 
-def _learned(score: float) -> int:
-    """The score that is learned: of 3.9 and 3.6 neither is the higher one then."""
-    return int(score + 0.5)
-
-
 def accept(ranked: list[dict], judged: list[dict], rule: str = "no_reversal") -> tuple[list[dict], dict[str, int]]:
     """Rejection against the human ranking: keep judgements whose scores agree with it.
 
     `judged` are `judge.sampled_scores` rows with ids ``<prompt_id>/<reply_id>``. The s-th judgement of
     every reply of a prompt makes the s-th try; the first try that is parsed and justified for all replies and
-    `agrees`, its scores rounded as they are learned, is kept. Returns ({prompt_id, reply_id, rank, prompt, reply,
-    score, justification} rows, drops by reason).
+    `agrees`, its scores rounded as they are learned (of 3.9 and 3.6 neither is the higher one then), is kept. Returns
+    ({prompt_id, reply_id, rank, prompt, reply, score, justification} rows, drops by reason).
     """
     samples = {row["id"]: row["samples"] for row in judged}
     kept, drops = [], {"unparsed": 0, "disagrees": 0}
@@ -50,7 +45,7 @@ def accept(ranked: list[dict], judged: list[dict], rule: str = "no_reversal") ->
         tries = list(zip(*(samples[f"{row['prompt_id']}/{r['reply_id']}"] for r in row["replies"]), strict=True))
         ranks = [r["rank"] for r in row["replies"]]
         parsed = [t for t in tries if all(s["score"] is not None and judge.justification(s["text"]) for s in t)]
-        good = next((t for t in parsed if agrees(ranks, [_learned(s["score"]) for s in t], rule)), None)
+        good = next((t for t in parsed if agrees(ranks, [judge.rounded(s["score"]) for s in t], rule)), None)
         if good is None:
             drops["disagrees" if parsed else "unparsed"] += 1
             continue
@@ -62,7 +57,7 @@ def accept(ranked: list[dict], judged: list[dict], rule: str = "no_reversal") ->
                     "rank": r["rank"],
                     "prompt": row["prompt"],
                     "reply": r["text"],
-                    "score": _learned(s["score"]),
+                    "score": judge.rounded(s["score"]),
                     "justification": judge.justification(s["text"]),
                 }
             )
@@ -98,7 +93,7 @@ def from_ranks(ranked: list[dict]) -> list[dict]:
         for r in row["replies"]:
             place = ranks.index(r["rank"]) / (len(ranks) - 1)
             one = {"prompt_id": row["prompt_id"], "reply_id": r["reply_id"], "rank": r["rank"], "prompt": row["prompt"]}
-            rows.append(one | {"reply": r["text"], "score": int(5 - 4 * place + 0.5), "justification": ""})
+            rows.append(one | {"reply": r["text"], "score": judge.rounded(5 - 4 * place), "justification": ""})
     return rows
 
 

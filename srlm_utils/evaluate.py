@@ -91,7 +91,7 @@ def calibration(ranked: list[dict], judged: list[dict]) -> list[dict]:
             places = by_prompt.setdefault(row["prompt"], {})
             for rank, score in zip(row["ranks"], row["scores"], strict=True):
                 if score is not None:
-                    places.setdefault(int(score + 0.5), []).append(rank / worst)
+                    places.setdefault(judge.rounded(score), []).append(rank / worst)
     out = []
     for score in range(judge.MIN_SCORE, judge.MAX_SCORE + 1):
         having = [places[score] for places in by_prompt.values() if score in places]

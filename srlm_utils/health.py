@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 
+from srlm_utils.judge import rounded
 from srlm_utils.metrics import mean, metric_rows, plain, ratio, std
 from srlm_utils.pairs import by_a_draft, by_the_model, consistency, scored_candidates
 
@@ -40,7 +41,7 @@ def round_metrics(
     }
     if any(masses):  # an expected score is one however little the digits hold: this says whether it means anything
         figures["candidate_score_mass"] = ratio([sum(m) for m in masses], [len(m) for m in masses])
-    points = Counter(int(s + 0.5) for s in flat)
+    points = Counter(map(rounded, flat))
     shares = [n / len(flat) for n in points.values()]
     figures["modal_share"] = plain(max(shares, default=None), len(flat))
     figures["score_entropy"] = plain(-sum(p * math.log2(p) for p in shares) if shares else None, len(flat))

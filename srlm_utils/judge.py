@@ -286,6 +286,11 @@ def spread(row: dict) -> float:
     return row["variance"] or 0.0
 
 
+def rounded(score: float) -> int:
+    """The nearest score on the scale; a half goes up."""
+    return int(score + 0.5)
+
+
 def justification(text: str) -> str:
     """What a judgement says before its last score line."""
     lines = text.rstrip().splitlines()
