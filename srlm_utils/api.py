@@ -321,7 +321,8 @@ def _reply(text: str) -> dict:
 
 def _status(e) -> str:
     body = e.body if isinstance(e.body, dict) else {}
-    return _clean(f"{e.status_code} ({str(body.get('message') or e.message)[:300].rstrip('. ')})")
+    why = _clean(str(body.get("message") or e.message))  # before it is cut: half a key is one, too
+    return f"{e.status_code} ({why[:300].rstrip('. ')})"
 
 
 def _retry_after(headers) -> float:

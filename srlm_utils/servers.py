@@ -182,8 +182,8 @@ def _same(a: Path, b: Path) -> bool:
 
 def _words(e) -> str:
     """What went wrong, short, without the key."""
-    why = str(getattr(e, "body", None) or e.__cause__ or e)[:300]
-    return f"{getattr(e, 'status_code', type(e).__name__)}: {without_secret(why, os.environ.get(KEY, ''))}"
+    why = without_secret(str(getattr(e, "body", None) or e.__cause__ or e), os.environ.get(KEY, ""))
+    return f"{getattr(e, 'status_code', type(e).__name__)}: {why[:300]}"  # cut last: half a key is one, too
 
 
 def _reply(text: str, ids: list[int]) -> Reply:

@@ -228,13 +228,15 @@ def test_another_model_is_refused_and_both_are_named(tiny, engine, served):
     assert not server.bodies and {body["model"] for body in right.bodies} == {"M1-0123456789ab"}
 
 
-def test_the_key_goes_to_the_servers_and_into_no_message(tiny, engine, served, monkeypatch):
-    monkeypatch.setenv("VLLM_API_KEY", "sk-secret-0123456789")
-    server = served(fault=lambda body, nth: (401, {}, "bad key sk-secret-0123456789"))
+@pytest.mark.parametrize("words", ["bad key", f"bad{' ' * 250}key"])  # the second is cut in the middle of the key
+def test_the_key_goes_to_the_servers_and_into_no_message(tiny, engine, served, monkeypatch, words):
+    key = "sk-secret-0123456789" + "abcdef" * 20
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    server = served(fault=lambda body, nth: (401, {}, f"{words} {key}"))
     with pytest.raises(ModelError) as e:
         generate(behind(tiny, server), requests(engine)[:1])
     assert "[key]" in str(e.value) and "sk-secret" not in str(e.value)
-    assert server.keys == ["Bearer sk-secret-0123456789"]
+    assert server.keys == [f"Bearer {key}"]
 
 
 # ---- kills
