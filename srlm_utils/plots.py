@@ -339,17 +339,18 @@ def training(logs: pd.DataFrame):
         panels.remove("loss")
     fig, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3), squeeze=False)
     for ax, column in zip(axes[0], panels, strict=True):
+        scale = 100 if titles[column].endswith("%") else 1
         for m in dict.fromkeys(logs.model):
             rows = logs[(logs.model == m) & logs[column].notna()]
             if column == "rewards/accuracies":  # at first model and reference are one: no pair can be right
                 rows = rows[rows["rewards/margins"].abs() > 1e-6]
             if len(rows):
-                values = rows[column] * (100 if "accurac" in column else 1)
+                values = rows[column] * scale
                 smooth = values.rolling(max(3, len(rows) // 20), min_periods=1).mean()
                 ax.plot(rows.step, values, color=color(m), marker=marker(m), markersize=2, lw=0, alpha=0.35)
                 ax.plot(rows.step, smooth, color=color(m), lw=1.6, label=m)
         if column in nothing:
-            ax.axhline(nothing[column] * (100 if "accurac" in column else 1), color="#555555", lw=1, ls=":")
+            ax.axhline(nothing[column] * scale, color="#555555", lw=1, ls=":")
         ax.set_xlabel("optimizer step")
         ax.set_title(titles[column], fontsize=10)
         ax.legend(fontsize=8)
