@@ -88,7 +88,7 @@ def test_a_smoke_run_killed_again_and_again_ends_as_an_undisturbed_one(smoke):
             else:  # it came to its end between two kills; the others are for another run
                 assert_undisturbed(run, smoke)
                 shutil.rmtree(run)
-        result = srlm(*SMOKE, "--run-name", run.name, timeout=1200)
+        result = srlm(*SMOKE, "--run-name", run.name, timeout=3600)
         assert result.returncode == 0, result.stdout + result.stderr
         assert_undisturbed(run, smoke)
     finally:

@@ -451,7 +451,7 @@ def test_the_whole_loop_behind_servers_that_each_step_starts(smoke):
     shutil.rmtree(run, ignore_errors=True)
     args = ["params/smoke.yaml", "--run-name", run.name, "--set", "common.engine=server"]
     try:
-        result = srlm("run", *args, "--set", f"common.serve_command={COMMAND}", timeout=1100)
+        result = srlm("run", *args, "--set", f"common.serve_command={COMMAND}", timeout=3600)
         assert result.returncode == 0, result.stdout + result.stderr
         for model in ("M0", "SFT", "M1"):  # they are those of the other run; sampled texts are not
             ours, theirs = (expected(folder / model / "eval/judgements.jsonl") for folder in (run, smoke))
