@@ -91,7 +91,7 @@ class SeedData(Step):
 
 
 class _Train(_Judged):
-    max_rows: int = Field(0, ge=0)  # 0 takes all rows; a number the first so many, for a quick try
+    max_rows: int = Field(0, ge=0)  # 0 takes all rows; a number the first so many of each file, for a quick try
     lora_r: int = Field(16, ge=0)  # 0 trains all weights
     lora_alpha: int = Field(32, ge=1)
     lora_layers: int = Field(0, ge=0)  # adapters on the last so many layers, 0 is all; fewer train faster

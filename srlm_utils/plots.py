@@ -280,7 +280,7 @@ def score_histogram(scores: pd.DataFrame, title: str = "What each model thought 
     """Scores of the candidates, a panel a model that wrote them; `scores` has columns model and score."""
     models = [m for m in scores.model.unique() if is_of_run(m)]
     fig, axes = plt.subplots(
-        1, max(len(models), 1), figsize=(4.2 * max(len(models), 1), 2.9), sharex=True, squeeze=False
+        1, max(len(models), 1), figsize=(4.2 * max(len(models), 1), 2.9), sharex=True, sharey=True, squeeze=False
     )
     for ax, m in zip(axes[0], models, strict=False):
         values = scores[scores.model == m].score.dropna()

@@ -272,7 +272,8 @@ METHOD = (
 
 READERS = (
     "They read both answers without knowing whose they are; a pair goes to the model with more of its readers' votes, "
-    "and ties count half. The first interval holds for other prompts and these models, the second for other seeds, too."
+    "and ties count half. The first interval holds for other prompts and these models, the second for other seeds, "
+    "too. The file does not say who the readers were; in the sweeps that come with the kit they were language models."
 )
 
 

@@ -4,11 +4,14 @@ import json
 import re
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
+import pandas as pd
 import papermill as pm
 import pytest
 
+from srlm_utils import plan
 from srlm_utils.params import STAGES, Experiment, stage_key
 from srlm_utils.plan import list_steps
 from srlm_utils.tokens import token_table
@@ -82,6 +85,19 @@ def test_labelling_defaults_are_the_papers_human_evaluation():
     exec(read(ROOT / "notebooks/11_label.ipynb").cells[2].source, namespace)
     assert [namespace[k] for k in ("n_prompts", "n_readers", "opponent")] == [50, 3, "SFT"]
     assert namespace["labels"].startswith("results/scratch/")
+
+
+def test_a_quick_try_of_m1_learns_to_judge_too():
+    """`max_rows` takes so many rows of each file: with the first ones of all, M1 would see no judgement."""
+    cell = next(c.source for c in code(read(ROOT / "notebooks/02_sft.ipynb")) if "p.max_rows" in c.source)
+    step = SimpleNamespace(rows=lambda path: [path] * 5)
+    p = SimpleNamespace(use_eft=True, max_rows=2)
+    namespace = {"plan": plan, "pd": pd, "step": step, "p": p, "model": "M1"}
+    exec(cell, namespace)
+    assert namespace["data"] == ["seed/ift.jsonl"] * 2 + ["SFT/eft/train.jsonl"] * 2
+    p.max_rows = 0
+    exec(cell, namespace)
+    assert len(namespace["data"]) == 10
 
 
 @pytest.mark.parametrize("path", STAGE_NOTEBOOKS, ids=lambda p: p.stem)
