@@ -82,7 +82,8 @@ def card(
     )
     if not results:
         data.model_name = None
-    n_rows = {path: info["n_rows"] for path, info in made["inputs"].items() if "n_rows" in info}
+    n_rows = _learned(made)
+    figures = {k: v for k, v in made["figures"].items() if k != "learned"}  # they stand under Data
     params = {k: v for k, v in made["params"].items() if k not in _NOT_SHOWN}
     parts = [
         f"---\n{data.to_yaml()}\n---",
@@ -92,7 +93,7 @@ def card(
         "## Lineage\n" + "\n".join(f"{i}. {text}" for i, text in enumerate(lineage, 1)),
         "## Data\n" + _table({"file of the run": list(n_rows), "rows": list(n_rows.values())}),
         "## Training\n" + _kept(made) + _table({"parameter": [*params], "value": [*map(_cell, params.values())]}),
-        _table({"figure": [*made["figures"]], "value": [*map(_cell, made["figures"].values())]}),
+        _table({"figure": [*figures], "value": [*map(_cell, figures.values())]}),
         "## Evaluation\n" + _evaluation(model, list(rows)),
         f"## Limits\n{LIMITS}",
     ]
@@ -177,6 +178,12 @@ def training_manifest(run: Path, model: str) -> dict:
     raise MissingInputError(f"{shown(run)}: no step that made {model} is done here; `srlm status` lists what is.")
 
 
+def _learned(manifest: dict) -> dict[str, int]:
+    """Rows of each file that a training learned from: of some it takes a share (`judge_share`, `replay`)."""
+    n_rows = {path: info["n_rows"] for path, info in manifest["inputs"].items() if "n_rows" in info}
+    return n_rows | manifest["figures"].get("learned", {})
+
+
 def lineage(pointer: dict, manifests: list[dict]) -> list[str]:
     """One line a model, from the seed model on; `manifests` of the training steps in their order."""
     revision = f" at revision {pointer['revision']}" if pointer.get("revision") else ""
@@ -185,7 +192,7 @@ def lineage(pointer: dict, manifests: list[dict]) -> list[str]:
         name = m["step"].partition("@")[2]
         how = "by DPO on preference pairs" if m["step"].startswith("07_dpo") else "by supervised fine-tuning"
         start = init_model(name)
-        data = ", ".join(f"{p} ({i['n_rows']} rows)" for p, i in m["inputs"].items() if "n_rows" in i)
+        data = ", ".join(f"{path} ({n} rows)" for path, n in _learned(m).items())
         source = m["inputs"].get(weights(start), {}).get("sha256", "")  # a scratch run may have had a stand-in
         lines.append(f"{name} was made from {start}{f' ({source[:12]})' if source else ''} {how}: {data}.")
         if any(p.startswith(f"{draft_of(name)}/") for p in m["inputs"]):

@@ -184,7 +184,7 @@ def _status(args) -> int:
     run = run_folder(args.run)
     rows, damaged = status_rows(run)
     for r in rows:
-        figures = ", ".join(f"{k} {v}" for k, v in r["figures"].items())
+        figures = ", ".join(f"{k} {v}" for k, v in r["figures"].items() if not isinstance(v, dict))
         print(f"{r['step']:<22} {r['seconds']:>7.0f} s  {r['peak_memory_gb']:>5.1f} GB  {figures}")
     print(f"{len(rows)} steps done, {sum(r['seconds'] for r in rows) / 60:.1f} min of work")
     for work in sorted((run / "steps").glob("*.work")):

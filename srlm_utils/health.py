@@ -6,6 +6,9 @@ from collections import Counter
 from srlm_utils.judge import rounded
 from srlm_utils.metrics import mean, metric_rows, plain, ratio, std
 from srlm_utils.pairs import by_a_draft, by_the_model, consistency, scored_candidates
+from srlm_utils.params import is_draft
+
+OF_A_DRAFT = ("pair_yield", "draft_chosen_rate", "chosen_chars", "rejected_chars")
 
 
 def round_metrics(
@@ -13,7 +16,8 @@ def round_metrics(
 ) -> list[dict]:
     """Metric rows of one round, set "aift": pair yield, parse rate or the scores' mass, their spread and ties, lengths.
 
-    Scores are those of the model's own candidates.
+    Scores are those of the model's own candidates. Of a draft only what is its own: yield, lengths and whose the chosen
+    ones are; the rest would be the figures of the round it drafts for, once more.
     """
     from scipy import stats  # slow to import
 
@@ -52,11 +56,19 @@ def round_metrics(
     if any(j.get("implicit") is not None for j in judgements):
         found = [consistency(cs) for cs in by_prompt.values()]
         figures["reward_consistency"] = mean([c for c in found if c is not None])
+    if any("meta" in j for j in judgements):
+        told = [[j["meta"] for j in js if "meta" in j] for js in judged]
+        firsts = [sum(t["first"] for t in ts) for ts in told]
+        figures["meta_first_place_rate"] = ratio(firsts, [sum(t["first"] + t["second"] for t in ts) for ts in told])
+        made = [any(t["pair"] for t in ts) for ts in told]
+        figures["judge_pair_yield"] = mean(made + [False] * (len(prompts) - len(made)))
     if drafted := {c["cand_id"] for c in everyone if by_a_draft(c)}:
         figures["draft_chosen_rate"] = mean([r.get("chosen_id") in drafted for r in kept])
     if kept and "chosen" in kept[0]:
         figures["chosen_chars"] = mean([len(r["chosen"]) for r in kept])
         figures["rejected_chars"] = mean([len(r["rejected"]) for r in kept])
+    if is_draft(model):
+        figures = {name: figures[name] for name in OF_A_DRAFT if name in figures}
     first = judgements[0] if judgements else {"judge_mode": ""}
     judge = first.get("judge", model)
     return metric_rows(figures, model=model, set="aift", judge=judge, judge_mode=first["judge_mode"])

@@ -72,6 +72,8 @@ METRICS = {
     ),
     "pair_yield": ("share", "new prompts that became a preference pair"),
     "draft_chosen_rate": ("share", "pairs whose chosen answer a draft of the next model wrote"),
+    "judge_pair_yield": ("share", "new prompts that became a pair of judgements (meta_judge)"),
+    "meta_first_place_rate": ("share", "verdicts on two judgements for the one shown first; 0.5 is no position bias"),
     "candidate_score_std": ("points", "standard deviation of the candidates' scores"),
     "within_prompt_score_std": (
         "points",

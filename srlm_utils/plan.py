@@ -294,15 +294,26 @@ def _check_round(experiment: Experiment, model: str) -> None:
             raise ParamError(
                 f"{name}: found {value!r}, expected a model that was there before {model}: {', '.join(before)}."
             )
-    if experiment.flat("06_build_pairs", model, "")["implicit_rule"] and not reference:
+    rule = experiment.flat("06_build_pairs", model, "")["implicit_rule"]
+    if rule and not reference:
         raise ParamError("build_pairs.implicit_rule needs judge.implicit_reference, an earlier model such as M0.")
     if judging["meta_judge"] and (judging["judge_mode"] == "expected" or judge not in ("", model)):
         raise ParamError(
             "judge.meta_judge compares judgements that the model wrote itself: it needs no judge_model and "
             "a judge_mode that writes them, sampled or sampled_expected."
         )
+    if judging["meta_judge"] and judging["n_samples"] < 2:
+        raise ParamError(
+            f"judge.meta_judge compares judgements of one answer: found judge.n_samples: {judging['n_samples']}, "
+            "expected 2 or more."
+        )
     if experiment.flat("07_dpo", next_model(model), "")["judge_share"] and not judging["meta_judge"]:
         raise ParamError("dpo.judge_share needs judge.meta_judge: without it there are no pairs of judgements.")
+    if experiment.flat("07_dpo", next_model(model), "")["judge_share"] and rule == "weigh":
+        raise ParamError(
+            "dpo.judge_share and build_pairs.implicit_rule: weigh do not go together: how far two rewards agree on "
+            "answers would weigh pairs of judgements, too."
+        )
     if judge == OUTSIDE:
         raise ParamError(
             "judge.judge_model: the outside judge decides win rates; judging candidates, it would be inside."

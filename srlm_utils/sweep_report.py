@@ -32,6 +32,8 @@ COLUMNS += ["value", "low", "high", "n", "unit", "verdict"]
 # what says how a round went, from its health
 ROUND = ["pair_yield", "candidate_tie_rate", "modal_share", "within_prompt_score_std", "score_length_correlation"]
 ROUND += ["chosen_chars", "rejected_chars"]
+# of some variants alone
+ROUND_OF_SOME = ["draft_chosen_rate", "judge_pair_yield", "meta_first_place_rate"]
 
 
 def by_variant(found: list[Cell]) -> dict[str, dict[int, Cell]]:
@@ -227,12 +229,14 @@ def differences(found: list[Cell]) -> pd.DataFrame:
 
 def rounds(found: list[Cell]) -> pd.DataFrame:
     """How each round went: a row a variant, seed and judging model, a column a measure of its health."""
-    frames = [c.metrics[c.metrics.metric.isin(ROUND)].assign(variant=c.variant, seed=c.seed) for c in found]
+    frames = [
+        c.metrics[c.metrics.metric.isin(ROUND + ROUND_OF_SOME)].assign(variant=c.variant, seed=c.seed) for c in found
+    ]
     table = pd.concat(frames, ignore_index=True)
     if not len(table):
         return pd.DataFrame(columns=ROUND)
     wide = table.pivot_table(index=["variant", "seed", "model"], columns="metric", values="value", aggfunc="first")
-    return wide.reindex(columns=ROUND).round(2)
+    return wide.reindex(columns=ROUND + [name for name in ROUND_OF_SOME if name in wide]).round(2)
 
 
 def cells_table(found: list[Cell]) -> pd.DataFrame:

@@ -81,6 +81,8 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
             n["judged"] += asked * (judge_frame + _written(source) + 2 * written)
         if p["judge_mode"] != "expected":
             n["generated"] = items * p["n_samples"] * written
+        if p["judge_mode"] == "sampled_expected":  # the digits' probabilities behind what was written
+            n["judged"] += items * p["n_samples"] * written
     elif key == "future":
         items = experiment.flat("04_self_instruct", init_model(step.model), "")["n_prompts"] * p["n_candidates"]
         n["generated"], n["judged"] = items * _written(p), items * (judge_frame + _written(p))

@@ -302,7 +302,9 @@ class _Check:
         home = {row.get("prompt_id"): name for name in HELD_OUT for row in seed[name]}
         learned = [("seed/ift.jsonl", "01_seed_data@run"), ("seed/ranked_train.jsonl", "01_seed_data@run")]
         for path in find_jsonl(self.run, "*/aift/prompts.jsonl"):
-            learned.append((path.relative_to(self.run).as_posix(), f"04_self_instruct@{path.parts[-3]}"))
+            model = path.parts[-3]  # a draft has the prompts of its round
+            model = init_model(model) if is_draft(model) else model
+            learned.append((path.relative_to(self.run).as_posix(), f"04_self_instruct@{model}"))
         for file, step in learned:
             pool = Pool(self.param(step, "rouge_l_max", 0.7))
             for name in HELD_OUT:

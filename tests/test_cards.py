@@ -85,6 +85,18 @@ def test_lineage_goes_back_to_the_seed_model():
     assert cards.ancestors("SFT") == ["SFT"] and cards.ancestors("M3") == ["M1", "M2", "M3"]
 
 
+def test_a_card_counts_what_was_learned_from(run):
+    """Of pairs of judgements, and of earlier rounds' pairs, a training takes a share."""
+    path = run / "steps/07_dpo@M2.json"
+    manifest = read_json(path)
+    manifest["inputs"]["M1/aift/judge_pairs.jsonl"] = {"sha256": "3" * 64, "n_rows": 97}
+    manifest["figures"]["learned"] = {"M1/aift/pairs.jsonl": 7, "M1/aift/judge_pairs.jsonl": 1}
+    write_json(path, manifest)
+    text = cards.from_run(run, "M2")
+    assert "M1/aift/pairs.jsonl (7 rows), M1/aift/judge_pairs.jsonl (1 rows)." in text
+    assert "97 rows" not in text and "| learned |" not in text
+
+
 def test_what_is_unknown_is_left_out_and_paths_stay_at_home(run):
     text = cards.from_run(run, "M2")
     data = ModelCard(text).data

@@ -131,8 +131,12 @@ def test_every_variant_lies_over_the_presets(path, preset):
     assert f"`{path.stem}`" in (ROOT / "README.md").read_text()
     assert f"# command   srlm run params/quickstart.yaml params/variants/{path.name} --run-name {path.stem}\n" in text
     experiment, plain = Experiment.load([base, path]), Experiment.load([base])
+    judging = {}
     for step in list_steps(experiment):
-        assert set(experiment.flat(step.stage, step.model, "results/x")) == parameter_names(step.stage)
+        flat = experiment.flat(step.stage, step.model, "results/x")
+        assert set(flat) == parameter_names(step.stage)
+        for mode in {*flat.get("judge_modes", [])} - {"expected"}:  # in one mode all models write as many judgements
+            assert judging.setdefault(mode, flat["n_samples"]) == flat["n_samples"], (step.name, mode)
     assert token_table(experiment)
     changed = [
         s for s in list_steps(experiment) if experiment.flat(s.stage, s.model, "") != plain.flat(s.stage, s.model, "")

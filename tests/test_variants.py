@@ -339,10 +339,13 @@ def test_a_draft_is_rejected_by_no_rule_and_leaves_its_rounds_signs_alone():
     assert pairs.build_pairs(*drafted([None], [5.0, 1.0]))[1]["few_scored"] == 1
     own, both = case([4.0, 2.0]), drafted([4.0, 2.0], [5.0, 1.0])
     old, new = (
-        {r["metric"]: r["value"] for r in health.round_metrics("F2", *x, pairs.build_pairs(*x)[0])} for x in (own, both)
+        {r["metric"]: r["value"] for r in health.round_metrics("M1", *x, pairs.build_pairs(*x)[0])} for x in (own, both)
     )
     assert new.pop("draft_chosen_rate") == 1.0 and "draft_chosen_rate" not in old
     assert {k: v for k, v in new.items() if "chars" not in k} == {k: v for k, v in old.items() if "chars" not in k}
+    # of a draft nothing is said that is its round's
+    found = {r["metric"]: r["value"] for r in health.round_metrics("F2", *both, pairs.build_pairs(*both)[0])}
+    assert {*found} == {*health.OF_A_DRAFT} and found["draft_chosen_rate"] == 1.0
 
 
 def rewarded(scores, implicit, texts=None):

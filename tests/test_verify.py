@@ -230,6 +230,18 @@ def test_an_anchors_answers_are_no_candidates_too_many(run):
     assert verify(run).findings == []
 
 
+def test_a_drafts_prompts_are_held_against_test_prompts_as_its_rounds_are(copied):
+    """They are the same prompts, so what the round was allowed is no fault of its draft."""
+    asked = []
+    check = _Check(copied)
+    check.param = lambda step, name, default: asked.append((step, name)) or default
+    (copied / "F3/aift").mkdir(parents=True)
+    write_jsonl(copied / "F3/aift/prompts.jsonl", read_jsonl(copied / "M2/aift/prompts.jsonl")[:1])
+    check.held_out()
+    assert not check.out.findings and ("04_self_instruct@M2", "rouge_l_max") in asked
+    assert {step for step, _ in asked} == {"01_seed_data@run", "04_self_instruct@M1", "04_self_instruct@M2"}
+
+
 def test_a_test_prompt_in_training_data_is_found_in_other_words(copied):
     test = read_jsonl(copied / "seed/test_prompts.jsonl")[0]["prompt"]
     edit(copied, "M2/aift/prompts.jsonl", first(prompt=f"{test.upper()} Please."))
