@@ -87,7 +87,7 @@ def train_judge(step, base: str, ranked: list[dict], work: Path, folder: Path, *
     from srlm_utils import train
 
     dtype = step.params.dtype if step.params.dtype != "float16" else "auto"  # which a step may write in, not train
-    p = SimpleNamespace(**{"device": step.params.device, "dtype": dtype} | RECIPE | recipe)
+    p = SimpleNamespace(**{"device": step.params.device, "dtype": dtype, "ift_epochs": 0} | RECIPE | recipe)
     model, tokenizer = train.load(base, p)
     rows = lessons(tokenizer, coarsened(ranked, p.seed), p.max_length)
     trainer = train.sft_trainer(model, tokenizer, rows, p, work)

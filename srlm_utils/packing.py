@@ -116,17 +116,19 @@ def length_batches(rows, lengths: list[int], n_rows: list[int], size: int, rng) 
     return batches
 
 
-def micro_batches(packed: list[dict], size: int, epochs: int, seed: int) -> list[list[int]]:
-    """Indices of the sequences of each micro-batch, for `epochs` passes, in a seeded order.
+def micro_batches(
+    packed: list[dict], size: int, epochs: range, seed: int, kinds: tuple[str, ...] = ("eft", "ift")
+) -> list[list[int]]:
+    """Indices of the sequences of each micro-batch, a pass for each of `epochs`, whose number seeds its order.
 
     A micro-batch holds sequences of one kind and of similar length, with at most `size` rows in all. Every
-    sequence comes once an epoch.
+    sequence of these `kinds` comes once an epoch.
     """
     out = []
     lengths, n_rows = [len(s["input_ids"]) for s in packed], [s["n_rows"] for s in packed]
-    for epoch in range(epochs):
+    for epoch in epochs:
         rng, batches = random.Random(f"{seed}:{epoch}"), []
-        for kind in sorted({s["kind"] for s in packed}):
+        for kind in sorted({s["kind"] for s in packed} & {*kinds}):
             of_kind = [i for i, s in enumerate(packed) if s["kind"] == kind]
             batches += length_batches(of_kind, lengths, n_rows, size, rng)
         rng.shuffle(batches)

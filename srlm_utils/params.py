@@ -120,6 +120,7 @@ class _Train(_Judged):
 class Sft(_Train):
     use_eft: bool = True  # whether M1 learns to judge; False is the paper's ablation (A.3)
     rank_weight: float = Field(0.0, ge=0)  # of the ranking loss on EFT's scores; 0 is cross-entropy alone (the paper)
+    ift_epochs: int = Field(0, ge=0)  # passes over IFT alone, behind those over all rows, with a cosine of their own
 
 
 class Dpo(_Train):

@@ -47,7 +47,7 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
     judge_frame = CHAT + PROMPT + RUBRIC.get(p.get("rubric", ""), 200)  # all but the answer that is judged
     if key == "sft":
         n_rows = _rows(experiment, "ift")
-        n["trained"] = n_rows * (CHAT + PROMPT + ANSWER)
+        n["trained"] = ift = n_rows * (CHAT + PROMPT + ANSWER)
         if "SFT/eft/train.jsonl" in step.reads:
             eft = experiment.flat("03_build_eft", "SFT", "")
             shared = CHAT + PROMPT + RUBRIC.get(eft["rubric"], 200) - TAIL  # read once for a prompt's judgements
@@ -61,9 +61,10 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
             if path.endswith("/aift/positives.jsonl"):
                 source = experiment.flat("04_self_instruct", path.partition("/")[0], "")
                 answer = min(ANSWER, _written(source))  # it has ended
-                n["trained"] += source["n_prompts"] * (CHAT + PROMPT + answer)
+                positives = source["n_prompts"] * (CHAT + PROMPT + answer)
+                n["trained"], ift = n["trained"] + positives, ift + positives
                 n_rows += source["n_prompts"]
-        n["trained"] *= p["epochs"]
+        n["trained"] = n["trained"] * p["epochs"] + ift * p["ift_epochs"]
         _add_selection(n, p, n_rows, _rows(experiment, "valid"))
     elif key == "self_instruct":
         # about every second attempt is kept, and each reads eight demonstrations

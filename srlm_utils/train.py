@@ -320,9 +320,9 @@ class PackedSFTTrainer(ranks.AcrossRanks, SFTTrainer):
     (a digit would be lost among the tokens of a justification) plus `rank_weight` times the ranking loss.
     """
 
-    def __init__(self, *args, score_ids: list[int], rank_weight: float, **kwargs):
+    def __init__(self, *args, score_ids: list[int], rank_weight: float, restart: int, **kwargs):
         super().__init__(*args, **kwargs)
-        self.score_ids, self.rank_weight = score_ids, rank_weight
+        self.score_ids, self.rank_weight, self.restart = score_ids, rank_weight, restart
         learn_in_float32(self.model)
         as_it_comes(self)
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
@@ -330,6 +330,23 @@ class PackedSFTTrainer(ranks.AcrossRanks, SFTTrainer):
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """The cosine of the arguments; with `restart` it ends there, and a second one follows without a warm-up."""
+        if not self.restart:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(self.restart)
+        least = self.args.lr_scheduler_kwargs["min_lr"] / self.args.learning_rate
+
+        def rate(step: int) -> float:
+            if step < min(warmup, self.restart):
+                return step / warmup
+            start, end = (warmup, self.restart) if step < self.restart else (self.restart, num_training_steps)
+            share = (step - start) / max(end - start, 1)
+            return least + (1 - least) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, rate)
+        return self.lr_scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         targets, order = inputs.pop("targets"), inputs.pop("ranks")
@@ -397,7 +414,8 @@ def _check_ranking(rows: list[dict], micro: int, share: bool, rank_weight: float
 def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path, world: int = 1) -> PackedSFTTrainer:
     """trl's SFTTrainer on tokenised rows: cross-entropy on the assistant's tokens, and the ranking loss.
 
-    `world` processes share the micro-batches of a step (`ranks`).
+    `world` processes share the micro-batches of a step (`ranks`). With `ift_epochs` so many passes over IFT alone
+    follow, and the learning rate's cosine begins anew: beside many judgements a few answers teach little (LOG.md).
 
     Replies share what they have in common, and are compared, within a micro-batch. So with `rank_weight` a
     micro-batch must hold all judgements of a prompt: its replies times the EFT formats.
@@ -408,7 +426,11 @@ def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path, world: i
     if params.rank_weight:
         _check_ranking(rows, micro, share, params.rank_weight)
     packed = packing.sequences(rows, micro, share=share)
-    batches = packing.micro_batches(packed, micro, params.epochs, params.seed)
+    batches = packing.micro_batches(packed, micro, range(params.epochs), params.seed)
+    last = range(params.epochs, params.epochs + params.ift_epochs)
+    answers = packing.micro_batches(packed, micro, last, params.seed, ("ift",))
+    restart = len(batches) // accumulation if answers else 0
+    batches += answers
     batches, weights = ranks.spread(batches, accumulation, world)
     args = SFTConfig(
         **common_args(params, work, per_device=1, accumulation=accumulation, n_items=len(batches), world=world),
@@ -424,13 +446,14 @@ def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path, world: i
         peft_config=lora_config(model, params),
         score_ids=judge.score_tokens(tokenizer)[1] if any("rank" in r for r in rows) else [],
         rank_weight=params.rank_weight,
+        restart=restart,
     )
     trainer.row_ids = [[i for s in batch for i in packed[s]["ids"]] for batch in batches]
     trainer.lengths = {r.get("id", "?"): len(r["input_ids"]) for r in rows}
     groups = Counter(r["group"] for r in rows if "group" in r)
     trainer.less_memory = partial(less_memory, params, max(groups.values(), default=1) if params.rank_weight else 1)
     if share:
-        trainer.kept = frozen.keep(trainer, params, sum(len(s["input_ids"]) for s in packed), params.epochs)
+        trainer.kept = frozen.keep(trainer, params, sum(len(s["input_ids"]) for s in packed), last.stop)
     return trainer
 
 

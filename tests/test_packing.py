@@ -163,12 +163,15 @@ def test_a_ranking_loss_without_anything_to_compare_is_an_error(tiny, tmp_path):
 def test_micro_batches_hold_one_kind_and_every_sequence_once_an_epoch():
     packed = [{"input_ids": [0] * n, "kind": "ift", "n_rows": 1} for n in range(17)]
     packed += [{"input_ids": [0] * (50 + n), "kind": "eft", "n_rows": 8} for n in range(5)]
-    batches = packing.micro_batches(packed, 8, 2, seed=1)
+    batches = packing.micro_batches(packed, 8, range(2), seed=1)
     assert sorted(i for b in batches for i in b) == sorted(2 * list(range(22)))
     assert all(len({packed[i]["kind"] for i in b}) == 1 for b in batches)
     assert all(sum(packed[i]["n_rows"] for i in b) <= 8 for b in batches)
     assert len(batches) == 2 * (3 + 5)
-    assert batches == packing.micro_batches(packed, 8, 2, seed=1) != packing.micro_batches(packed, 8, 2, seed=2)
+    again, other = (packing.micro_batches(packed, 8, range(2), seed=seed) for seed in (1, 2))
+    assert batches == again != other
+    answers = packing.micro_batches(packed, 8, range(2, 4), seed=1, kinds=("ift",))
+    assert sorted(i for b in answers for i in b) == sorted(2 * [i for i, s in enumerate(packed) if s["kind"] == "ift"])
 
 
 def test_packing_computes_the_same_under_autocast(tiny, net, tmp_path):

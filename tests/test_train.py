@@ -57,7 +57,7 @@ def params(**kw):
             | kw
         )
     )
-    return SimpleNamespace(**({"rank_weight": 0.0} | values.model_dump()))
+    return SimpleNamespace(**({"rank_weight": 0.0, "ift_epochs": 0} | values.model_dump()))
 
 
 def test_loss_falls_on_the_assistants_tokens_alone(tiny, tmp_path):
@@ -277,9 +277,34 @@ def test_a_batch_that_does_not_divide_is_refused(tiny, tmp_path):
         train.sft_trainer(net, tok, rows, p, tmp_path)
 
 
-def test_training_continues_from_its_checkpoint(tiny, tmp_path):
+def judgement(digit):
+    more = {"format": "score_first", "score": digit, "rank": 5 - digit, "group": "g", "prompt_id": f"j{digit}"}
+    return {"prompt": f"Judge: {digit}", "response": ""} | more
+
+
+def test_ift_comes_once_more_at_the_end(tiny, tmp_path):
+    """Passes over the answers alone follow those over all rows, and the cosine begins anew for them."""
+    answers = [{"prompt": q, "response": a} for q, a in ANSWERS]  # three steps a pass
+    logs = {}
+    for passes in (0, 2):
+        p = params(rank_weight=0.0, ift_epochs=passes, epochs=2, warmup_steps=2)
+        net, tok = train.load(tiny, p)
+        rows, _ = train.sft_rows(tok, [*answers, *map(judgement, (1, 4))], 512)
+        trainer = train.sft_trainer(net, tok, rows, p, tmp_path / str(passes))
+        logs[passes] = train.train(trainer, FakeStep())
+    once, more = logs[0], logs[2]
+    n, m = len(once), len(more)
+    assert m == n + 6 and more.score_loss.notna().any() and more.score_loss[-6:].isna().all()
+    assert more.learning_rate[:n].tolist() == pytest.approx(once.learning_rate.tolist(), rel=1e-6)
+    assert more.loss[:n].tolist() == pytest.approx(once.loss.tolist(), rel=1e-5)
+    rates = more.learning_rate[n:].tolist()
+    assert rates[0] == pytest.approx(1e-2) and rates == sorted(rates, reverse=True) and 1e-3 < rates[-1] < 2e-3
+
+
+@pytest.mark.parametrize("more", [{"epochs": 2}, {"rank_weight": 0.0, "ift_epochs": 1}])
+def test_training_continues_from_its_checkpoint(tiny, tmp_path, more):
     def run(folder, stop_at=None):
-        p = params(save_steps=2, epochs=2)
+        p = params(save_steps=2, **more)
         net, tok = train.load(tiny, p)
         rows, _ = train.sft_rows(tok, [{"prompt": q, "response": a} for q, a in ANSWERS], 512)
         trainer = train.sft_trainer(net, tok, rows, p, folder)
@@ -301,6 +326,7 @@ def test_training_continues_from_its_checkpoint(tiny, tmp_path):
     continued = run(tmp_path / "b")
     assert continued.step.tolist() == whole.step.tolist() == [1, 2, 3, 4, 5, 6]
     assert continued.loss.tolist() == pytest.approx(whole.loss.tolist(), rel=1e-4)
+    assert continued.learning_rate.tolist() == pytest.approx(whole.learning_rate.tolist())
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
