@@ -5,7 +5,6 @@ Answers are made and written here; who compares them with the reference answers 
 
 import csv
 import importlib.util
-import math
 import os
 import shlex
 import subprocess
@@ -139,7 +138,8 @@ def figures(folder: Path, generator: str) -> dict[str, dict]:
         if not path.is_file():
             raise MissingInputError(f"{path}: no such file. Run alpaca_eval on the model's outputs first.")
     values = [a.get("preference") for a in read_json(annotations)]  # 1 is the reference, 2 the model, between is unsure
-    wins = [v - 1 for v in values if isinstance(v, int | float) and not math.isnan(v)]
+    values = [1.5 if v == 0 else v for v in values if isinstance(v, int | float)]  # 0 was a draw in older versions
+    wins = [v - 1 for v in values if 1 <= v <= 2]  # as alpaca_eval itself leaves out all others
     with open(board, encoding="utf-8", newline="") as f:
         row = next((r for r in csv.DictReader(f) if r[""] == generator), None)
     if row is None:

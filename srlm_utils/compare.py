@@ -166,7 +166,7 @@ def differences(runs: list[Path], names: list[str], tables: list[pd.DataFrame]) 
                 | {"difference": figure.pop("value"), **figure, "unit": a["unit"], "paired": paired}
             )
     columns = [*KEY, "run", "baseline", "value", "baseline_value", "difference", "low", "high", "n", "unit", "paired"]
-    return pd.DataFrame(out, columns=columns)
+    return pd.DataFrame(out, columns=columns).astype({"n": "Int64"})
 
 
 def _by_key(table: pd.DataFrame) -> dict[tuple, dict]:
@@ -189,7 +189,8 @@ def _difference(ours: Rows | None, theirs: Rows | None, a: float, b: float) -> t
     if ids != sorted(theirs.parts):
         return alone, "not the same prompts"
     sides = [list(zip(*(rows.parts[i] for i in ids), strict=True)) for rows in (theirs, ours)]
-    return metrics.ratio_difference(*sides) | {"n": len(ids)}, "yes"
+    n = sum(any(side[1][k] for side in sides) for k in range(len(ids)))  # prompts that say something about it
+    return metrics.ratio_difference(*sides) | {"n": n}, "yes"
 
 
 def _digest(value) -> str:

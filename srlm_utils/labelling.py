@@ -91,14 +91,14 @@ class Study:
         """Wins, ties and losses of `model` by everyone who judged: people, their majority, and the run's judges.
 
         The majority is over prompts that `n_readers` or more have labelled. `first_shown` is the share of verdicts for
-        the answer shown first (ties half); 0.5 is a reader whom the place does not sway.
+        the answer shown first (ties half), where a row says which that was; 0.5 is a reader whom places do not sway.
         """
         rows = []
         for who, results in self._results(n_readers).items():
             figures = metrics.head_to_head(
                 [{"prompt_id": i, "order": "none", "p_first": p} for i, p in results.items()]
             )
-            first = [r["p_first"] for r in self.votes() if r.get("judge") == who]
+            first = [r["p_first"] for r in self.votes() if _reader(r) == who and r["order"] != "none"]
             rows.append(
                 {"who": who, "n": len(results)}
                 | {k: figures[k]["value"] for k in ("win", "tie", "loss", "win_rate")}
@@ -114,7 +114,7 @@ class Study:
         Columns first, second, same (share of equal verdicts), value (kappa; None where both always say the same one
         thing), low, high, n, as `plots.judge_agreement` takes it.
         """
-        results, people = self._results(n_readers), {r.get("judge") for r in self.votes()}
+        results, people = self._results(n_readers), {_reader(r) for r in self.votes()}
         rows = []
         for i, (a, x) in enumerate(results.items()):
             for b, y in list(results.items())[i + 1 :]:
@@ -134,7 +134,7 @@ class Study:
 
         readers: dict[str, list[dict]] = {}
         for r in votes:
-            readers.setdefault(r.get("judge") or "unnamed", []).append(r)
+            readers.setdefault(_reader(r), []).append(r)
         out = {who: of(rows) for who, rows in readers.items()}
         full = {i for i in ids if sum(i in results for results in out.values()) >= n_readers}
         majority = of([r for r in votes if r["prompt_id"] in full]) if n_readers > 1 else {}
@@ -232,6 +232,10 @@ class Page(widgets.VBox):
 
     def __repr__(self) -> str:
         return f"Page: {self.n_done} of {len(self.study.items)} labelled by {self.reader} (needs a live notebook)"
+
+
+def _reader(row: dict) -> str:
+    return row.get("judge") or "unnamed"
 
 
 def _draw(*parts) -> str:

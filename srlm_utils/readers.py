@@ -17,7 +17,11 @@ COLUMNS = ["seed", "prompt_id", "model", "opponent", "reader", "preferred"]
 
 
 def read(sweep: Path) -> pd.DataFrame:
-    """Votes, a row each; empty where nobody has read. `DataError` for a column or a verdict that is none."""
+    """Votes, a row each; empty where nobody has read.
+
+    `DataError` for a column that is missing, an empty cell, a verdict that is none, a second verdict of a reader, and
+    for two models that stand both ways round, whose votes would be counted apart.
+    """
     path = sweep / FILE
     if not path.is_file():
         return pd.DataFrame(columns=COLUMNS)
@@ -28,6 +32,13 @@ def read(sweep: Path) -> pd.DataFrame:
     missing = [c for c in COLUMNS if c not in rows]
     if missing:
         raise DataError(f"{path}: no column {missing[0]}; expected {', '.join(COLUMNS)}.")
+    for column in COLUMNS:
+        if len(empty := rows[rows[column].isna()]):
+            raise DataError(f"{path}: row {empty.index[0] + 2} has no {column}, which every vote needs.")
+    pairs = {*zip(rows.model, rows.opponent, strict=True)}
+    if turned := sorted((a, b) for a, b in pairs if (b, a) in pairs):
+        a, b = turned[0]
+        raise DataError(f"{path}: {a} and {b} stand both ways round as model and opponent; write each pair one way.")
     bad = rows[~((rows.preferred == "tie") | (rows.preferred == rows.model) | (rows.preferred == rows.opponent))]
     if len(bad):
         r = bad.iloc[0]

@@ -45,7 +45,8 @@ def length_controlled(results, gaps, *, n_draws: int = 1000) -> dict:
     AlpacaEval's model also has a term for the difficulty of each instruction, fitted over many models; with one pair of
     models there is nothing to fit it from. A judge that is swayed by length is corrected; where one model's answers are
     always the longer ones, length and quality cannot be told apart, and the wide interval says so. Where all results
-    are alike there is no effect to take out, and the figure is the raw rate. Simulated, 95 % intervals
+    are alike there is no effect to take out, and the figure is the raw rate. Where one side has fewer than ten of the
+    wins, draws hardly differ and hide the doubt: the interval then holds the raw rate's, too. Simulated, 95 % intervals
     cover in 94 to 98 % from 64 prompts on, over 20 prompts in 89 to 98.
     """
     y, gaps = np.asarray(results, float), np.asarray(gaps, float)
@@ -55,7 +56,10 @@ def length_controlled(results, gaps, *, n_draws: int = 1000) -> dict:
     x = np.stack([np.ones(len(y)), np.tanh(gaps / scale)], 1)
     fits = [resample.logistic(x, y, rows, ridge=_RIDGE) for rows in resample.weights(len(y), n_draws)]
     theta = np.concatenate(fits)[:, 0]
-    return _figure(1 / (1 + np.exp(-theta)), len(y), len(y))
+    figure, raw = _figure(1 / (1 + np.exp(-theta)), len(y), len(y)), mean(y)
+    if min(y.sum(), len(y) - y.sum()) < 10:
+        figure |= {"low": min(figure["low"], raw["low"]), "high": max(figure["high"], raw["high"])}
+    return figure
 
 
 def bradley_terry(duels: list[tuple[str, str, dict]], *, anchor: str, n_draws: int = 1000) -> dict[str, dict]:
@@ -135,8 +139,9 @@ def kappa(a: dict[Hashable, float], b: dict[Hashable, float], *, n_draws: int = 
     """Cohen's kappa of two judges on win, tie and loss, over what both decided.
 
     Keys are prompt_ids, or tuples that end in one: several comparisons on one prompt are resampled together. None where
-    both judges always say the same one thing; agreement by chance alone is then certain. The interval covers in 94 to
-    97 % from 64 prompts on, in more over 20.
+    both judges always say the same one thing; agreement by chance alone is then certain. Where one of them does, kappa
+    is 0 whatever the other says, and has no interval. The interval covers in 94 to 97 % from 64 prompts on, in more
+    over 20.
     """
     shared = [k for k in a if k in b]
     prompts = list(dict.fromkeys(k[-1] if isinstance(k, tuple) else k for k in shared))
@@ -153,6 +158,8 @@ def kappa(a: dict[Hashable, float], b: dict[Hashable, float], *, n_draws: int = 
         values = np.where(chance < 1 - 1e-12, (agree - chance) / (1 - chance), np.nan)
     if np.isnan(values[0]):
         return plain(None, len(shared))
+    if (tables[0].sum(1) > 0).sum() == 1 or (tables[0].sum(0) > 0).sum() == 1:
+        return plain(float(values[0]), len(shared))
     figure = _figure(values, len(prompts), len(shared))
     if agree[0] > 1 - 1e-12:  # no draw shows doubt
         figure["low"] = float(1 - resample.unseen_share(counts.sum((1, 2))) / (1 - chance[0]))

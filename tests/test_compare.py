@@ -1,5 +1,6 @@
 """Runs side by side: known differences come out as they were put in, and what cannot be paired is said so."""
 
+import re
 import shutil
 
 import numpy as np
@@ -62,7 +63,7 @@ def row(table, metric, model, **where):
 def test_known_differences_come_out(pages):
     table = pd.read_csv(pages / "differences.csv", keep_default_na=False, na_values={c: [""] for c in ("low", "high")})
     longer = row(table, "answer_chars", "M3")
-    assert longer.paired == "yes" and longer.n == "64.0" and longer.difference == pytest.approx(20)
+    assert longer.paired == "yes" and longer.n == "64" and longer.difference == pytest.approx(20)
     # half of the 64 prompts by 10, half by 30: resampled, the mean moves by 10 / sqrt(64)
     assert longer.high - longer.low == pytest.approx(2 * 1.96 * 10 / 8, rel=0.1)
     same = row(table, "answer_chars", "M0")
@@ -99,6 +100,7 @@ def test_the_example_and_itself_do_not_differ(tmp_path):
     table = pd.read_csv(tmp_path / "out/differences.csv")
     assert (table.difference == 0).all() and (table.low.dropna() == 0).all()
     html = (tmp_path / "out/index.html").read_text()
+    assert "n=44" in html and not re.search(r"n=\d+\.\d", html)
     assert "example (1)" in html and "None: the steps of these runs had the same parameters" in html
     again = cli("compare", str(EXAMPLE), str(EXAMPLE), "--out", str(tmp_path))
     assert again.returncode == 2 and "was not written by srlm compare" in again.stderr
@@ -118,6 +120,9 @@ def test_a_ratios_difference_by_hand():
     # the draws are (first, first), (first, second), (second, second): 2/4, 2/6, 0
     assert (d["low"], d["high"]) == (0, 0.5)
     assert metrics.ratio_difference(([1], [1]), ([0], [1])) == {"value": 1, "low": None, "high": None, "n": 1}
+    parts = {f"p{i}": (0.0, float(i < 4)) for i in range(9)}  # five prompts have no pair
+    figure, paired = compare._difference(compare.Rows(parts, {}), compare.Rows(parts, {}), 0.0, 0.0)
+    assert (figure["n"], paired) == (4, "yes")
     assert metrics.ratio_difference(([0], [0]), ([0], [1]))["value"] is None
 
 

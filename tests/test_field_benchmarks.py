@@ -160,7 +160,7 @@ def test_a_file_that_is_not_there(tmp_path):
 
 
 def test_figures_of_alpaca_eval_are_read_back(tmp_path):
-    write_json(tmp_path / "annotations.json", [{"preference": p} for p in (1.0, 2.0, 1.5, 1.9, None)])
+    write_json(tmp_path / "annotations.json", [{"preference": p} for p in (1.0, 2.0, 0, 1.9, None, -1, float("inf"))])
     board = ",win_rate,standard_error,length_controlled_winrate,lc_standard_error\nother,1,1,1,1\nrun_M1,60,9,55.5,2\n"
     (tmp_path / "leaderboard.csv").write_text(board)
     figures = alpaca_eval.figures(tmp_path, "run_M1")

@@ -3,6 +3,7 @@
 import json
 import re
 
+import pandas as pd
 import pytest
 
 import srlm_utils
@@ -182,6 +183,16 @@ def test_majority_and_agreement_with_readers_and_judges(study, run):
     assert kappa.same[labelling.MAJORITY, judge] == (v[study.items.index] == longer.astype(float)).mean()
     assert (labelling.MAJORITY, "anna") not in kappa.index and len(agreement) == 3 + 2 * 3 + 2
     judge_agreement(agreement.dropna(subset="value"))  # the report's own figure takes it
+
+
+def test_a_reader_without_a_name_is_one_too(study):
+    label(study, "anna", lambda a, b: float(len(a) > len(b)))
+    rows = [json.loads(line) for line in study.path.read_text().splitlines()]
+    nobody = [{k: v for k, v in r.items() if k != "judge"} | {"order": "none"} for r in rows]
+    study.path.write_text("".join(json.dumps(r) + "\n" for r in rows + nobody))
+    tally, kappa = study.tally(2), study.agreement(2).set_index(["first", "second"])
+    assert ("anna", "unnamed") in kappa.index and tally.first_shown.notna()["anna"]
+    assert pd.isna(tally.first_shown["unnamed"])  # nothing stood first there
 
 
 def test_no_majority_before_all_readers_have_read(study):

@@ -45,6 +45,14 @@ def test_length_control_without_lengths_is_the_raw_rate():
     assert winrates.length_controlled([1], [30])["low"] is None
 
 
+def test_length_control_admits_doubt_where_one_side_won_nearly_everything():
+    """Draws without a loss are alike: seven of eight wins had an interval of [94, 100]."""
+    for n in (8, 64):
+        results, gaps = [1.0] * (n - 1) + [0.0], np.random.default_rng(n).normal(size=n)
+        figure, raw = winrates.length_controlled(results, gaps), metrics.mean(results)
+        assert figure["low"] <= raw["low"] and figure["high"] >= raw["high"]
+
+
 def test_length_control_stays_finite_where_length_decides_everything():
     figure = winrates.length_controlled([1] * 10 + [0] * 10, [*range(1, 11), *range(-10, 0)])
     assert 0 <= figure["low"] < figure["value"] < figure["high"] <= 1
@@ -124,6 +132,8 @@ def test_kappa_by_hand():
     same = {i: 1 for i in range(5)}
     assert winrates.kappa(same, same)["value"] is None
     assert winrates.kappa(a, {9: 1})["n"] == 0
+    ones = winrates.kappa(dict.fromkeys(range(20), 1), {i: float(i > 0) for i in range(20)})
+    assert (ones["value"], ones["low"], ones["high"], ones["n"]) == (0, None, None, 20)  # 0 whatever the other says
 
 
 def test_kappa_resamples_prompts_not_comparisons():
