@@ -472,6 +472,14 @@ def test_a_real_sweep_of_two_variants():
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.parametrize("n,verdict", [(3, "not shown"), (12, "worse")])
+def test_a_handful_of_prompts_shows_nothing(n, verdict):
+    more = [0.02, 0.4, 0.1] * (n // 3)
+    side = {("repeated_4grams", "test_prompts", "", ""): {f"p{i}": (d, 1.0) for i, d in enumerate(more)}}
+    (row,) = sweep_report._rows({0: side})
+    assert row["verdict"] == verdict and row["low"] > 0
+
+
 def test_each_round_is_set_against_the_one_before(tmp_path):
     cell = planted("default", 0)
     who = {"judge": "M1", "judge_mode": "score", "order": "none"}
