@@ -47,7 +47,7 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
     judge_frame = CHAT + PROMPT + RUBRIC.get(p.get("rubric", ""), 200)  # all but the answer that is judged
     if key == "sft":
         n_rows = _rows(experiment, "ift")
-        n["trained"] = ift = n_rows * (CHAT + PROMPT + ANSWER)
+        answers, judgements = n_rows * (CHAT + PROMPT + ANSWER), 0.0
         if "SFT/eft/train.jsonl" in step.reads:
             eft = experiment.flat("03_build_eft", "SFT", "")
             shared = CHAT + PROMPT + RUBRIC.get(eft["rubric"], 200) - TAIL  # read once for a prompt's judgements
@@ -55,16 +55,15 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
             parts = math.ceil(REPLIES * n_formats / size)  # sequences a prompt's judgements are packed into
             own = REPLY * (1 if size >= n_formats else n_formats) + TAIL * n_formats
             own += JUSTIFICATION * ("justify_first" in eft["formats"])
-            n["trained"] += _rows(experiment, "ranked_train") * (parts * shared + REPLIES * own)
+            judgements = _rows(experiment, "ranked_train") * (parts * shared + REPLIES * own)
             n_rows += _rows(experiment, "ranked_train") * REPLIES * n_formats
         for path in step.reads:
             if path.endswith("/aift/positives.jsonl"):
                 source = experiment.flat("04_self_instruct", path.partition("/")[0], "")
                 answer = min(ANSWER, _written(source))  # it has ended
-                positives = source["n_prompts"] * (CHAT + PROMPT + answer)
-                n["trained"], ift = n["trained"] + positives, ift + positives
+                answers += source["n_prompts"] * (CHAT + PROMPT + answer)
                 n_rows += source["n_prompts"]
-        n["trained"] = n["trained"] * p["epochs"] + ift * p["ift_epochs"]
+        n["trained"] = (answers + judgements) * p["epochs"] + answers * p["ift_epochs"]
         _add_selection(n, p, n_rows, _rows(experiment, "valid"))
     elif key == "self_instruct":
         # about every second attempt is kept, and each reads eight demonstrations
@@ -76,19 +75,14 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
         n["judged"] = items * (judge_frame + _written(source))
         if p["implicit_reference"]:
             n["judged"] += items * 2 * (CHAT + PROMPT + _written(source))
-        written = min(p["max_new_tokens"], JUSTIFICATION + 15)
+        written = _add_judgements(n, p, items, p["max_new_tokens"])
         if p["meta_judge"]:  # every two judgements of one candidate a prompt, both orders
             asked = source["n_prompts"] * p["n_samples"] * (p["n_samples"] - 1)
             n["judged"] += asked * (judge_frame + _written(source) + 2 * written)
-        if p["judge_mode"] != "expected":
-            n["generated"] = items * p["n_samples"] * written
-        if p["judge_mode"] == "sampled_expected":  # the digits' probabilities behind what was written
-            n["judged"] += items * p["n_samples"] * written
     elif key == "future":
         items = experiment.flat("04_self_instruct", init_model(step.model), "")["n_prompts"] * p["n_candidates"]
         n["generated"], n["judged"] = items * _written(p), items * (judge_frame + _written(p))
-        if p["judge_mode"] != "expected":
-            n["generated"] += items * p["n_samples"] * min(p["judge_max_new_tokens"], JUSTIFICATION + 15)
+        _add_judgements(n, p, items, p["judge_max_new_tokens"])
     elif key == "dpo":
         tokens, new = 0, int(step.model[1:]) - 1
         for i in range(1 if p["replay"] else new, new + 1):
@@ -123,6 +117,16 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
 def _candidates(params: dict) -> int:
     """Candidates of a prompt: the model's own, and as many of an anchor."""
     return params["n_candidates"] * (1 + bool(params["anchor_model"]))
+
+
+def _add_judgements(n: dict, p: dict, items: int, max_new_tokens: int) -> int:
+    """Add what a judge of `items` answers writes, and reads again for digits' probabilities; a judgement's tokens."""
+    written = min(max_new_tokens, JUSTIFICATION + 15)
+    if p["judge_mode"] != "expected":
+        n["generated"] += items * p["n_samples"] * written
+    if p["judge_mode"] == "sampled_expected":
+        n["judged"] += items * p["n_samples"] * written
+    return written
 
 
 def _add_selection(n: dict, p: dict, n_rows: float, n_valid: int) -> None:

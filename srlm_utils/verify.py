@@ -192,7 +192,7 @@ class _Check:
         self.refer(prompts, "attempt_id", kept, attempts)
         self.refer(candidates, "prompt_id", self.ids_of(prompts, "prompt_id"), prompts)
         self.refer(judgements, "id", self.ids_of(candidates, "cand_id"), candidates)
-        of_round = init_model(model) if is_draft(model) else model
+        of_round = _round_of(model)
         wanted = self.param(f"04_self_instruct@{of_round}", "n_candidates", 0)
         n = Counter(c.get("prompt_id") for c in by_the_model(self.rows(candidates)))
         for row in self.rows(prompts) if wanted else ():
@@ -302,9 +302,8 @@ class _Check:
         home = {row.get("prompt_id"): name for name in HELD_OUT for row in seed[name]}
         learned = [("seed/ift.jsonl", "01_seed_data@run"), ("seed/ranked_train.jsonl", "01_seed_data@run")]
         for path in find_jsonl(self.run, "*/aift/prompts.jsonl"):
-            model = path.parts[-3]  # a draft has the prompts of its round
-            model = init_model(model) if is_draft(model) else model
-            learned.append((path.relative_to(self.run).as_posix(), f"04_self_instruct@{model}"))
+            step = f"04_self_instruct@{_round_of(path.parts[-3])}"
+            learned.append((path.relative_to(self.run).as_posix(), step))
         for file, step in learned:
             pool = Pool(self.param(step, "rouge_l_max", 0.7))
             for name in HELD_OUT:
@@ -323,6 +322,11 @@ class _Check:
 
     def param(self, step: str, name: str, default):
         return self.steps.get(step, {"params": {}})["params"].get(name, default)
+
+
+def _round_of(model: str) -> str:
+    """Whose round's prompts are in the folder of `model`: a draft answers those of the model it starts from."""
+    return init_model(model) if is_draft(model) else model
 
 
 def _summary(info: dict) -> str:

@@ -203,6 +203,8 @@ def test_a_meta_judge_needs_judgements_of_its_own(tree, says):
 
 
 def test_the_digits_behind_written_judgements_are_counted():
-    modes = [Experiment({"judge": {"judge_mode": mode}}) for mode in ("sampled", "sampled_expected")]
-    written, read = (step_tokens({s.name: s for s in list_steps(e)}["05_judge@M1"], e) for e in modes)
-    assert read["judged"] > written["judged"] and read["generated"] == written["generated"]
+    of_a_draft = {"dpo": {"future_chosen": True}}
+    modes = [Experiment({"judge": {"judge_mode": mode}} | of_a_draft) for mode in ("sampled", "sampled_expected")]
+    for step in ("05_judge@M1", "13_future@F2"):
+        written, read = (step_tokens({s.name: s for s in list_steps(e)}[step], e) for e in modes)
+        assert read["judged"] > written["judged"] and read["generated"] == written["generated"]
