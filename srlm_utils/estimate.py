@@ -88,7 +88,7 @@ H100 = Device(
 )
 DEVICES = {d.name: d for d in (H100, A100, CPU)}
 # Llama 2 70B, a batch of 32 on eight A100: transformers took 948 s, vLLM 134 s (rkooo567/llm_benchmark). The kit's
-# engine is faster than `generate` (README, Speed), on a CPU; on a GPU it was not measured.
+# engine is faster than `generate` (docs/speed.md), on a CPU; on a GPU it was not measured.
 TRANSFORMERS_SLOWER = 948.26 / 133.70
 
 TEXTS = 64  # texts at once that must fit beside the weights for the rates above

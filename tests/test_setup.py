@@ -72,6 +72,36 @@ def test_every_path_in_the_readmes_tree_exists():
             assert (ROOT / name).exists(), name
 
 
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "LOG.md", ROOT / "srlm_utils/seed_data/DATA_CARD.md", *DOCS]
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_link_of_a_page_leads_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    for target in re.findall(r"\]\((?!https?://)([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+
+
+def test_the_readme_names_every_page():
+    readme = (ROOT / "README.md").read_text()
+    assert [p.name for p in DOCS if f"](docs/{p.name})" not in readme] == []
+
+
+def test_the_tests_that_faults_names_exist():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/faults.md").read_text()))
+    assert named and [n for n in named if not (ROOT / f"tests/{n}.py").exists()] == []
+
+
 def test_light_modules_do_not_import_torch():
     code = (
         "import sys; import srlm_utils.metrics, srlm_utils.pairs, srlm_utils.plots, srlm_utils.params, "
