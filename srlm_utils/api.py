@@ -1,9 +1,9 @@
 """A judge behind an OpenAI-compatible endpoint: pairwise verdicts and single grades, paid for once.
 
-Yuan et al. 2024 decide head-to-heads by GPT-4, asked in both orders (section 3.2), and MT-Bench by GPT-4's grades from
-1 to 10 (Zheng et al. 2023). Every answer is on disk before it is used, so that a run that was killed goes on without
-asking again what was answered. The key is read from the variable ``OPENAI_API_KEY`` and stays there: it is in no file,
-no message and no error.
+Yuan et al. 2024 decide head-to-heads by GPT-4, asked in both orders (section 3.1.2), and MT-Bench by GPT-4's grades
+from 1 to 10 (Zheng et al. 2023). Every answer is on disk before it is used, so that a run that was killed goes on
+without asking again what was answered. The key is read from the variable ``OPENAI_API_KEY`` and stays there: it is in
+no file, no message and no error.
 """
 
 import hashlib

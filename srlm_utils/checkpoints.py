@@ -123,6 +123,15 @@ class Selection:
             for r in read_jsonl(self.folder / f"{n}-answers.jsonl")
         ]
 
+    def show(self) -> tuple:
+        """For a notebook: the figure, the table, and what each step answers to the first prompt."""
+        from srlm_utils import plots  # matplotlib: `verify` asks this file for the best alone
+
+        said = pd.DataFrame(self.answers())
+        said = said[said.prompt_id == said.prompt_id.iloc[0]][["step", "prompt", "text"]]
+        plots.selection(self.table(), self.step.params.model, self.step.params.select_judge)
+        return self.table(), said
+
     def figures(self) -> dict:
         """For manifest and model card."""
         rev = "" if self.mode == "api" else self.step.model_revision(self.judge)

@@ -1,6 +1,6 @@
 """LLM-as-a-Judge: rubric templates, the three ways of reading a score, and the parser.
 
-`sampled` (Yuan et al. 2024, section 2.3): k sampled judgements that justify and end in ``Score: x``;
+`sampled` (Yuan et al. 2024, sections 2.2 and 3.1.3): k sampled judgements that justify and end in ``Score: x``;
 the mean of the valid ones. `expected`: the score-first prompt is followed by ``Score: `` and the
 probabilities of the six digits give a mean in one forward pass (as in G-Eval, Liu et al. 2023), which
 hardly ever ties. `sampled_expected`: sampled judgements, each read by the probabilities of the digits where it wrote

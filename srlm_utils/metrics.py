@@ -206,7 +206,7 @@ AGREEMENT = (
     "unscored_rate",
 )
 
-# ---- reward agreement (Yuan et al. 2024, section 3.2 and Table 4)
+# ---- reward agreement (Yuan et al. 2024, section 3.1.2 and Table 4)
 
 
 def ordered_pairs(ranks) -> list[tuple[int, int]]:
@@ -354,7 +354,7 @@ def outcomes(verdicts: list[dict]) -> dict[str, float]:
 
     A verdict row has `order` ("AB", "BA": who was shown first; "none" for a judge that scores each
     answer alone) and `p_first`, the probability that the first shown is better. Two orders that
-    disagree are a tie (Yuan et al. 2024, section 3.2). A reply that says nothing ("unread") is no tie: its prompt is
+    disagree are a tie (Yuan et al. 2024, section 3.1.2). A reply that says nothing ("unread") is no tie: its prompt is
     left out.
     """
     by_prompt: dict[str, list[float]] = {}

@@ -113,7 +113,7 @@ def build_pairs(
 
     `rule` says which two candidates:
 
-    - score: highest against lowest mean score (Yuan et al. 2024, section 2.4). Among several that share it a
+    - score: highest against lowest mean score (Yuan et al. 2024, section 2.3). Among several that share it a
       seeded hash of their ids picks one.
     - length_control: of the candidates within `length_rho` of the way from the highest score to the lowest the
       shortest, against the longest within as much of the lowest (Wu et al. 2024); below 0.5 the two cannot meet.

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from PIL import Image
 
+from srlm_utils import rendered
 from srlm_utils.plan import is_of_run
 from srlm_utils.verdicts import judge_label
 
@@ -50,12 +51,12 @@ def use_style() -> None:
 
 
 def save(fig, data: pd.DataFrame, folder: Path, name: str) -> None:
-    """`name`.png, in a palette of 128 colours that halves the file, and the `name`.csv it was drawn from."""
+    """`name`.png, in a palette (`rendered.palette`), and the `name`.csv it was drawn from."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.png"
     fig.savefig(path)
     with Image.open(path) as image:
-        small = image.convert("RGB").quantize(128)
+        small = rendered.palette(image)
     small.save(path, optimize=True, dpi=(plt.rcParams["savefig.dpi"],) * 2)
     data.to_csv(folder / f"{name}.csv", index=False)
 
@@ -354,7 +355,10 @@ def training(logs: pd.DataFrame):
         ax.set_xlabel("optimizer step")
         ax.set_title(titles[column], fontsize=10)
         ax.legend(fontsize=8)
-    fig.suptitle("Training (points: steps; lines: mean of the last ones; dotted: nothing learned)", fontsize=11)
+    fig.suptitle(
+        "Training (points: one batch; lines: mean of the last 5 % of steps, 3 at least; dotted: an untrained model)",
+        fontsize=11,
+    )
     return fig, logs
 
 

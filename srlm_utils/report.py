@@ -174,6 +174,11 @@ def wide(table: pd.DataFrame, names: list[str], **where) -> pd.DataFrame:
     return table.reindex([n for n in names if n in table.index])[order].fillna("")
 
 
+def explained(table: pd.DataFrame) -> pd.DataFrame:
+    """A table with a metric a row, and beside each what it is (`metrics.METRICS`)."""
+    return table.assign(meaning=[metrics.METRICS[name][1] for name in table.index])
+
+
 def agreement_table(table: pd.DataFrame) -> pd.DataFrame:
     """`wide` of reward agreement, ranked sets and judge modes under each other; "" where a model was not measured."""
     judging = table[table.metric == "pairwise_accuracy"]

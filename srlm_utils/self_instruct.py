@@ -1,4 +1,4 @@
-"""New prompts in the manner of Self-Instruct (Wang et al. 2022; Yuan et al. 2024, section 2.2).
+"""New prompts in the manner of Self-Instruct (Wang et al. 2022; Yuan et al. 2024, sections 2.2 and 3.1.3).
 
 Eight demonstrations, six of the seed and two the model wrote itself, are shown as the beginning of a
 numbered list that the model continues by one line. What comes is filtered, and every drop has a reason.
@@ -10,7 +10,7 @@ import unicodedata
 
 from rapidfuzz.distance import LCSseq
 
-from srlm_utils import chat
+from srlm_utils import chat, context
 from srlm_utils.judge import load_template
 from srlm_utils.paths import PROMPTS
 
@@ -133,6 +133,17 @@ def shown_to(attempt_id: str, attempts: list[dict], ift: list[dict], params: dic
     return pick_demos(
         seeds, before, params["n_seed_demos"], params["n_generated_demos"], f"{params['seed']}:{attempt_id}"
     )
+
+
+def check_room(step, model: str, writer: str, demos: list[str]) -> None:
+    """Raise `DataError` where `model` has no room for an answer behind the longest new prompt, or `writer` none for a
+    new prompt behind the longest demonstrations."""
+    p = step.params
+    answered = [{"prompt_id": "a new prompt", "prompt": ""}]
+    context.check(step.model_source(model), answered, p.max_prompt_tokens + p.max_new_tokens, "max_new_tokens")
+    longest = [{"prompt_id": "demonstrations", "prompt": "\n".join(sorted(demos, key=len)[-p.n_seed_demos :])}]
+    n_written = (p.n_generated_demos + 1) * p.max_prompt_tokens
+    context.check(step.model_source(writer), longest, n_written, "n_seed_demos or max_prompt_words")
 
 
 def is_demo(prompt: str, max_words: int) -> bool:

@@ -429,6 +429,23 @@ def test_a_training_figure_shows_the_parts_of_the_loss():
     assert titles[1] == ["loss", "reward margin"]
 
 
+@pytest.mark.parametrize("dpi", [110, 150])  # of a notebook's figure and of a saved one
+def test_a_figure_in_a_palette_keeps_each_models_colour(tmp_path, dpi):
+    from matplotlib.colors import to_rgb
+    from PIL import Image
+
+    from srlm_utils import plots, rendered
+
+    plots.use_style()
+    fig, _ = plots.agreement(srlm_utils.open_run(EXAMPLE).metrics())
+    fig.savefig(tmp_path / "drawn.png", dpi=dpi, bbox_inches="tight")
+    with Image.open(tmp_path / "drawn.png") as image:
+        before, after = (np.asarray(i.convert("RGB"), int) for i in (image, rendered.palette(image)))
+    for model in ("M0", "SFT", "M1", "M2", "M3"):
+        marks = (before == [round(255 * part) for part in to_rgb(plots.color(model))]).all(axis=-1)
+        assert marks.sum() > 100 and np.abs(before - after)[marks].max() <= 5, model
+
+
 def test_no_pair_counts_as_wrong_before_the_first_step():
     import pandas as pd
 

@@ -11,7 +11,7 @@ import pandas as pd
 import papermill as pm
 import pytest
 
-from srlm_utils import plan
+from srlm_utils import pairs, plan
 from srlm_utils.params import STAGES, Experiment, stage_key
 from srlm_utils.plan import list_steps
 from srlm_utils.tokens import token_table
@@ -98,6 +98,24 @@ def test_a_quick_try_of_m1_learns_to_judge_too():
     p.max_rows = 0
     exec(cell, namespace)
     assert len(namespace["data"]) == 10
+    p.max_rows = 2
+    exec(cell, namespace)
+    assert (
+        sum(map(len, namespace["sources"].values())) == 4
+    )  # what is shown, and stands in the card, is what was learned
+
+
+def test_a_quick_try_of_dpo_says_what_it_learns_from():
+    cell = next(c.source for c in code(read(ROOT / "notebooks/07_dpo.ipynb")) if "p.max_rows" in c.source)
+    step = SimpleNamespace(
+        rows=lambda path: [{"prompt_id": f"{path}-{i}"} for i in range(8)],
+        declared=SimpleNamespace(reads=["M2/aift/pairs.jsonl", "M1/aift/pairs.jsonl", "M2/aift/judge_pairs.jsonl"]),
+    )
+    step.params = SimpleNamespace(max_rows=3, replay=0.5, judge_share=0.5, seed=0)
+    namespace = {"plan": plan, "model": "M3", "begin_step": lambda *_: step}
+    namespace |= {"replayed": pairs.replayed, "capped": pairs.capped}
+    exec(cell, namespace)
+    assert namespace["counts"] == dict.fromkeys(step.declared.reads, 3) and len(namespace["pairs"]) == 9
 
 
 @pytest.mark.parametrize("path", STAGE_NOTEBOOKS, ids=lambda p: p.stem)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from srlm_utils import cards, checkpoints, hub, open_run, runner, share
+from srlm_utils import cards, checkpoints, hub, open_run, plots, runner, share
 from srlm_utils.artefacts import model_sha256, read_json, read_jsonl
 from srlm_utils.metrics import METRICS
 from srlm_utils.report import COLUMNS
@@ -265,6 +265,18 @@ def test_variants_laid_over_each_other_run_to_their_end():
         assert (run / "report/report.html").is_file()
     finally:
         shutil.rmtree(run, ignore_errors=True)
+
+
+def test_a_steps_accuracies_are_those_of_enough_pairs(smoke):
+    """One parsed pair that happens to be right is no accuracy of 1.0, in `srlm status` or the tour."""
+    few = 0
+    for model in MODELS:
+        figures = read_json(smoke / f"steps/08_evaluate@{model}.json")["figures"]
+        rows = [r for r in read_json(smoke / model / "eval/metrics.json") if r["metric"] == "pairwise_accuracy"]
+        told = {f"{r['set']}_{r['judge_mode']}_accuracy" for r in rows if r["n"] >= plots.MIN_PAIRS}
+        assert {name for name in figures if name.endswith("_accuracy")} == told
+        few += len(rows) - len(told)
+    assert few  # the tiny model hardly writes a valid judgement
 
 
 def test_plan_says_what_a_change_touches(smoke):

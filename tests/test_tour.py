@@ -31,7 +31,7 @@ def test_tour_follows_one_prompt_within_20_seconds(tmp_path, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in (ROOT / "results/example").rglob("*")}
     outputs, text, seconds = run_notebook("00_tour", tmp_path, monkeypatch)
     prompt = read_jsonl(ROOT / "results/example/M1/aift/prompts.jsonl")[0]["prompt"]
-    assert f"M1 went on:\n{prompt}" in text and re.search(r"^8\. ", text, re.M)
+    assert f"M1 continued the list with:\n{prompt}" in text and re.search(r"^8\. ", text, re.M)
     pairs = read_jsonl(ROOT / "results/example/M1/aift/pairs.jsonl")
     pair = pairs[0]
     assert pair["prompt_id"] == "M1-p0000"
@@ -45,7 +45,7 @@ def test_tour_follows_one_prompt_within_20_seconds(tmp_path, monkeypatch):
 def test_tour_follows_another_round_that_was_shown_what_came_before(tmp_path, monkeypatch):
     _, text, _ = run_notebook("00_tour", tmp_path, monkeypatch, model="M2", prompt="")
     n = len(read_jsonl(ROOT / "results/example/M2/aift/pairs.jsonl"))
-    assert "M2 went on:" in text and f"M3 from M2: {n} pairs" in text
+    assert "M2 continued the list with:" in text and f"M3 from M2: {n} pairs" in text
 
 
 @pytest.mark.parametrize("labelled", [False, True])
