@@ -112,6 +112,12 @@ def decode(tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd").strip()
 
 
+def first_line(tokenizer, ids: list[int]) -> str:
+    """As `decode`, of what stands before the first line break, which some vocabularies join with the end of a sentence
+    in one token ("?\\n")."""
+    return tokenizer.decode(ids, skip_special_tokens=True).partition("\n")[0].rstrip("\ufffd").strip()
+
+
 def newline_ids(tokenizer) -> list[int]:
     """Every token id whose text contains a line break: where one-line outputs stop."""
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])

@@ -156,9 +156,9 @@ class Engine:
     ) -> Iterator[list[Sample]]:
         """Sample `n` texts for each request ``(key, prompt token ids)``; yields a request's samples when all are there.
 
-        A sample's key is ``<request key>-<index>``. Temperature 0 is greedy. EOS and `stop_ids` end a text and are
-        not part of it. `on_token(n)` is told of tokens as they are made. Raises `DataError` where a prompt and its text
-        might be longer than the model's context.
+        A sample's key is ``<request key>-<index>``. Temperature 0 is greedy. EOS ends a text and is no part of it; a
+        token of `stop_ids` (`chat.newline_ids`) ends it, too, before its line break. `on_token(n)` is told of tokens as
+        they are made. Raises `DataError` where a prompt and its text might be longer than the model's context.
         """
         context.check_requests({key: len(ids) + max_new_tokens for key, ids in requests}, self.context)
 
@@ -171,7 +171,7 @@ class Engine:
                 for key, ids in some
                 for first in range(0, n, width)
             ]
-            texts = _Texts(self.tokenizer, n, max_new_tokens, seed, self._ends | {*stop_ids}, on_token)
+            texts = _Texts(self.tokenizer, n, max_new_tokens, seed, self._ends, {*stop_ids} - self._ends, on_token)
 
             def draw(logits, keys):
                 u = torch.tensor(texts.uniforms(keys), device=logits.device)
@@ -437,8 +437,9 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
 class _Texts:
     """The texts of one call to `Engine.generate` while they are written, by the keys of their samples."""
 
-    def __init__(self, tokenizer, n: int, budget: int, seed: int, stops: set[int], on_token):
-        self.tokenizer, self.n, self.budget, self.seed, self.stops = tokenizer, n, budget, seed, stops
+    def __init__(self, tokenizer, n: int, budget: int, seed: int, ends: set[int], stops: set[int], on_token):
+        self.tokenizer, self.n, self.budget, self.seed = tokenizer, n, budget, seed
+        self.ends, self.stops = ends, stops
         self.on_token = on_token or (lambda n: None)
         self._writing: dict[str, tuple[list[int], list[float]]] = {}  # tokens so far, random numbers
         self._written: dict[str, list[Sample]] = {}  # by the key of the request
@@ -458,14 +459,18 @@ class _Texts:
         going = []
         for key, token in zip(keys, drawn, strict=True):
             tokens, _ = self._writing[key]
-            if not (ended := token in self.stops):
+            if not (ended := token in self.ends or token in self.stops):
                 tokens.append(token)
             going.append(not ended and len(tokens) < self.budget)
             if not going[-1]:
-                text = Sample(key, chat.decode(self.tokenizer, tokens), len(tokens), ended)
-                self._written.setdefault(key.rpartition("-")[0], []).append(text)
+                line = token in self.stops
+                text = (
+                    chat.first_line(self.tokenizer, [*tokens, token]) if line else chat.decode(self.tokenizer, tokens)
+                )
+                sample = Sample(key, text, len(tokens), ended)
+                self._written.setdefault(key.rpartition("-")[0], []).append(sample)
                 del self._writing[key]
-        self.on_token(sum(token not in self.stops for token in drawn))
+        self.on_token(sum(token not in self.ends | self.stops for token in drawn))
         return going
 
     def finished(self) -> Iterator[list[Sample]]:

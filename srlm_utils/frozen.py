@@ -62,6 +62,8 @@ def keep(trainer, params, n_tokens: int, passes: int):
     size = n_tokens * config.hidden_size * trainer.model.dtype.itemsize
     if not (params.lora_r and params.lora_layers) or passes < 2 or 2 * size > free_memory():
         return None
+    if not hasattr(trainer.model.get_base_model().get_decoder(), "layers"):  # as GPT-2, whose blocks are "h"
+        return None
     # gradient checkpointing sends gradients through all layers; dropout makes every pass another; under FSDP all
     # processes have to ask for the same layers
     dropout = any(

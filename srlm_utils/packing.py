@@ -101,7 +101,7 @@ def sequences(rows: list[dict], size: int, *, share: bool = True) -> list[dict]:
 def length_batches(rows, lengths: list[int], n_rows: list[int], size: int, rng) -> list[list[int]]:
     """Indices `rows` in batches of similar length that hold at most `size` rows by `n_rows`: little padding.
 
-    They are shuffled into length windows of eight batches; the batches come window by window.
+    They are shuffled into windows of ``8 * size`` and sorted by length there; the batches come window by window.
     """
     rows, batches = list(rows), []
     rng.shuffle(rows)

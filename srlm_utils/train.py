@@ -26,9 +26,10 @@ from datasets import Dataset
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from transformers.pytorch_utils import Conv1D
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from srlm_utils import attention, chat, context, frozen, judge, packing, ranks, tracking, vocabulary
+from srlm_utils import attention, chat, context, frozen, judge, packing, ranks, tracking, trainings, vocabulary
 from srlm_utils.artefacts import CARD, replace_folder, write_text
 from srlm_utils.engine import keep_memory, pick_device, pick_dtype
 from srlm_utils.errors import DataError, ModelError, ParamError, ResourceError, StepFailed
@@ -172,7 +173,7 @@ def batch_order(lengths: list[int], batch_size: int, epochs: int, seed: int) -> 
         rng = random.Random(f"{seed}:{epoch}")
         batches = packing.length_batches(range(n), lengths, [1] * n, batch_size, rng)
         rng.shuffle(batches)
-        # a short batch anywhere but at the end would shift every batch behind it
+        # a short batch anywhere but at a pass's end would shift every batch of the pass behind it
         batches.sort(key=lambda b: len(b) < batch_size)
         order += [i for b in batches for i in b]
     return order
@@ -212,14 +213,6 @@ def base_of(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def batch_sizes(params) -> tuple[int, int]:
-    """(rows a micro-batch, micro-batches an optimizer step)."""
-    micro = min(params.micro_batch_size, params.train_batch_size)
-    if params.train_batch_size % micro:
-        raise ParamError(f"train_batch_size {params.train_batch_size} is no multiple of micro_batch_size {micro}.")
-    return micro, params.train_batch_size // micro
-
-
 def some_rows(rows: list[dict], params) -> None:
     """Raise `DataError` where there is nothing to learn from."""
     if not rows:
@@ -234,7 +227,7 @@ def less_memory(params, least: int, longest: int) -> str:
     It is not lowered unasked, as it is in sampling: the loss of a micro-batch is a mean over its tokens, and over the
     pairs of replies that it holds for the ranking loss, so smaller ones would train another model.
     """
-    micro, _ = batch_sizes(params)
+    micro, _ = trainings.batch_sizes(vars(params))
     smaller = next((m for m in range(micro // 2, least - 1, -1) if not params.train_batch_size % m), 0)
     ways = [f"lower micro_batch_size from {micro} to {smaller}"] if smaller else []
     ways.append(f"lower max_length from {params.max_length} to {longest * 3 // 4}, which drops longer rows")
@@ -290,14 +283,16 @@ def lora_config(model, params):
         return None
     from peft import LoraConfig
 
-    n = model.config.num_hidden_layers
+    n = model.config.get_text_config().num_hidden_layers
     if params.lora_layers > n:
         raise ParamError(f"lora_layers = {params.lora_layers}: this model has {n} layers; 0 takes all of them.")
     where: dict = {"target_modules": "all-linear"}
     if params.lora_layers:  # peft takes layer numbers with names alone, not with "all-linear"
         head = model.get_output_embeddings()
         linear = {
-            k.rpartition(".")[2] for k, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head
+            k.rpartition(".")[2]
+            for k, m in model.named_modules()
+            if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head  # GPT-2's are Conv1D
         }
         where = {"target_modules": sorted(linear), "layers_to_transform": list(range(n - params.lora_layers, n))}
     return LoraConfig(
@@ -422,7 +417,7 @@ def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path, world: i
     """
     some_rows(rows, params)
     share = attention.plain(model.config, params.max_length)
-    micro, accumulation = batch_sizes(params)
+    micro, accumulation = trainings.batch_sizes(vars(params))
     if params.rank_weight:
         _check_ranking(rows, micro, share, params.rank_weight)
     packed = packing.sequences(rows, micro, share=share)
@@ -545,7 +540,7 @@ def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path, consiste
     ids, rows, lengths = unnamed(rows, params)
     n_tokens = sum(len(ids) for r in rows for ids in r.values())
     order = batch_order(lengths, params.train_batch_size, params.epochs, params.seed)
-    micro, accumulation = batch_sizes(params)
+    micro, accumulation = trainings.batch_sizes(vars(params))
     how = common_args(params, work, per_device=micro, accumulation=accumulation, n_items=len(order))
     trainer = TokenisedDPOTrainer(
         train_dataset=Dataset.from_list(rows),
@@ -617,6 +612,11 @@ def train(trainer, step, selection=None) -> pd.DataFrame:
         )
     )
     last = last_checkpoint(Path(trainer.args.output_dir))
+    if not last and trainer.state.global_step:  # else its first step would be taken from weights that have learned
+        raise StepFailed(
+            f"this training was stopped at step {trainer.state.global_step} and has no checkpoint (save_steps). Run "
+            "the cell that begins it again, then this one."
+        )
     if last and trainer.is_world_process_zero():
         print(f"continuing from step {step_of(last)} of {total}", flush=True)
     with step.progress(total, "steps") as progress:

@@ -52,6 +52,17 @@ def read_config(path: str) -> dict:
     return config
 
 
+def batch_sizes(params: dict) -> tuple[int, int]:
+    """(rows a micro-batch, micro-batches an optimizer step); `ParamError` where the one does not divide the other."""
+    whole, micro = params["train_batch_size"], min(params["micro_batch_size"], params["train_batch_size"])
+    if whole % micro:
+        raise ParamError(
+            f"train_batch_size = {whole} is no multiple of micro_batch_size = {micro}: an optimizer step is made of "
+            "whole micro-batches. Change one of them."
+        )
+    return micro, whole // micro
+
+
 def check(params: dict) -> None:
     """Raise `ParamError` where parameters of a training cannot go together, before anything heavy is imported."""
     if "lora_r" in params and params["dtype"] == "float16":
@@ -63,7 +74,10 @@ def check(params: dict) -> None:
         raise ParamError("load_in_4bit = True trains adapters on a frozen base: set lora_r, 16 for example.")
     if params.get("keep_adapters") and not params["lora_r"]:
         raise ParamError("keep_adapters = True, but lora_r = 0 trains all weights: there are no adapters to keep.")
-    if not params.get("launch"):
+    if "train_batch_size" not in params:  # no training
+        return
+    _, step = batch_sizes(params)
+    if not params["launch"]:
         return
     config = read_config(params["launch"])
     if config.get("distributed_type") == "DEEPSPEED" and params["load_in_4bit"]:
@@ -77,7 +91,6 @@ def check(params: dict) -> None:
             "-c constraints.txt -e '.[deepspeed]' brings it; the fsdp2 configs need nothing more."
         )
     n = config["num_processes"]
-    step = params["train_batch_size"] // min(params["micro_batch_size"], params["train_batch_size"])
     if step % n:
         raise ParamError(
             f"{params['launch']} starts {n} processes, which cannot share the {step} micro-batches of a step evenly "
@@ -107,7 +120,7 @@ class Here:
             self.trainer = train.dpo_trainer(model, tokenizer, rows, p, step.work, consistency)
 
     def reference(self) -> pd.DataFrame:
-        """DPO's reference: log-probabilities of the answers, one row a pair."""
+        """DPO's reference: log-probabilities of the answers, one row a pair and pass, in the order of training."""
         return pd.DataFrame(self.trainer.train_dataset.select_columns(REFERENCE).to_list())
 
     def run(self, selection=None) -> pd.DataFrame:

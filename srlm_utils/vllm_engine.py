@@ -59,8 +59,12 @@ class VllmEngine:
     ) -> Iterator[list[Sample]]:
         """As `engine.Engine.generate`; the texts of a request are one request here, too, whose prompt is read once."""
         context.check_requests({key: len(ids) + max_new_tokens for key, ids in requests}, self.context)
-        ends = self._ends | {*stop_ids}
-        how = PLAIN | {"max_tokens": max_new_tokens, "temperature": temperature, "stop_token_ids": sorted(ends)}
+        stops = {*stop_ids} - self._ends
+        how = PLAIN | {
+            "max_tokens": max_new_tokens,
+            "temperature": temperature,
+            "stop_token_ids": sorted(self._ends | stops),
+        }
         if temperature:
             how |= {"n": n, "top_p": top_p}
         # neighbours begin alike, so that what they share is still in the cache
@@ -70,14 +74,16 @@ class VllmEngine:
         ]
         for key, reply in self._ask(asked):
             texts = reply.texts if temperature else reply.texts * n  # greedy texts are all the same
-            samples = [self._sample(f"{key}-{i}", tokens, ends) for i, tokens in enumerate(texts)]
+            samples = [self._sample(f"{key}-{i}", tokens, stops) for i, tokens in enumerate(texts)]
             if on_token:
                 on_token(sum(s.n_tokens for s in samples))
             yield samples
 
-    def _sample(self, key: str, tokens: list[int], ends: set[int]) -> Sample:
-        end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-        return Sample(key, chat.decode(self.tokenizer, tokens[:end]), end, end < len(tokens))
+    def _sample(self, key: str, tokens: list[int], stops: set[int]) -> Sample:
+        end = next((i for i, token in enumerate(tokens) if token in self._ends or token in stops), len(tokens))
+        line = end < len(tokens) and tokens[end] in stops
+        text = chat.first_line(self.tokenizer, tokens[: end + 1]) if line else chat.decode(self.tokenizer, tokens[:end])
+        return Sample(key, text, end, end < len(tokens))
 
     def choice_probs(
         self, requests: list[tuple[str, list[int]]], choices: list[int]

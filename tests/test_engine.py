@@ -3,9 +3,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from srlm_utils import attention, chat, judge, verdicts, vllm_engine, vocabulary
-from srlm_utils.engine import Engine, pick_dtype
+from srlm_utils.engine import Engine, _Texts, pick_dtype
 from srlm_utils.errors import ModelError, StepFailed
 
 PROMPTS = [
@@ -56,11 +58,43 @@ def test_seeds_differ(engine):
     assert first != other
 
 
-def test_stop_tokens_end_a_text_and_are_left_out(engine):
+def test_stop_tokens_end_a_text(engine):
     free = generate(engine, requests(engine), max_new_tokens=8)
     ids = chat.text_ids(engine.tokenizer, free["q0-0"].text)
     stopped = generate(engine, requests(engine), max_new_tokens=8, stop_ids=(ids[-1],))["q0-0"]
     assert stopped.ended and stopped.n_tokens < 8
+
+
+@pytest.fixture(scope="module")
+def joining():
+    """A tokenizer of the kind of Llama 3's and Qwen's, which join a sentence's end and the line break in one token."""
+    split = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(split, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    made.train_from_iterator(["What is tea?\n1. Name a fruit.\n2. Stop!\n\n"] * 50, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
+    assert {"?\n", ".\n"} <= {tokenizer.decode([i]) for i in range(len(tokenizer))}
+    return tokenizer
+
+
+@pytest.mark.parametrize("mark", ["?", ".", "!", "", " 10"])
+def test_a_line_keeps_what_shares_a_token_with_its_break(joining, mark):
+    written = joining(f"What is tea{mark}\n", add_special_tokens=False)["input_ids"]
+    ends, stops = {joining.eos_token_id}, {*chat.newline_ids(joining)}
+    assert written[-1] in stops
+    texts = _Texts(joining, 1, 30, 0, ends, stops, None)
+    for token in written:
+        texts.uniforms(["q-0"])
+        texts.add(["q-0"], [token])
+    ((ours,),) = texts.finished()
+    theirs = vllm_engine.VllmEngine._sample(SimpleNamespace(tokenizer=joining, _ends=ends), "q-0", written, stops)
+    assert ours == theirs and ours.text == f"What is tea{mark}" and ours.ended and ours.n_tokens == len(written) - 1
 
 
 def test_choice_probs_are_the_softmax_at_the_last_position(engine):

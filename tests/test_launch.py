@@ -74,6 +74,7 @@ def test_accelerate_reads_every_config(path):
         ),
         ({"load_in_4bit": True, "lora_r": 0}, "load_in_4bit"),
         ({"keep_adapters": True, "lora_r": 0}, "keep_adapters"),
+        ({"train_batch_size": 6, "micro_batch_size": 4}, "train_batch_size = 6 is no multiple of micro_batch_size = 4"),
         ({"dtype": "float16"}, r"for writing and judging.*Set sft\.dtype and dpo\.dtype to bfloat16"),
         (
             {"launch": "params/accelerate/deepspeed_zero3_8gpu.yaml", "load_in_4bit": True, "micro_batch_size": 1},

@@ -115,7 +115,11 @@ def test_a_quick_try_of_dpo_says_what_it_learns_from():
     namespace = {"plan": plan, "model": "M3", "begin_step": lambda *_: step}
     namespace |= {"replayed": pairs.replayed, "capped": pairs.capped}
     exec(cell, namespace)
-    assert namespace["counts"] == dict.fromkeys(step.declared.reads, 3) and len(namespace["pairs"]) == 9
+    n_judge = pairs.capped(step.rows(""), 0.5, 6, 0)
+    assert list(namespace["counts"].values()) == [3, 3, len(n_judge)] and len(namespace["pairs"]) == 6 + len(n_judge)
+    step.params.judge_share = 0.2
+    exec(cell, namespace)
+    assert list(namespace["counts"].values()) == [3, 3, 1]  # a fifth at most of what is learned, not of what there is
 
 
 @pytest.mark.parametrize("path", STAGE_NOTEBOOKS, ids=lambda p: p.stem)

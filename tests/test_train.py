@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from srlm_utils import chat, train
 from srlm_utils.errors import ParamError, StepFailed
@@ -327,6 +328,36 @@ def test_training_continues_from_its_checkpoint(tiny, tmp_path, more):
     assert continued.step.tolist() == whole.step.tolist() == [1, 2, 3, 4, 5, 6]
     assert continued.loss.tolist() == pytest.approx(whole.loss.tolist(), rel=1e-4)
     assert continued.learning_rate.tolist() == pytest.approx(whole.learning_rate.tolist())
+
+
+def test_a_trainer_without_a_checkpoint_does_not_begin_from_what_it_has_learned(tiny, tmp_path):
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kw):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    net, tok = train.load(tiny, p := params(save_steps=0))
+    trainer = train.dpo_trainer(net, tok, train.dpo_rows(tok, PAIRS, 512)[0], p, tmp_path)
+    trainer.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        train.train(trainer, FakeStep())
+    trainer.remove_callback(Stop)
+    with pytest.raises(StepFailed, match="stopped at step 2 and has no checkpoint"):
+        train.train(trainer, FakeStep())
+
+
+def test_adapters_find_the_layers_of_other_kinds_of_models():
+    small = {"n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": 16, "n_positions": 16}
+    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(**small))
+    config = train.lora_config(gpt2, params(lora_layers=1))
+    # a model of images and text has its layers in a config of their own
+    inner = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=2))
+    both = SimpleNamespace(config=inner, named_modules=gpt2.named_modules, get_output_embeddings=lambda: gpt2.lm_head)
+    assert train.lora_config(both, params(lora_layers=1)).layers_to_transform == [1]
+    names = {n for n, w in get_peft_model(gpt2, config).named_parameters() if w.requires_grad}
+    assert names and all(".h.1." in n for n in names) and any("c_attn" in n for n in names)
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
