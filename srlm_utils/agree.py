@@ -43,6 +43,8 @@ def engine_of(model: str):
     if pointer.is_file():
         info = seed_model.read_pointer(pointer)
         return Engine(info["path"], chat_template=info["chat_template"])
+    if model not in (*seed_model.EMBEDDED, seed_model.TINY) and Path(model).is_dir():
+        model = str(Path(model).resolve())  # as every path of a command line, from where one stands
     return Engine(seed_model.fetch(model)["path"])
 
 

@@ -7,11 +7,11 @@ on. `srlm share` and `srlm push` write it again from the run's manifests, with w
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
 from srlm_utils import metrics, rendered
 from srlm_utils.artefacts import read_json
-from srlm_utils.errors import MissingInputError
-from srlm_utils.params import read_yaml
+from srlm_utils.errors import DataError, MissingInputError
 from srlm_utils.paths import shown
 from srlm_utils.plan import draft_of, init_model, is_model_name, models_before, weights
 from srlm_utils.report import rate
@@ -234,7 +234,12 @@ def from_run(run: Path, model: str) -> str:
 
 def recorded(run: Path) -> list:
     """Everything that a run's parameters say: of the experiment, of each step, and where its seed model is."""
-    out = [read_yaml(run / "params.yaml")] if (run / "params.yaml").is_file() else []
+    path, out = run / "params.yaml", []
+    if path.is_file():
+        try:  # as it stands: it may have names of another version
+            out.append(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            raise DataError(f"{shown(path)}: not valid YAML ({e}).") from None
     out += [read_json(path)["params"] for path in (run / "steps").glob("*.json")]
     return out + ([read_json(run / "M0/model.json")["name"]] if (run / "M0/model.json").is_file() else [])
 

@@ -32,7 +32,7 @@ from srlm_utils.instructions import followed
 from srlm_utils.params import model_names
 from srlm_utils.paths import shown
 from srlm_utils.plan import models_before
-from srlm_utils.report import COLUMNS
+from srlm_utils.report import read_metrics
 
 DEFAULT = "default"  # the variant that is the base as it stands
 MAX_BYTES = 300_000  # of a cell
@@ -143,7 +143,7 @@ def from_run(run: Path) -> Cell:
     }
     # the same prompt in one place: what repeats nearby costs nothing in the archive
     rows["answers"].sort(key=lambda a: (a["prompt_id"], names.index(a["model"])))
-    return Cell(params, about, _metrics(run / "report/metrics.csv"), **rows)
+    return Cell(params, about, read_metrics(run / "report/metrics.csv"), **rows)
 
 
 def _agreement(model: str, ranked: list[dict], judged: list[dict]) -> list[dict]:
@@ -190,7 +190,7 @@ def read(folder: Path) -> Cell:
     about = read_json(folder / "cell.json")
     if not isinstance(about, dict):
         raise DataError(f"{shown(folder / 'cell.json')}: found {type(about).__name__}, expected an object.")
-    return Cell(_params(folder / "params.yaml"), about, _metrics(folder / "metrics.csv"), **rows)
+    return Cell(_params(folder / "params.yaml"), about, read_metrics(folder / "metrics.csv"), **rows)
 
 
 def read_all(sweep: Path) -> list[Cell]:
@@ -231,19 +231,6 @@ def _params(path: Path) -> dict:
         if not isinstance(common.get(name, kind()), kind):
             raise DataError(f"{shown(path)}: common.{name} is {common[name]!r}, expected {kind.__name__}.")
     return tree
-
-
-def _metrics(path: Path) -> pd.DataFrame:
-    text = dict.fromkeys(COLUMNS, str) | dict.fromkeys(("value", "low", "high"), float) | {"seed": int, "n": int}
-    try:
-        table = pd.read_csv(
-            path, keep_default_na=False, na_values=dict.fromkeys(("value", "low", "high"), ""), dtype=text
-        )
-    except (ValueError, OSError) as e:  # pandas' own parser errors are ValueErrors
-        raise DataError(f"{shown(path)}: not a table of metrics ({e}).") from None
-    if list(table.columns) != COLUMNS:
-        raise DataError(f"{shown(path)}: found columns {', '.join(table.columns)}; expected {', '.join(COLUMNS)}.")
-    return table
 
 
 def flat_params(tree: dict, prefix: str = "") -> dict:

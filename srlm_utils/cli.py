@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a step failed or `verify` found a fault, 2 bad input.
 """
 
 import argparse
+import contextlib
 import shlex
 import shutil
 import signal
@@ -119,23 +120,30 @@ def _experiment(args) -> Experiment:
     return experiment
 
 
+@contextlib.contextmanager
+def _resumable(args, **options: str):
+    """The command that goes on with what runs inside, which SIGTERM ends as Ctrl-C does: both say that command."""
+    program = Path(sys.argv[0])
+    found = shutil.which("srlm") or program.name != "srlm"
+    words = ["srlm" if found else str(program), args.command, *map(str, args.params)]  # make calls it by its path
+    for s in args.sets:
+        words += ["--set", s]
+    for option, value in options.items():
+        words += [f"--{option.replace('_', '-')}", value] if value else []
+    command = shlex.join(words)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield command
+    except KeyboardInterrupt:  # between two steps
+        raise StepFailed(f"interrupted; what was made is kept\n  continue with: {command}") from None
+
+
 def _run(args) -> int:
     from srlm_utils.runner import execute
 
     experiment = _experiment(args)
-    program = Path(sys.argv[0])
-    found = shutil.which("srlm") or program.name != "srlm"
-    words = ["srlm" if found else str(program), "run", *map(str, args.params)]  # make calls it by its path
-    for s in args.sets:
-        words += ["--set", s]
-    for option, value in (("--run-name", args.run_name), ("--from", args.start), ("--only", args.only)):
-        words += [option, value] if value else []
-    command = shlex.join(words)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end a run in the same way
-    try:
+    with _resumable(args, run_name=args.run_name, **{"from": args.start}, only=args.only) as command:
         execute(experiment, _run_dir(args), command, start=args.start, only=args.only, force=args.force)
-    except KeyboardInterrupt:  # between two steps
-        raise StepFailed(f"interrupted; what was made is kept\n  continue with: {command}") from None
     return 0
 
 
@@ -143,13 +151,10 @@ def _sweep(args) -> int:
     from srlm_utils import sweep, sweep_report
 
     name = _run_dir(args).name
-    words = ["srlm", "sweep", *map(str, args.params), "--variants", args.variants, "--seeds", str(args.seeds)]
-    for s in args.sets:
-        words += ["--set", s]
     variants = [v.strip() for v in args.variants.split(",")]
     base = _experiment(args)
-    command = shlex.join([*words, "--name", name])
-    failed = sweep.run(base, variants, args.seeds, name, command, report=sweep_report.write)
+    with _resumable(args, variants=args.variants, seeds=str(args.seeds), name=name) as command:
+        failed = sweep.run(base, variants, args.seeds, name, command, report=sweep_report.write)
     if failed:
         raise StepFailed(f"{len(failed)} cells failed: {', '.join(failed)}. The same command tries them again.")
     return 0

@@ -16,10 +16,9 @@ import pandas as pd
 from srlm_utils import evaluate, measures, metrics, pages, plots, rendered
 from srlm_utils.artefacts import find_jsonl, is_there, read_json, read_jsonl, read_optional, replace_folder, write_text
 from srlm_utils.cards import recorded
-from srlm_utils.errors import DataError, MissingInputError
-from srlm_utils.paths import shown
+from srlm_utils.errors import DataError
 from srlm_utils.plan import is_model_name
-from srlm_utils.report import rate
+from srlm_utils.report import rate, read_metrics
 from srlm_utils.share import check_replaceable
 
 KEY = ["metric", "set", "judge", "judge_mode", "model", "opponent"]
@@ -59,7 +58,10 @@ class Rows:
 def compare(runs: list[Path], out: Path) -> None:
     """Write ``index.html``, ``metrics.csv``, ``differences.csv``, ``params.csv`` and figures to `out`, whole or not."""
     names = _names(runs)
-    tables = [_metrics(run).assign(run=name) for run, name in zip(runs, names, strict=True)]
+    tables = [
+        read_metrics(run / "report/metrics.csv").drop_duplicates(KEY).assign(run=name)
+        for run, name in zip(runs, names, strict=True)
+    ]
     check_replaceable(out, "srlm compare")
     tmp = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)
@@ -106,14 +108,6 @@ def _names(runs: list[Path]) -> list[str]:
         raise DataError("srlm compare needs two runs or more, such as results/quickstart results/beta03.")
     names = [run.name for run in runs]
     return [f"{n} ({names[:i].count(n) + 1})" if names.count(n) > 1 else n for i, n in enumerate(names)]
-
-
-def _metrics(run: Path) -> pd.DataFrame:
-    path = run / "report" / "metrics.csv"
-    if not path.is_file():
-        raise MissingInputError(f"{shown(path)} is missing: run 09_report@run first.")
-    table = pd.read_csv(path, keep_default_na=False, na_values={c: [""] for c in ("value", "low", "high")})
-    return table.drop_duplicates(KEY)
 
 
 # ---- what was set

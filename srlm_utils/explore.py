@@ -19,6 +19,7 @@ from srlm_utils.params import is_draft
 from srlm_utils.paths import PACKAGE, RESULTS, resolve, run_folder, shown
 from srlm_utils.plan import init_model, is_model_name
 from srlm_utils.printable import printable
+from srlm_utils.report import read_metrics
 from srlm_utils.step import maker
 
 # what each method reads below the model's folder
@@ -159,11 +160,7 @@ class Run:
 
     def metrics(self) -> pd.DataFrame:
         """Every figure of the run: report/metrics.csv."""
-        path = self.folder / "report/metrics.csv"
-        if not path.is_file():
-            raise MissingInputError(f"{shown(path)} is missing: run 09_report@run first.")
-        texts = dict.fromkeys(("model", "opponent", "set", "judge", "judge_mode"), str)
-        return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=texts)
+        return read_metrics(self.folder / "report/metrics.csv")
 
     # ---- cards
 

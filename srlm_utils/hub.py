@@ -34,7 +34,6 @@ def push(run: Path, model: str, repo: str, *, data: bool = False) -> list[str]:
         repos.append((f"{repo}-aift", "dataset", _aift(run, model)))
 
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api, addresses = HfApi(token=os.environ[TOKEN]), []
     for name, kind, content in repos:
@@ -46,10 +45,11 @@ def push(run: Path, model: str, repo: str, *, data: bool = False) -> list[str]:
                 repo_type=kind,
                 commit_message=f"{model} of the run {run.name}",
             )
-        except (HfHubHTTPError, OSError) as e:
+        except Exception as e:  # no network, no right to write: the hub's client raises many kinds
+            why = (str(e).splitlines() or [""])[0]
             raise DataError(
-                f"{name} ({kind}): the hub refused it ({type(e).__name__}: {str(e).splitlines()[0]}). Check that the "
-                f"token may write there. Done before: {', '.join(addresses) or 'nothing'}."
+                f"{name} ({kind}): could not be pushed to the hub ({type(e).__name__}: {why}). Check the network, and "
+                f"that the token may write there. Done before: {', '.join(addresses) or 'nothing'}."
             ) from e
         addresses.append(str(getattr(done, "repo_url", "") or name))
     return addresses

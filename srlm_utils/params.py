@@ -307,12 +307,31 @@ def shared_names() -> set[str]:
     ) - NOT_IN_YAML
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is written twice, of which YAML keeps the last alone.
+
+    As nodes are composed: later, what `<<` takes over stands among a mapping's own keys.
+    """
+
+    def compose_mapping_node(self, anchor):
+        node, seen = super().compose_mapping_node(anchor), {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                line = key.start_mark.line + 1
+                if first := seen.get(key.value):
+                    raise ParamError(f"line {line}: {key.value} stands in line {first} already. Keep one of them.")
+                seen[key.value] = line
+        return node
+
+
 def read_yaml(path: Path) -> dict:
     """An experiment or overlay file as nested dicts; `ParamError` names the file and what is wrong."""
     if not path.is_file():
         raise ParamError(f"{path}: no such parameter file. Expected a YAML file such as params/quickstart.yaml.")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except ParamError as e:
+        raise ParamError(f"{path}: {e}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ParamError(f"{path}: not valid YAML ({e}).") from e
     _check_names(data, str(path))
@@ -451,7 +470,7 @@ class Experiment:
     def __init__(self, tree: dict, source: str = "params"):
         _check_names(tree, source)
         self.tree, self.source = tree, source
-        self.shadowed: list[str] = []  # what overlays and sets of `load` ask for and do not reach
+        self.shadowed: list[str] = []  # what `load` was asked for and does not reach a step
         common = tree.get("common", {})
         self.run = Run(**check(Run, {k: v for k, v in common.items() if k in Run.model_fields}, f"{source}: common"))
         for stage in STAGES:  # every value is checked now, whether its step runs today or next week
@@ -469,8 +488,29 @@ class Experiment:
         trees = [read_yaml(f) for f in files] + [parse_set(s) for s in sets]
         named = {"common": {"variant": "+".join(f.stem for f in files[1:])}} if files[1:] else {}
         experiment = cls(merge(trees[0], named, *trees[1:]), str(files[0]))
-        experiment.shadowed = shadowed(experiment.tree, merge({}, *trees[1:]))
+        experiment.shadowed = shadowed(experiment.tree, merge({}, *trees[1:])) + experiment._idle()
         return experiment
+
+    def _idle(self) -> list[str]:
+        """Sections of `by_model` that belong to no step, one line each.
+
+        They are no error: fewer iterations than a file was written for leave some.
+        """
+        from srlm_utils.plan import list_steps  # which imports this module
+
+        try:
+            steps = list_steps(self)
+        except ParamError:  # a command that needs the steps says it
+            return []
+        found = []
+        for model, stages in self.tree.get("by_model", {}).items():
+            for section in stages:
+                runs = [s.model for s in steps if stage_key(s.stage) == section and not is_draft(s.model)]
+                if model not in runs:
+                    known = "once a run" if runs == ["run"] else f"for {', '.join(runs) or 'no model'}"
+                    where = f"by_model.{model}.{section}"
+                    found.append(f"{where}: no such step; {section} runs {known}: it changes nothing")
+        return found
 
     def benchmarked(self) -> list[str]:
         """Models whose 10_benchmarks step is part of this experiment."""

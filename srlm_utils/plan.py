@@ -68,14 +68,18 @@ def weights(model: str) -> str:
     return "M0/model.json" if model == "M0" else f"{model}/model"
 
 
+WIN_MODES = ("score", "pairwise", "api", "human")
+
+
 def parse_win_judge(text: str, where: str = "evaluate.win_judges") -> tuple[str, str]:
     """``"M1:score"`` -> ("M1", "score"); the last colon separates, so paths may hold others."""
     judge, _, mode = text.rpartition(":")
-    if not judge or mode not in ("score", "pairwise", "api", "human") or (judge == OUTSIDE and mode != "score"):
+    several = re.search(r":(score|pairwise|api|human),", text)  # M0:pairwise,M1:score, which is a list elsewhere
+    if several or not judge or mode not in WIN_MODES or (judge == OUTSIDE and mode != "score"):
         raise ParamError(
             f"{where}: found {text!r}, expected outside:score, <model>:pairwise or <model>:score (a "
             "model of the run, an embedded model, a hub id or a folder), <model>:api (an OpenAI-compatible endpoint) "
-            "or <file>:human (verdict rows)."
+            'or <file>:human (verdict rows); several in brackets, as \'["M0:pairwise", "M1:score"]\'.'
         )
     return judge, mode
 
@@ -229,7 +233,15 @@ def list_steps(experiment: Experiment) -> list[Step]:
             )
         order.insert(order.index(("08_evaluate", model)) + 1, ("10_benchmarks", model))
     order.append(("09_report", "run"))
-    return [make_step(stage, m, experiment.flat(stage, m, "")) for stage, m in order]
+    steps, made = [make_step(stage, m, experiment.flat(stage, m, "")) for stage, m in order], set()
+    for step in steps:  # a name that fits no other check would be found when hours of steps before it are done
+        if lost := [path for path in step.reads if path not in made]:
+            raise ParamError(
+                f"{step.name} would read {lost[0]}, which no step before it makes: look at the parameters that name a "
+                f"model or a number of rounds for it alone ({stage_key(step.stage)}, by_model)."
+            )
+        made |= {*step.writes}
+    return steps
 
 
 def _check_win_judges(experiment: Experiment) -> None:
@@ -326,8 +338,8 @@ def _check_round(experiment: Experiment, model: str) -> None:
 
 
 def external_inputs(params: dict) -> dict[str, Path]:
-    """Files outside the run folder that a step depends on: seed files, the judge's rubric and its folder, benchmarks
-    and their tasks. A data set of the hub is none: its name stands among the parameters."""
+    """Files outside the run folder that a step depends on: seed files, the judge's rubric, folders of models,
+    benchmarks and their tasks. A data set of the hub is none: its name stands among the parameters."""
     files = {}
     for name, value in params.items():
         if name.endswith(("_file", "_files")):
@@ -344,8 +356,10 @@ def external_inputs(params: dict) -> dict[str, Path]:
             files[f"select_rubric:{params['select_rubric']}"] = rubric_path(params["select_rubric"])
         if judge == OUTSIDE:
             files |= {f"select_judge:outside:{name}": seed_path(name) for name in OUTSIDE_LESSONS}
-    if (judge := params.get("judge_model", "")) and not is_model_name(judge) and resolve(judge).is_dir():
-        files[f"judge_model:{judge}"] = resolve(judge)
+    named = {name: [params.get(name, "")] for name in ("judge_model", "prompt_model")}
+    named["win_judges"] = [j for j, mode in map(parse_win_judge, params.get("win_judges", [])) if mode != "human"]
+    for name, models in named.items():  # a folder may be trained anew under its name
+        files |= {f"{name}:{m}": resolve(m) for m in models if m and not is_model_name(m) and resolve(m).is_dir()}
     if "rubric" in params:
         files[f"rubric:{params['rubric']}"] = rubric_path(params["rubric"])
     if params.get("lm_eval_include_path"):
@@ -400,7 +414,7 @@ def status(step: Step, params: dict, run: Path) -> tuple[bool, str]:
             "params": STAGES[stage_key(step.stage)]().model_dump() | manifest["params"],
             "inputs": {k: v["sha256"] for k, v in manifest["inputs"].items()},
         }
-        outputs = manifest["outputs"]
+        outputs = {name: info["sha256"] for name, info in manifest["outputs"].items()}
     except (DataError, KeyError, TypeError, AttributeError):
         return False, "its manifest is damaged"
     changed = [k for k in now["params"] if old["params"][k] != now["params"][k]]
@@ -410,11 +424,11 @@ def status(step: Step, params: dict, run: Path) -> tuple[bool, str]:
     stale = [k for k in now["inputs"] if old["inputs"].get(k) != now["inputs"][k]]
     if stale:
         return False, f"input changed: {stale[0]}"
-    for name, info in outputs.items():
+    for name, digest in outputs.items():
         if not is_there(run / name):
             return False, f"output is gone: {name}"
         try:
-            same = sha256(run / name) == info["sha256"]
+            same = sha256(run / name) == digest
         except DataError:  # it cannot be unpacked
             same = False
         if not same:

@@ -6,7 +6,7 @@ import pandas as pd
 
 from srlm_utils import metrics, pages, winrates
 from srlm_utils.artefacts import read_json, write_text
-from srlm_utils.errors import MissingInputError
+from srlm_utils.errors import DataError, MissingInputError
 from srlm_utils.pairs import by_the_model
 from srlm_utils.paths import EXAMPLE, shown
 from srlm_utils.plan import draft_of, model_names, models_before, next_model
@@ -29,6 +29,8 @@ COLUMNS = [
     "n",
     "unit",
 ]
+
+_NUMBERS = ("value", "low", "high")  # which may be empty
 
 # rows of the agreement table: the figures of Table 4 of the paper, then what says how far to trust them
 AGREEMENT = [*metrics.AGREEMENT, "parse_rate", "score_mass", "score_std"]
@@ -70,6 +72,20 @@ def metrics_table(step) -> pd.DataFrame:
     return table[COLUMNS].drop_duplicates()  # the outside judge's exam stands in every model's file
 
 
+def read_metrics(path: Path) -> pd.DataFrame:
+    """A metrics.csv as `metrics_table` made it: texts may be "", figures alone NaN. `DataError` for another file."""
+    if not path.is_file():
+        raise MissingInputError(f"{shown(path)} is missing: run 09_report@run first.")
+    types = dict.fromkeys(COLUMNS, str) | dict.fromkeys(_NUMBERS, float) | {"seed": int, "n": int}
+    try:
+        table = pd.read_csv(path, keep_default_na=False, na_values=dict.fromkeys(_NUMBERS, ""), dtype=types)
+    except (ValueError, OSError) as e:  # pandas' own parser errors are ValueErrors
+        raise DataError(f"{shown(path)}: not a table of metrics ({e}).") from None
+    if list(table.columns) != COLUMNS:
+        raise DataError(f"{shown(path)}: found columns {', '.join(table.columns)}; expected {', '.join(COLUMNS)}.")
+    return table
+
+
 def learned_from(step, model: str) -> str:
     """Whose folder has what was learned from the round of `model`: its own, or that of the next model's draft."""
     draft = draft_of(next_model(model))
@@ -102,7 +118,8 @@ def training_table(step) -> pd.DataFrame:
 
 def score_table(step) -> pd.DataFrame:
     """Scores of the models' own candidates: columns model, id, score."""
-    frames = []
+    # without a round there are none; with the types of a round's, which would else become objects
+    frames = [pd.DataFrame(columns=["id", "score", "model"]).astype({"id": str, "score": float, "model": str})]
     for m in model_names(step.params.iterations)[2:-1]:
         scores = pd.DataFrame(step.rows(f"{m}/aift/judgements.jsonl"))[["id", "score"]]
         own = [c["cand_id"] for c in by_the_model(step.rows(f"{m}/aift/candidates.jsonl"))]

@@ -17,6 +17,7 @@ GB = 1e9
 MARGIN = 50e6  # bytes of disk that rows, a notebook and a manifest take
 PYTHON = 0.5e9  # bytes of memory of a kernel with torch in it
 PROMPT = 1024  # tokens of a prompt for which room is reckoned: a rubric with a long reply, or demonstrations
+GROUP = Path("/sys/fs/cgroup")  # a container's own control group, of version 2
 # torch raises a class of its own on a GPU alone
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
@@ -38,8 +39,10 @@ def free_memory() -> int:
 
     free = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):  # no limit, or no control group
-        group = Path("/sys/fs/cgroup")
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        limit, used = (int((GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
+        # files that were read are counted as used, and go when memory is asked for
+        free = min(free, limit - max(used - int(stat.get("inactive_file", 0)), 0))
     return max(free, 0)
 
 

@@ -29,8 +29,10 @@ def execute(
     Raises `SrlmError` for bad input (before a notebook starts, or from its first cells) and `StepFailed` for anything
     else that ends a notebook.
     """
-    load_seeds(experiment.flat("01_seed_data", "run", "run"))  # every row is checked before any kernel starts
     steps = list_steps(experiment)
+    seed = experiment.flat("01_seed_data", "run", str(run))
+    if force or not status(steps[0], seed, run)[0]:
+        load_seeds(seed)  # every row is checked before any kernel starts
     for step in steps:
         flat = experiment.flat(step.stage, step.model, "run")
         if step.stage == "10_benchmarks":

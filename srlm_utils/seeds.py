@@ -1,6 +1,7 @@
 """Reading the seed of a run and keeping what is measured apart from what is learned."""
 
 import hashlib
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -21,7 +22,10 @@ def load_seeds(params: dict) -> tuple[dict[str, list[dict]], dict[str, Counter]]
     that is named for several sets is divided between them by prompt (`share`).
     """
     p = params
-    names = {name: p.get(f"{name}_files") or [p[f"{name}_file"]] for name in ("ift", "ranked_train", "ranked_eval")}
+    names = {"ift": [p["ift_file"]]} | {name: p[f"{name}_files"] for name in ("ranked_train", "ranked_eval")}
+    for name, of_use in names.items():
+        if not of_use:
+            raise ParamError(f"seed_data.{name}_files = []: expected one source of ranked replies or more.")
     drops: dict[str, Counter] = {}
     dealt: dict[str, dict[str, list[dict]]] = {}
     for name in dict.fromkeys(n for of_use in names.values() for n in of_use):
@@ -129,10 +133,10 @@ def drop_leaks(seeds: dict[str, list[dict]], rouge_l_max: float) -> tuple[dict[s
 
 
 def pairs_won_by_longer(ranked: list[dict]) -> tuple[float, int]:
-    """(share of ordered reply pairs in which the better one is longer in characters, pairs)."""
+    """(share of ordered reply pairs in which the better one is longer in characters, pairs); NaN where none is."""
     rows = [
         {"ranks": [r["rank"] for r in row["replies"]], "scores": [len(r["text"]) for r in row["replies"]]}
         for row in ranked
     ]
     n = sum(len(metrics.ordered_pairs(row["ranks"])) for row in rows)
-    return sum(map(metrics.credit, rows)) / n, n
+    return (sum(map(metrics.credit, rows)) / n if n else math.nan), n

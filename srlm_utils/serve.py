@@ -20,8 +20,12 @@ ERROR = re.compile(r"(?:^|\s)(\w[\w.]*(?:Error|Exception)(?:: .+|$))")
 
 def address(url: str) -> str:
     """The address of an OpenAI-compatible API: /v1 where a URL names no path; `ParamError` for what is no address."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname if parts.port != 0 else None
+    except ValueError:  # a port that is no number, or a bracket without its other
+        host = None
+    if not host or parts.scheme not in ("http", "https") or "@" in parts.netloc or parts.query:
         raise ParamError(f"server_urls: found {url!r}, expected an address like http://node1:8000/v1, without a key.")
     return url.rstrip("/") if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/v1"
 

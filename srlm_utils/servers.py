@@ -110,10 +110,15 @@ class _Server:
         self.up = self.other = False
         try:
             cards = self._client.with_options(timeout=LOOK_S).models.list().data
+            served = [(card.id, getattr(card, "root", None) or "") for card in cards]
+            if not all(isinstance(name, str) for names in served for name in names):
+                raise TypeError
         except openai.OpenAIError as e:
             self.why = f"{self.url} does not answer ({_words(e)})."
             return False
-        served = [(card.id, getattr(card, "root", None) or "") for card in cards]
+        except (AttributeError, TypeError, ValueError):  # a page, or JSON of another kind
+            self.why = f"{self.url} answers, but not as /v1/models of a vLLM server does."
+            return False
         self.model = next((name for name, root in served if self._is_meant(name) or self._is_meant(root)), "")
         self.up, self.other = bool(self.model), not self.model
         if self.other:

@@ -97,7 +97,7 @@ def _hub_records(name: str) -> Iterator[tuple[str, dict]]:
         first = next(rows, None)
     except Exception as e:  # no network, no such data set, no such split: datasets raises many kinds
         raise MissingInputError(
-            f"{name}: could not be read from the hub ({type(e).__name__}: {str(e).splitlines()[0][:200]}). "
+            f"{name}: could not be read from the hub ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}). "
             "Expected owner/name or owner/name:split; without a network, give a local .jsonl or .jsonl.gz export."
         ) from e
     for i, row in enumerate(itertools.chain([first] if first else [], rows), 1):

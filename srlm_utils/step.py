@@ -192,14 +192,14 @@ class StepRun:
         return chat.load_tokenizer(**self.model_source(model))
 
     def model_revision(self, model: str) -> str:
-        """Which weights a name means: 12 digits of `model_sha256` of a run's model or of the outside judge; the name
-        itself of any other."""
+        """Which weights a name means: 12 digits of `model_sha256` of a run's model, of the outside judge or of a
+        folder; the name itself of any other."""
         if model == OUTSIDE:
             from srlm_utils import outside
 
             return model_sha256(Path(outside.fetch(self)))[:12]
         if not is_of_run(model):
-            return model
+            return model_sha256(resolve(model))[:12] if resolve(model).is_dir() else model
         if self.scratch and not (self.run / weights(model)).exists():
             model = "M0"  # its stand-in, see model_source()
         path = self.input(weights(model))
@@ -270,6 +270,14 @@ class StepRun:
         missing = [p for p in self.declared.writes if not (self.run / p).exists()]
         if missing:
             raise DataError(f"{self.name}: {missing[0]} was not written. Run the notebook from the top.")
+        if not self.scratch:
+            began = read_json(self.work / "fingerprint.json")["inputs"]
+            now = fingerprint(self.declared, vars(self.params), self.run)["inputs"]
+            if changed := [name for name in now if began.get(name) != now[name]]:
+                raise DataError(
+                    f"{self.name}: {changed[0]} changed while the step ran, and what was made of it is of neither "
+                    "state. Run the step again."
+                )
         externals = external_inputs(vars(self.params))
         inputs = {
             p: describe(self.input(p))

@@ -37,15 +37,14 @@ def experiments(base: Experiment, variants: list[str], n_seeds: int) -> dict[tup
             raise ParamError(f"--variants {name}: no such overlay. Known: {', '.join((DEFAULT, *known))}.")
     if len({*variants}) < len(variants) or n_seeds < 1:
         raise ParamError("expected --variants that differ and at least one of --seeds.")
-    overlays = {n: {} if n == DEFAULT else read_yaml(PARAMS / "variants" / f"{n}.yaml") for n in variants}
     first = base.flat("01_seed_data", "run", "")["seed"]
-    return {
-        (name, seed): Experiment(
-            merge(base.tree, overlays[name], {"common": {"variant": name, "seed": seed}}), f"{base.source}, {name}"
-        )
-        for seed in range(first, first + n_seeds)
-        for name in variants
-    }
+    return {(name, seed): _cell(base, name, seed) for seed in range(first, first + n_seeds) for name in variants}
+
+
+def _cell(base: Experiment, variant: str, seed: int) -> Experiment:
+    overlay = {} if variant == DEFAULT else read_yaml(PARAMS / "variants" / f"{variant}.yaml")
+    tree = merge(base.tree, overlay, {"common": {"variant": variant, "seed": seed}})
+    return Experiment(tree, f"{base.source}, {variant}")
 
 
 def run(
@@ -67,9 +66,14 @@ def run(
     queue = experiments(base, variants, n_seeds)
     work, kept = RESULTS / f"sweep-{name}", RESULTS / "sweeps" / name
     todo = [key for key, experiment in queue.items() if not is_done(kept / cell_name(*key), experiment)]
+    _check_others(base, kept, queue)
+    checked = []
     for key in todo:
         list_steps(queue[key])
-        load_seeds(queue[key].flat("01_seed_data", "run", "run"))
+        seed = queue[key].flat("01_seed_data", "run", "run") | {"seed": 0}  # which decides nothing there
+        if seed not in checked:
+            load_seeds(seed)
+            checked.append(seed)
     print(f"{name}: {len(queue)} cells, {len(queue) - len(todo)} of them done before", flush=True)
     if not todo:
         print(f"report: {shown(report(kept))}")
@@ -119,15 +123,26 @@ def is_done(folder: Path, experiment: Experiment) -> bool:
     """Whether a cell's results are there; `ParamError` if other parameters made them: they are not overwritten."""
     if not folder.is_dir():
         return False
-    made = cells.read(folder).params
-    if made != experiment.tree:
-        old, new = cells.flat_params(made), cells.flat_params(experiment.tree)
-        key = next(k for k in (*new, *old) if old.get(k) != new.get(k))
+    old, new = (cells.flat_params(tree) for tree in (cells.read(folder).params, experiment.tree))
+    if old != new:  # trees may differ in sections without parameters
+        key = next(k for k in (*new, *old) if k not in old or k not in new or old[k] != new[k])
         raise ParamError(
             f"{shown(folder)} was made with other parameters ({key}: {old.get(key)!r} there, {new.get(key)!r} now). "
             "Give this sweep another --name, or delete that folder."
         )
     return True
+
+
+def _check_others(base: Experiment, kept: Path, queue: dict) -> None:
+    """Refuse a base other than that of the cells that are kept and not asked for now: one report compares them all.
+
+    A cell whose overlay is gone cannot be made again, and is left alone.
+    """
+    for folder in sorted(p for p in kept.glob("*-*") if p.is_dir()):
+        variant, _, seed = folder.name.rpartition("-")
+        there = variant == DEFAULT or (PARAMS / "variants" / f"{variant}.yaml").is_file()
+        if there and seed.isdecimal() and (variant, int(seed)) not in queue:
+            is_done(folder, _cell(base, variant, int(seed)))
 
 
 def adopt(experiment: Experiment, run: Path, donors: list[Path]) -> list[str]:

@@ -34,7 +34,7 @@ def _rows(experiment: Experiment, name: str) -> int:
     """Rows of a seed set; a file of one's own counts as its limit, or 1,000 rows without one."""
     p = experiment.flat("01_seed_data", "run", "")
     limit, n = p[f"n_{name}"], 0
-    for file in p.get(f"{name}_files") or [p[f"{name}_file"]]:
+    for file in p[f"{name}_files"] if f"{name}_files" in p else [p[f"{name}_file"]]:
         has = SEED_ROWS.get(file, limit or 1000)
         n += min(limit or has, has)
     return n

@@ -8,11 +8,13 @@ import tracemalloc
 import pytest
 
 from srlm_utils import artefacts, example
-from srlm_utils.artefacts import describe, find_jsonl, is_there, read_jsonl, write_jsonl
-from srlm_utils.errors import DataError, MissingInputError, StorageError
+from srlm_utils.artefacts import describe, find_jsonl, is_there, read_jsonl, sha256, write_jsonl
+from srlm_utils.errors import DataError, MissingInputError, ParamError, StorageError
+from srlm_utils.params import BuildPairs, Experiment, stage_key
 from srlm_utils.paths import EXAMPLE
-from srlm_utils.plan import seed_path
+from srlm_utils.plan import external_inputs, list_steps, make_step, parse_win_judge, seed_path, status
 from srlm_utils.rows import IftRow, RankedRow, load_rows
+from srlm_utils.step import begin_step
 
 ROWS = [{"id": "a", "text": "plain"}, {"id": "b", "text": "é\u2028ü"}, {"id": "c", "text": "日本"}]
 
@@ -349,3 +351,64 @@ def test_a_compressed_log_goes_on(tmp_path):
     log.extend([{"id": "d"}])
     log.close()
     assert read_jsonl(path) == [*ROWS, {"id": "d"}] and [*tmp_path.iterdir()] == [path]
+
+
+def test_what_changes_while_a_step_runs_is_not_done(tmp_path):
+    """Of hours of judging nobody could say which candidates they were of."""
+    for name in ("prompts", "candidates", "judgements"):
+        write_jsonl(tmp_path / f"M1/aift/{name}.jsonl", [])
+    params = BuildPairs().model_dump()
+    step = begin_step("06_build_pairs", params | {"run_dir": str(tmp_path)})
+    for path in step.declared.writes:
+        write_jsonl(step.output(path), [])
+    write_jsonl(tmp_path / "M1/aift/candidates.jsonl", [{"cand_id": "new"}])
+    with pytest.raises(DataError, match=r"06_build_pairs@M1: M1/aift/candidates\.jsonl changed while the step ran"):
+        step.finish()
+    assert not step.manifest_path.exists()
+    write_jsonl(tmp_path / "M1/aift/candidates.jsonl", [])
+    step.finish()
+    assert status(step.declared, vars(step.params), tmp_path) == (True, "done")
+
+
+@pytest.mark.parametrize(
+    "stage,model,values",
+    [
+        ("04_self_instruct", "M1", lambda folder: {"prompt_model": folder}),
+        ("05_judge", "M1", lambda folder: {"judge_model": folder}),
+        ("08_evaluate", "M1", lambda folder: {"win_judges": [f"{folder}:score", "M0:pairwise"]}),
+    ],
+)
+def test_a_model_in_a_folder_is_an_input(tiny, tmp_path, stage, model, values):
+    shutil.copytree(tiny, folder := tmp_path / "mine")
+    params = Experiment({stage_key(stage): values(str(folder))}).flat(stage, model, "")
+    (name,) = [n for n, path in external_inputs(params).items() if path == folder]
+    before = sha256(folder)
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    assert name.endswith(f":{folder}") and sha256(folder) != before
+
+
+@pytest.mark.parametrize(
+    "tree,says",
+    [
+        ({"self_instruct": {"prompt_model": "M2"}}, "04_self_instruct@M1 would read M2/model"),
+        ({"build_pairs": {"learn_from": "positives"}}, "07_dpo@M2 would read M1/aift/pairs.jsonl"),
+        ({"report": {"iterations": 4}}, "09_report@run would read M4/"),
+    ],
+)
+def test_a_step_that_reads_what_nobody_makes_is_refused_at_once(tree, says):
+    with pytest.raises(ParamError, match=says):
+        list_steps(Experiment(tree))
+
+
+def test_several_judges_in_one_text_are_refused():
+    with pytest.raises(ParamError, match="several in brackets"):
+        parse_win_judge("M0:pairwise,M1:score")
+
+
+def test_a_manifest_with_another_kind_of_outputs_is_damaged(tmp_path):
+    shutil.copytree(EXAMPLE, run := tmp_path / "run", ignore=shutil.ignore_patterns("notebooks", "report"))
+    step = make_step("06_build_pairs", "M1", Experiment({}).flat("06_build_pairs", "M1", ""))
+    path = run / "steps/06_build_pairs@M1.json"
+    for outputs in ([], {"M1/aift/pairs.jsonl": {}}):
+        artefacts.write_json(path, artefacts.read_json(path) | {"outputs": outputs})
+        assert status(step, artefacts.read_json(path)["params"], run) == (False, "its manifest is damaged")

@@ -40,6 +40,8 @@ class FakeApi:
         self.calls.append(("token", token))
 
     def create_repo(self, repo, **how):
+        if "unreachable" in repo:
+            raise Exception("")  # httpx has errors of its own
         self.calls.append(("create", repo, how))
 
     def create_commit(self, repo, operations, **how):
@@ -167,8 +169,10 @@ def test_a_push_is_checked_before_anything_is_asked(run, api, monkeypatch):
         hub.push(run, "M2", "ada/m2")
     assert not api.calls
     monkeypatch.setenv("HF_TOKEN", "hf_1234567890")
-    with pytest.raises(DataError, match="ada/refused .model.: the hub refused it .OSError: 403 Forbidden."):
+    with pytest.raises(DataError, match="ada/refused .model.: could not be pushed .*.OSError: 403 Forbidden.. Check"):
         hub.push(run, "M2", "ada/refused")
+    with pytest.raises(DataError, match="ada/unreachable .model.: could not be pushed .*.Exception: .. Check"):
+        hub.push(run, "M2", "ada/unreachable")
 
 
 def test_the_command_names_what_is_missing(run):

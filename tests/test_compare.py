@@ -11,6 +11,7 @@ from srlm_utils import compare, metrics
 from srlm_utils.artefacts import read_json, read_jsonl, write_json, write_jsonl
 from srlm_utils.errors import DataError, MissingInputError
 from srlm_utils.paths import EXAMPLE
+from srlm_utils.report import COLUMNS
 from tests.conftest import cli
 from tests.test_share import Links
 
@@ -146,14 +147,16 @@ def test_hand_made_runs(tmp_path):
         where = {"model": "M1", "set": "test_prompts", "metric": "answer_chars", "unit": "characters"}
         empty = dict.fromkeys(["opponent", "judge", "judge_mode", "low", "high"], "")
         (tmp_path / name / "report").mkdir()
-        pd.DataFrame([where | empty | {"run": name, "value": value, "n": 3}]).to_csv(
-            tmp_path / name / "report/metrics.csv", index=False
-        )
+        made = where | empty | {"run": name, "variant": "default", "seed": 0, "value": value, "n": 3}
+        pd.DataFrame([made], columns=COLUMNS).to_csv(tmp_path / name / "report/metrics.csv", index=False)
     compare.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     (line,) = pd.read_csv(tmp_path / "out/differences.csv").to_dict("records")
     assert line["difference"] == pytest.approx(2) and (line["low"], line["high"], line["n"]) == (0, 4, 3)
     with pytest.raises(DataError, match="two runs or more"):
         compare.compare([tmp_path / "a"], tmp_path / "out")
+    (tmp_path / "b/report/metrics.csv").write_text("")
+    with pytest.raises(DataError, match=r"b/report/metrics\.csv: not a table of metrics"):
+        compare.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     (tmp_path / "b/report/metrics.csv").unlink()
     with pytest.raises(MissingInputError, match="run 09_report@run first"):
         compare.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")

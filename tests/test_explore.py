@@ -117,6 +117,19 @@ def test_a_run_without_figures_or_scores_is_read_as_far_as_it_goes(made):
         made.metrics()
 
 
+@pytest.mark.parametrize("content,says", [(b"", "not a table"), (b"a,b\n1,2\n", "found columns a, b")])
+def test_a_foreign_file_of_figures_is_named(made, content, says):
+    (made.folder / "report").mkdir()
+    (made.folder / "report/metrics.csv").write_bytes(content)
+    with pytest.raises(DataError, match=rf"report/metrics\.csv: {says}"):
+        made.metrics()
+
+
+def test_a_figure_without_an_opponent_has_an_empty_one(run):
+    table = run.metrics()
+    assert set(table[table.metric == "answer_chars"].opponent) == {""}
+
+
 def test_a_positives_only_round(made):
     (made.folder / "M1/aift/pairs.jsonl").unlink()
     write_jsonl(made.folder / "M1/aift/positives.jsonl", [{"prompt_id": "p0", "cand_id": "p0-0"}])

@@ -534,7 +534,7 @@ def test_calibration_by_hand():
 
 
 def test_the_agreement_table_is_empty_where_a_model_was_not_measured():
-    table = report.agreement_table(srlm_utils.open_run(EXAMPLE).metrics().fillna({"opponent": ""}))
+    table = report.agreement_table(srlm_utils.open_run(EXAMPLE).metrics())
     assert not table.isna().any(axis=None)
     written = table.loc[("ranked_eval", "sampled")]
     assert written.loc["pairwise_accuracy", "M1"] and written.loc["pairwise_accuracy", "M2"] == ""
@@ -565,3 +565,25 @@ def test_a_reply_is_no_prompt_of_its_own():
     judged = [{"id": f"{p}/{i}", "score": float(i), "mass": m} for p, m in (("p", 0.2), ("q", 0.8)) for i in range(10)]
     (mass,) = [r for r in evaluate.agreement_rows("M1", ranked, judged, "expected", "s") if r["metric"] == "score_mass"]
     assert mass["value"] == pytest.approx(0.5) and mass["high"] - mass["low"] > 0.5 and mass["n"] == 20
+
+
+def test_a_run_of_one_iteration_has_no_scores_of_its_own():
+    rows = {
+        "M1/aift/judgements.jsonl": [{"id": "a", "score": 1.0}, {"id": "b", "score": None}],
+        "M1/aift/candidates.jsonl": [{"cand_id": i, "prompt_id": "p", "text": i} for i in "ab"],
+    }
+    empty, table = (
+        report.score_table(SimpleNamespace(rows=rows.__getitem__, params=SimpleNamespace(iterations=n))) for n in (1, 2)
+    )
+    assert len(empty) == 0 and {*empty.columns} == {"model", "id", "score"}
+    assert table.score.dtype == float and [*table.id] == ["a", "b"] and set(table.model) == {"M1"}
+
+
+def test_metrics_are_read_as_they_were_written(tmp_path):
+    table = report.read_metrics(EXAMPLE / "report/metrics.csv")
+    assert (table.opponent == "").any() and table.low.isna().any()
+    assert not table.drop(columns=["value", "low", "high"]).isna().any(axis=None)
+    assert [*table.columns] == report.COLUMNS and table.value.dtype == float
+    named = table.assign(variant="NA").head(2)
+    named.to_csv(tmp_path / "metrics.csv", index=False)
+    pd.testing.assert_frame_equal(report.read_metrics(tmp_path / "metrics.csv"), named)

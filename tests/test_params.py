@@ -1,5 +1,7 @@
 import pytest
+import yaml
 
+from srlm_utils import params
 from srlm_utils.artefacts import write_json
 from srlm_utils.cli import main
 from srlm_utils.errors import ParamError
@@ -104,6 +106,34 @@ def test_files_that_cannot_be_read(tmp_path):
     tag.write_text("dpo: !!python/object/apply:os.system ['true']\n")
     with pytest.raises(ParamError, match="not valid YAML"):
         read_yaml(tag)
+
+
+@pytest.mark.parametrize(
+    "text,says",
+    [
+        ("dpo:\n  beta: 0.2\nsft: {}\ndpo:\n  epochs: 2\n", "twice.yaml: line 4: dpo stands in line 1 already"),
+        ("dpo:\n  beta: 0.2\n  'beta': 0.3\n", "twice.yaml: line 3: beta stands in line 2 already"),
+        ("by_model:\n  M2: {dpo: {beta: 0.2}}\n  M2: {}\n", "twice.yaml: line 3: M2 stands in line 2 already"),
+    ],
+)
+def test_what_is_written_twice_is_refused(tmp_path, text, says):
+    (tmp_path / "twice.yaml").write_text(text)
+    with pytest.raises(ParamError, match=says):
+        read_yaml(tmp_path / "twice.yaml")
+
+
+def test_what_is_taken_over_may_be_written_again(tmp_path):
+    path = tmp_path / "merged.yaml"
+    path.write_text("by_model: {M2: {sft: &a {epochs: 1}, dpo: &b {<<: *a, epochs: 2}}}\ndpo:\n  <<: *b\n  epochs: 3\n")
+    assert read_yaml(path) == {
+        "by_model": {"M2": {"sft": {"epochs": 1}, "dpo": {"epochs": 2}}},
+        "dpo": {"epochs": 3},
+    }
+
+
+@pytest.mark.parametrize("path", sorted(PARAMS.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_no_file_of_the_kit_holds_a_key_twice(path):
+    assert yaml.load(path.read_text(), params._Loader) == yaml.safe_load(path.read_text())
 
 
 @pytest.mark.parametrize(
@@ -216,6 +246,30 @@ def test_a_parameter_that_came_later_makes_nothing_stale_at_its_default(tmp_path
     ],
 )
 def test_what_a_set_does_not_reach_is_said(sets, says):
+    assert Experiment.load([PARAMS / "quickstart.yaml"], sets).shadowed == says
+
+
+@pytest.mark.parametrize(
+    "sets,says",
+    [
+        (["by_model.M1.dpo.beta=0.9"], ["by_model.M1.dpo: no such step; dpo runs for M2, M3: it changes nothing"]),
+        (
+            ["by_model.M2.judge.rubric=additive", "common.iterations=2"],
+            ["by_model.M2.judge: no such step; judge runs for M1: it changes nothing"],
+        ),
+        (
+            ["by_model.M2.dpo.beta=0.9", "common.learn_from=positives"],
+            ["by_model.M2.dpo: no such step; dpo runs for no model: it changes nothing"],
+        ),
+        (
+            ["by_model.M1.report.n_examples=1"],
+            ["by_model.M1.report: no such step; report runs once a run: it changes nothing"],
+        ),
+        (["by_model.M2.dpo.future_chosen=true", "by_model.M1.judge.rubric=additive"], []),  # F2 is drafted with both
+        (["by_model.M1.dpo.beta=0.9", "evaluate.win_judges=[M3:score]"], []),  # whose own error comes later
+    ],
+)
+def test_a_section_of_a_model_without_that_step_is_said(sets, says):
     assert Experiment.load([PARAMS / "quickstart.yaml"], sets).shadowed == says
 
 

@@ -16,6 +16,8 @@ import pytest
 from srlm_utils import cards, checkpoints, hub, open_run, plots, runner, share
 from srlm_utils.artefacts import model_sha256, read_json, read_jsonl
 from srlm_utils.metrics import METRICS
+from srlm_utils.params import Experiment
+from srlm_utils.paths import EXAMPLE
 from srlm_utils.report import COLUMNS
 from srlm_utils.verify import verify
 from tests.conftest import ROOT, before_dpo, cli, srlm
@@ -538,6 +540,23 @@ def test_a_malformed_seed_row_stops_before_any_step(tmp_path):
     assert not (ROOT / "results/test-bad").exists()
 
 
+def test_the_seed_is_read_again_only_where_its_step_has_to_run(tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(runner, "load_seeds", loaded.append)
+    monkeypatch.setattr(runner, "_run_notebook", lambda *_: None)
+    run, step = tmp_path / "run", "01_seed_data@run"
+    shutil.copytree(EXAMPLE, run)
+    experiment = Experiment.load([EXAMPLE / "params.yaml"])
+    for options, n in (({}, 0), ({"force": True}, 1)):
+        loaded.clear()
+        runner.execute(experiment, run, "srlm run", only=step, **options)
+        assert len(loaded) == n, options
+    loaded.clear()
+    (run / "steps" / f"{step}.json").unlink()
+    runner.execute(experiment, run, "srlm run", only=step)
+    assert len(loaded) == 1
+
+
 def test_a_missing_upstream_file_names_the_step_that_makes_it():
     result = cli("run", "params/smoke.yaml", "--only", "05_judge@M1", "--run-name", "test-upstream")
     shutil.rmtree(ROOT / "results/test-upstream", ignore_errors=True)
@@ -583,9 +602,6 @@ def test_two_runs_of_one_folder(smoke):
 
 
 def test_positives_only_variant_trains_on_positives():
-    from pathlib import Path
-
-    from srlm_utils.params import Experiment
     from srlm_utils.plan import list_steps
 
     e = Experiment.load([Path(ROOT / "params/smoke.yaml"), Path(ROOT / "params/variants/positives.yaml")])

@@ -137,6 +137,18 @@ def test_disk_is_asked_for_before_a_step(large, machine):
         resources.check("09_report@run", "09_report", {}, large / "run", None)
 
 
+def test_what_a_container_keeps_of_files_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(resources, "GROUP", tmp_path)
+    without = resources.free_memory()
+    assert without > 100_000
+    (tmp_path / "memory.max").write_text("100000\n")
+    (tmp_path / "memory.current").write_text("90000\n")
+    (tmp_path / "memory.stat").write_text("anon 50000\ninactive_file 30000\nactive_file 10000\n")
+    assert resources.free_memory() == 100_000 - 90_000 + 30_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert resources.free_memory() > 100_000
+
+
 @pytest.mark.parametrize("device", ["/dev/nvidiactl", "/dev/kfd", "/dev/dxg"])
 def test_a_gpu_is_one_for_memory_and_for_warm_kernels_alike(large, monkeypatch, device):
     monkeypatch.setattr(resources, "free_memory", lambda: 0)

@@ -1,6 +1,7 @@
 """The bundled seed: schema, counts, spread, and that it can neither leak nor be ranked without reading."""
 
 import json
+import math
 import re
 from collections import Counter
 
@@ -8,7 +9,7 @@ import pytest
 
 from srlm_utils import metrics
 from srlm_utils.artefacts import read_json, read_jsonl
-from srlm_utils.errors import DataError
+from srlm_utils.errors import DataError, ParamError
 from srlm_utils.instructions import followed
 from srlm_utils.params import Experiment, SeedData
 from srlm_utils.paths import PROJ_ROOT as ROOT
@@ -237,3 +238,16 @@ def test_the_card_gives_the_figures_of_the_files(files):
 def test_ranks_of_sampled_replies_can_tie(files):
     pairs = sum(len(metrics.ordered_pairs([r["rank"] for r in row["replies"]])) for row in files["onpolicy_eval"])
     assert pairs >= 150
+
+
+@pytest.mark.parametrize("name", ["ranked_train_files", "ranked_eval_files"])
+def test_no_ranked_file_is_refused_by_name(name):
+    with pytest.raises(ParamError, match=rf"seed_data\.{name} = \[\]: expected one source of ranked replies or more"):
+        load_seeds(SeedData(run_dir="x", **{name: []}).model_dump())
+
+
+def test_a_ranked_set_of_ties_alone_has_no_share_of_longer_replies():
+    tied = {"replies": [{"rank": 1, "text": "a"}, {"rank": 1, "text": "bb"}]}
+    for rows in ([], [tied]):
+        share, n = pairs_won_by_longer(rows)
+        assert math.isnan(share) and n == 0

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from srlm_utils import seed_model
+from srlm_utils import agree, engine, paths, seed_model
 from srlm_utils.errors import ModelError
 
 
@@ -49,6 +49,29 @@ def test_a_hub_model_that_cannot_be_had_says_what_to_do(monkeypatch):
         ModelError, match="owner-x/model-y@v1 could not be fetched.*local folder.*smollm2-135m-instruct"
     ):
         seed_model.fetch("owner-x/model-y", "v1")
+
+
+def test_a_relative_folder_starts_at_the_repository_and_that_of_a_command_where_one_stands(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "PROJ_ROOT", tmp_path)
+    monkeypatch.setattr(engine, "Engine", lambda path, **how: path)
+    shutil.copytree(tiny, tmp_path / "models/mine")
+    monkeypatch.chdir(paths.NOTEBOOKS)
+    here = str(tmp_path / "models/mine")
+    assert seed_model.fetch("models/mine")["path"] == seed_model.fetch("./models/mine")["path"] == here
+    assert agree.engine_of("models/mine") == here
+    monkeypatch.chdir(tmp_path / "models")
+    assert agree.engine_of("mine") == agree.engine_of("./mine") == here
+    with pytest.raises(ModelError, match="no such folder"):
+        seed_model.fetch("./mine")
+
+
+def test_an_error_of_the_hub_without_words_is_said_too(monkeypatch):
+    def fail(*args, **how):
+        raise OSError("")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(ModelError, match=r"could not be fetched from the hub \(OSError: \)"):
+        seed_model.fetch("owner-x/model-y")
 
 
 def test_a_download_with_another_checksum_is_refused(monkeypatch, tmp_path):

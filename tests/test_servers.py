@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -228,6 +230,26 @@ def test_another_model_is_refused_and_both_are_named(tiny, engine, served):
     assert not server.bodies and {body["model"] for body in right.bodies} == {"M1-0123456789ab"}
 
 
+@pytest.mark.parametrize("page", ["<html>Sign in</html>", "[1]", '{"data": [{"name": "x"}]}', '{"data": 3}'])
+def test_an_address_that_answers_as_something_else_is_named(tiny, engine, page):
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html" if page.startswith("<") else "application/json")
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{http.server_port}/v1"
+        with pytest.raises(ModelError, match=f"{url} answers, but not as /v1/models"):
+            generate(behind(tiny, url), requests(engine)[:1])
+        http.shutdown()
+
+
 @pytest.mark.parametrize("words", ["bad key", f"bad{' ' * 250}key"])  # the second is cut in the middle of the key
 def test_the_key_goes_to_the_servers_and_into_no_message(tiny, engine, served, monkeypatch, words):
     key = "sk-secret-0123456789" + "abcdef" * 20
@@ -397,6 +419,8 @@ def test_several_servers_are_started_at_their_ports(tiny, engine, tmp_path, stop
     [
         ({}, "needs server_urls"),
         ({"server_urls": ["node1:8000"]}, "found 'node1:8000'"),
+        ({"server_urls": ["http://node:80x0/v1"]}, "found 'http://node:80x0/v1'"),
+        ({"server_urls": ["http://[::1/v1"]}, "expected an address"),
         ({"server_urls": ["http://me:secret@node1/v1"]}, "without a key"),
         ({"serve_command": "vllm serve {model}"}, "expected {model} and {port}"),
         ({"serve_command": "vllm serve {modle} --port {port}"}, "expected {model} and {port}"),

@@ -146,6 +146,19 @@ def test_sharing_again_replaces_and_a_strange_folder_is_refused(tmp_path, monkey
         share.share(run, out)
 
 
+def test_a_run_of_another_version_is_shared(tmp_path):
+    run = tmp_path / "run"
+    leave = shutil.ignore_patterns("share", "0[2-8]*.ipynb")
+    shutil.copytree(EXAMPLE, run, ignore=leave)
+    (run / "params.yaml").write_text("report:\n  old_name: /data/secret/x.txt\n")
+    share.share(run, tmp_path / "out")
+    text = (tmp_path / "out/params.yaml").read_text()
+    assert "old_name" in text and "/data/secret" not in text
+    (run / "params.yaml").write_text("report: [1")
+    with pytest.raises(DataError, match=r"params\.yaml: not valid YAML"):
+        share.share(run, tmp_path / "out")
+
+
 def test_the_command_says_where_and_how_large(tmp_path):
     result = cli("share", str(run_with(tmp_path, code(stream("a")))), "--out", str(tmp_path / "out"))
     assert result.returncode == 0, result.stderr

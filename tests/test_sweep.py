@@ -4,6 +4,7 @@ planted."""
 import hashlib
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,44 @@ def test_results_of_other_parameters_are_not_overwritten(made):
     made.run(["default"], 1)
     with pytest.raises(ParamError, match=r"default-0 was made with other parameters \(dpo.beta: None there, 0.3 now\)"):
         made.run(["default"], 1, ["dpo.beta=0.3"])
+
+
+def test_a_base_of_other_parameters_is_refused_for_variants_not_asked_for_again(made, tmp_path):
+    made.run(["default"], 1)
+    kept = tmp_path / "sweeps/x"
+    with pytest.raises(ParamError, match=r"default-0 was made with other parameters \(dpo.beta: None there, 0.3 now\)"):
+        made.run(["random_pairs"], 1, ["dpo.beta=0.3"])
+    assert not made
+    (kept / "default-0").rename(kept / "gone-0")  # an overlay that is no more
+    assert made.run(["random_pairs"], 1, ["dpo.beta=0.3"]) == [] and made
+
+
+def test_an_empty_section_changes_no_cell(made, tmp_path):
+    made.run(["default"], 1)
+    experiment = sweep.experiments(Experiment.load([SMOKE]), ["default"], 1)["default", 0]
+    more = Experiment(experiment.tree | {"report": {}})
+    assert sweep.is_done(tmp_path / "sweeps/x/default-0", more)
+
+
+def test_the_seed_is_read_once_for_cells_that_share_it(made, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(sweep, "load_seeds", loaded.append)
+    assert made.run(["default", "random_pairs"], 2) == [] and len(loaded) == 1
+    assert made.run(["default", "random_pairs"], 2) == [] and len(loaded) == 1  # nor where all is done
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
+def test_a_sweep_that_is_told_to_end_says_how_to_go_on(monkeypatch, number):
+    def told(*_, **__):
+        signal.raise_signal(number)  # between two steps: no notebook hears it
+
+    monkeypatch.setattr(sweep, "run", told)
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # a shell's background job hears none
+        pytest.skip("Ctrl-C is ignored here")
+    words = ["params/smoke.yaml", "--set", "dpo.beta=0.2", "--variants", "default", "--seeds", "2", "--name", "x"]
+    result = cli("sweep", *words)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == f"  continue with: srlm sweep {' '.join(words)}"
 
 
 @pytest.mark.parametrize("variants,n,message", [(["nope"], 1, "no such overlay"), (["default"] * 2, 1, "differ")])
