@@ -480,7 +480,7 @@ def test_the_pipeline_compares_and_keeps(smoke):
         valid = {r["prompt_id"]: r["prompt"] for r in read_jsonl(smoke / "seed/valid_prompts.jsonl")}
         assert all(valid[r["prompt_id"]] == r["prompt"] for r in answers)
         notebook = json.loads((smoke / f"notebooks/{stage}@{model}.ipynb").read_text())
-        cell = next(c for c in notebook["cells"] if "plots.selection(" in "".join(c["source"]))
+        cell = next(c for c in notebook["cells"] if "select.show(" in "".join(c["source"]))
         text = json.dumps(cell["outputs"])
         assert "image/png" in text and "compared_with" in text
     assert not list((smoke / "steps").glob("*.work"))
