@@ -107,15 +107,14 @@ def answer_ids(tokenizer, text: str, *, ended: bool = True) -> list[int]:
     return text_ids(tokenizer, lead + text) + ([end_of_turn(tokenizer)] if ended else [])
 
 
-def decode(tokenizer, ids: list[int]) -> str:
-    """Text of generated ids without control tokens, blanks at its ends, and what is there of a character cut in two."""
-    return tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd").strip()
+def decode(tokenizer, ids: list[int], *, line: bool = False) -> str:
+    """Text of generated ids without control tokens, blanks at its ends, and what is there of a character cut in two.
 
-
-def first_line(tokenizer, ids: list[int]) -> str:
-    """As `decode`, of what stands before the first line break, which some vocabularies join with the end of a sentence
-    in one token ("?\\n")."""
-    return tokenizer.decode(ids, skip_special_tokens=True).partition("\n")[0].rstrip("\ufffd").strip()
+    `line`: what stands before the first line break, which some vocabularies join with the end of a sentence in one
+    token ("?\\n").
+    """
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return (text.partition("\n")[0] if line else text).rstrip("\ufffd").strip()
 
 
 def newline_ids(tokenizer) -> list[int]:

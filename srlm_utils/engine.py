@@ -437,9 +437,9 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
 class _Texts:
     """The texts of one call to `Engine.generate` while they are written, by the keys of their samples."""
 
-    def __init__(self, tokenizer, n: int, budget: int, seed: int, ends: set[int], stops: set[int], on_token):
+    def __init__(self, tokenizer, n: int, budget: int, seed: int, ends: set[int], lines: set[int], on_token):
         self.tokenizer, self.n, self.budget, self.seed = tokenizer, n, budget, seed
-        self.ends, self.stops = ends, stops
+        self.stops, self.lines = ends | lines, lines
         self.on_token = on_token or (lambda n: None)
         self._writing: dict[str, tuple[list[int], list[float]]] = {}  # tokens so far, random numbers
         self._written: dict[str, list[Sample]] = {}  # by the key of the request
@@ -459,18 +459,16 @@ class _Texts:
         going = []
         for key, token in zip(keys, drawn, strict=True):
             tokens, _ = self._writing[key]
-            if not (ended := token in self.ends or token in self.stops):
+            if not (ended := token in self.stops):
                 tokens.append(token)
             going.append(not ended and len(tokens) < self.budget)
             if not going[-1]:
-                line = token in self.stops
-                text = (
-                    chat.first_line(self.tokenizer, [*tokens, token]) if line else chat.decode(self.tokenizer, tokens)
-                )
+                line = token in self.lines
+                text = chat.decode(self.tokenizer, [*tokens, token] if line else tokens, line=line)
                 sample = Sample(key, text, len(tokens), ended)
                 self._written.setdefault(key.rpartition("-")[0], []).append(sample)
                 del self._writing[key]
-        self.on_token(sum(token not in self.ends | self.stops for token in drawn))
+        self.on_token(sum(token not in self.stops for token in drawn))
         return going
 
     def finished(self) -> Iterator[list[Sample]]:

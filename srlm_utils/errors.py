@@ -44,6 +44,11 @@ class Interrupted(StepFailed):
     """The user stopped a notebook; what comes after it is not begun."""
 
 
+def first_line(e: Exception) -> str:
+    """What an error of a library says, in one line; some say nothing."""
+    return (str(e).splitlines() or [""])[0]
+
+
 def short(value) -> str:
     """A value as a message shows it, 80 characters at most."""
     text = repr(value)

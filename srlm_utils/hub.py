@@ -10,7 +10,7 @@ from pathlib import Path
 
 from srlm_utils import cards, rendered
 from srlm_utils.artefacts import CARD, count_rows, describe, find_jsonl, read_bytes, read_json
-from srlm_utils.errors import DataError, MissingInputError, ParamError
+from srlm_utils.errors import DataError, MissingInputError, ParamError, first_line
 from srlm_utils.paths import shown
 from srlm_utils.plan import draft_of, init_model
 
@@ -46,10 +46,9 @@ def push(run: Path, model: str, repo: str, *, data: bool = False) -> list[str]:
                 commit_message=f"{model} of the run {run.name}",
             )
         except Exception as e:  # no network, no right to write: the hub's client raises many kinds
-            why = (str(e).splitlines() or [""])[0]
             raise DataError(
-                f"{name} ({kind}): could not be pushed to the hub ({type(e).__name__}: {why}). Check the network, and "
-                f"that the token may write there. Done before: {', '.join(addresses) or 'nothing'}."
+                f"{name} ({kind}): could not be pushed to the hub ({type(e).__name__}: {first_line(e)}). Check the "
+                f"network, and that the token may write there. Done before: {', '.join(addresses) or 'nothing'}."
             ) from e
         addresses.append(str(getattr(done, "repo_url", "") or name))
     return addresses

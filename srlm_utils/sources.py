@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from srlm_utils.artefacts import is_there, iter_jsonl
-from srlm_utils.errors import DataError, MissingInputError
+from srlm_utils.errors import DataError, MissingInputError, first_line
 from srlm_utils.plan import is_hub_id, seed_path
 from srlm_utils.rows import IftRow, RankedRow, check_rows, first_fault, load_rows
 
@@ -97,7 +97,7 @@ def _hub_records(name: str) -> Iterator[tuple[str, dict]]:
         first = next(rows, None)
     except Exception as e:  # no network, no such data set, no such split: datasets raises many kinds
         raise MissingInputError(
-            f"{name}: could not be read from the hub ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}). "
+            f"{name}: could not be read from the hub ({type(e).__name__}: {first_line(e)[:200]}). "
             "Expected owner/name or owner/name:split; without a network, give a local .jsonl or .jsonl.gz export."
         ) from e
     for i, row in enumerate(itertools.chain([first] if first else [], rows), 1):

@@ -270,14 +270,6 @@ class StepRun:
         missing = [p for p in self.declared.writes if not (self.run / p).exists()]
         if missing:
             raise DataError(f"{self.name}: {missing[0]} was not written. Run the notebook from the top.")
-        if not self.scratch:
-            began = read_json(self.work / "fingerprint.json")["inputs"]
-            now = fingerprint(self.declared, vars(self.params), self.run)["inputs"]
-            if changed := [name for name in now if began.get(name) != now[name]]:
-                raise DataError(
-                    f"{self.name}: {changed[0]} changed while the step ran, and what was made of it is of neither "
-                    "state. Run the step again."
-                )
         externals = external_inputs(vars(self.params))
         inputs = {
             p: describe(self.input(p))
@@ -285,6 +277,13 @@ class StepRun:
             if not (self.scratch and p.endswith("/model") and not (self.run / p).exists())
         }
         inputs |= {name: describe(path) for name, path in externals.items()}
+        if not self.scratch:
+            began = read_json(self.work / "fingerprint.json")["inputs"]
+            if changed := [name for name, info in inputs.items() if began.get(name) != info["sha256"]]:
+                raise DataError(
+                    f"{self.name}: {changed[0]} changed while the step ran, and what was made of it is of neither "
+                    "state. Run the step again."
+                )
         vllm = sorted({e.version for e in self._engines} - {""})
         write_json(
             self.manifest_path,

@@ -82,7 +82,7 @@ class VllmEngine:
     def _sample(self, key: str, tokens: list[int], stops: set[int]) -> Sample:
         end = next((i for i, token in enumerate(tokens) if token in self._ends or token in stops), len(tokens))
         line = end < len(tokens) and tokens[end] in stops
-        text = chat.first_line(self.tokenizer, tokens[: end + 1]) if line else chat.decode(self.tokenizer, tokens[:end])
+        text = chat.decode(self.tokenizer, tokens[: end + line], line=line)
         return Sample(key, text, end, end < len(tokens))
 
     def choice_probs(
