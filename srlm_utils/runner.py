@@ -257,14 +257,22 @@ def minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
+_STATUS = {"step": str, "started": str, "seconds": int | float, "peak_memory_gb": int | float, "figures": dict}
+
+
 def status_rows(run: Path) -> tuple[list[dict], list[str]]:
     """What the manifests of a run folder say: one row a finished step; and the steps whose manifest is damaged."""
     rows, damaged = [], []
     for path in (run / "steps").glob("*.json"):
         try:
             manifest = read_json(path)
-            rows.append({k: manifest[k] for k in ("step", "started", "seconds", "peak_memory_gb", "figures")})
+            row = {k: manifest[k] for k in _STATUS}
         except (DataError, KeyError, TypeError):
+            damaged.append(path.stem)
+            continue
+        if all(isinstance(row[k], kind) for k, kind in _STATUS.items()):
+            rows.append(row)
+        else:
             damaged.append(path.stem)
     return sorted(rows, key=lambda r: r["started"]), sorted(damaged)
 

@@ -187,7 +187,7 @@ def clean(html: str) -> str:
 
     html = re.sub(r"(?is)<(style|script)\b.*?(</\1\s*>|\Z)", "", str(html))
     html = bleach.clean(html, tags=_TAGS, attributes=_ATTRIBUTES, protocols=["http", "https"], strip=True)
-    return re.sub(r'<a href="(?!https?://|#)[^"]*">(.*?)</a>', r"\1", html, flags=re.DOTALL)
+    return re.sub(r'<a\b[^>]*\bhref="(?!https?://|#)[^"]*"[^>]*>(.*?)</a>', r"\1", html, flags=re.DOTALL)
 
 
 def markdown(text: str) -> str:
@@ -201,7 +201,12 @@ def notebook_body(path: Path, exporter) -> str:
     """An executed notebook as HTML, without the page around it. Figures are named by the heading they stand under."""
     import nbformat
 
-    nb = nbformat.reads(rendered.tidy(path.read_text(encoding="utf-8")), as_version=4)
+    try:
+        nb = nbformat.reads(rendered.tidy(path.read_text(encoding="utf-8")), as_version=4)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:  # half of one: its step was killed while it wrote
+        raise DataError(
+            f"{shown(path)}: not a whole notebook ({type(e).__name__}: {e}). Run its step again, or delete the file."
+        ) from e
     heading = path.stem
     for cell in nb.cells:
         if cell.cell_type == "markdown" and (found := re.findall(r"(?m)^#+ (.+)$", cell.source)):

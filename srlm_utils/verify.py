@@ -278,7 +278,7 @@ class _Check:
         replies = {
             f"{row.get('prompt_id')}/{r.get('reply_id')}"
             for row in self.rows(exam)
-            for r in row.get("replies", [])
+            for r in (row.get("replies") if isinstance(row.get("replies"), list) else [])
             if isinstance(r, dict)
         }
         self.refer(f"{folder}/judgements.jsonl", "id", replies, exam)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from srlm_utils import cli, engine, estimate, resources, seed_model, train, warm
-from srlm_utils.artefacts import write_json
+from srlm_utils.artefacts import read_json, write_json
 from srlm_utils.engine import Engine
 from srlm_utils.errors import ModelError, ResourceError
 from srlm_utils.params import Dpo, Experiment, Judge, Sft, stage_key
@@ -194,9 +194,12 @@ def test_status_of_a_run_with_damaged_and_stale_steps(tmp_path, capsys):
     for model in ("SFT", "M1", "M2", "M3"):
         write_json(run / model / "model/config.json", {})
     (run / "steps/05_judge@M2.json").write_text('{"step": ')
+    other = run / "steps/08_evaluate@M2.json"
+    write_json(other, read_json(other) | {"seconds": "ten", "figures": [1]})
     assert cli.main(["status", str(run)]) == 0
     out = capsys.readouterr().out
     assert "05_judge@M2            its manifest is damaged" in out
+    assert "08_evaluate@M2         its manifest is damaged" in out
     assert "04_self_instruct@M1    is stale: input changed: M1/model" in out
     assert "06_build_pairs@M1      is stale: after 04_self_instruct@M1" in out
 

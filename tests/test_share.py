@@ -127,6 +127,21 @@ def test_what_a_model_wrote_cannot_act(tmp_path):
     assert "<b>kept</b>" in html and "&lt;script&gt;alert(1)" in html
 
 
+def test_links_within_a_machine_are_text_wherever_their_address_stands():
+    html = '<a class="x" href="../M1/model">a</a> <a href="#b" title="t">b</a> <a title="t" href="https://x.org">c</a>'
+    assert share.clean(html).startswith("a <a ") and Links(share.clean(html)).links == ["#b", "https://x.org"]
+
+
+@pytest.mark.parametrize("text", ["", '{"cells": [', "[]", '{"metadata": {}}'])
+def test_half_a_notebook_is_named_and_nothing_is_replaced(tmp_path, text):
+    run, out = run_with(tmp_path, code(stream("whole"))), tmp_path / "out"
+    share.share(run, out)
+    (run / "notebooks/02_sft@M1.ipynb").write_text(text)
+    with pytest.raises(DataError, match=r"02_sft@M1\.ipynb: not a whole notebook"):
+        share.share(run, out)
+    assert "whole" in (out / "notebooks/02_sft@M1.html").read_text()
+
+
 def test_sharing_again_replaces_and_a_strange_folder_is_refused(tmp_path, monkeypatch):
     run, out = run_with(tmp_path, code(stream("first"))), tmp_path / "out"
     share.share(run, out)

@@ -76,6 +76,7 @@ DAMAGE = {
     "pair upside down": (PAIRS, first(chosen_score=0.1), "expected a chosen answer that scores above the rejected one"),
     "answer to no test": ("M1/eval/answers.jsonl", first(prompt_id="x"), "prompt_id x; expected one of seed/test"),
     "judged no reply": ("M1/eval/judgements.jsonl", first(id="op-004/none"), "found id op-004/none; expected one of"),
+    "an exam without replies": ("seed/ranked_eval.jsonl", first(replies=None), "expected one of seed/ranked_eval"),
     "verdict on no answer": (
         "M1/eval/verdicts/M1_vs_M0.jsonl", first(prompt_id="x"), "found prompt_id x; expected one of M1/eval/answers"),
     "verdict of another": (
