@@ -80,6 +80,19 @@ def test_a_model_without_a_way_to_the_anchor_is_named():
         winrates.bradley_terry([("A", "B", {"p": 1.0}), ("C", "D", {"p": 1.0})], anchor="A")
 
 
+def test_a_rating_counts_the_comparisons_of_its_model_alone():
+    duels = [("B", "A", {str(i): 1.0 for i in range(9)}), ("C", "B", {"0": 1.0, "1": 0.0}), ("C", "A", {"x": 0.5})]
+    figures = winrates.bradley_terry(duels, anchor="A")
+    assert {m: f["n"] for m, f in figures.items()} == {"B": 11, "A": 10, "C": 3}
+
+
+def test_a_comparison_of_no_prompts_ties_nobody_to_the_anchor():
+    duels = [("B", "A", {"p": 1.0}), ("C", "A", {})]
+    assert winrates.connected(duels, "A") == {"A", "B"} and winrates.connected(duels, "D") == set()
+    with pytest.raises(DataError, match="C was compared with no model"):
+        winrates.bradley_terry(duels, anchor="A")
+
+
 def test_a_model_that_wins_all_has_a_finite_rating():
     figure = winrates.bradley_terry([("B", "A", {str(i): 1.0 for i in range(30)})], anchor="A")["B"]
     assert 400 < figure["value"] < 10_000 and figure["high"] >= figure["value"]
@@ -115,6 +128,7 @@ def test_wins_over_one_model_alone_leave_the_others_interval_as_it_was():
 def test_breakdown_and_buckets():
     figures = winrates.breakdown({"a": 1, "b": 0, "c": 1}, {"a": "x", "b": "x", "c": "y", "d": "z"})
     assert {g: (f["value"], f["n"]) for g, f in figures.items()} == {"x": (0.5, 2), "y": (1, 1)}
+    assert [*winrates.breakdown({"a": 1, "b": 0}, {"b": "z", "a": "m"})] == ["z", "m"]  # as a caller has ordered them
     assert figures["x"]["low"] < 0.01 and figures["y"]["low"] is None
     buckets = winrates.length_buckets({str(i): 10 * i for i in range(9, -1, -1)})
     assert list(dict.fromkeys(buckets.values())) == ["up to 30 characters", "up to 60", "more than 60"]
@@ -132,8 +146,9 @@ def test_kappa_by_hand():
     same = {i: 1 for i in range(5)}
     assert winrates.kappa(same, same)["value"] is None
     assert winrates.kappa(a, {9: 1})["n"] == 0
-    ones = winrates.kappa(dict.fromkeys(range(20), 1), {i: float(i > 0) for i in range(20)})
-    assert (ones["value"], ones["low"], ones["high"], ones["n"]) == (0, None, None, 20)  # 0 whatever the other says
+    two = dict.fromkeys(range(20), 1), {i: float(i > 0) for i in range(20)}
+    for ones in (winrates.kappa(*two), winrates.kappa(*two[::-1])):
+        assert (ones["value"], ones["low"], ones["high"], ones["n"]) == (0, None, None, 20)  # whatever the other says
 
 
 def test_kappa_resamples_prompts_not_comparisons():
