@@ -4,6 +4,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from srlm_utils import metrics, resample, winrates
 
@@ -52,6 +53,52 @@ def test_groups_give_the_intervals_of_single_prompts(monkeypatch, order):
     centre = (single[1] + single[0]) / 2
     assert abs(centre - values.mean()) > 0.02 * (single[1] - single[0])  # skewness shows: else nothing is compared
     assert np.abs(grouped - single).max() < 0.02 * (single[1] - single[0])
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_the_interval_of_a_skewed_sample_leans_to_its_long_tail(side):
+    """Percentiles of the same draws, at the same level, miss more often on that side."""
+    values = side * np.random.default_rng(0).lognormal(size=30)
+    figure = metrics.mean(values, share=False)
+    sums = resample.totals(values[:, None], metrics.N_BOOTSTRAP)[1 + 30 :, 0] / 30
+    z = stats.t.ppf(0.975, 29) * (30 / 29) ** 0.5
+    low, high = np.quantile(sums, stats.norm.cdf([-z, z]))
+    assert min(side * (figure["low"] - low), side * (figure["high"] - high)) > 0.03 * (high - low)
+
+
+def test_an_interval_over_two_seeds_by_hand():
+    """Seeds of mean 2 and 5 over three prompts, whose means over seeds are off by -1.5, -0.5 and 2."""
+    figure = metrics.ratio_over_seeds([[1, 2, 3], [3, 4, 8]], np.ones((2, 3)), share=False)
+    prompts, seeds = (1.5**2 + 0.5**2 + 2**2) / 2 / 3, (1.5**2 + 1.5**2) / 2
+    t = (prompts * stats.t.ppf(0.975, 2) + seeds * stats.t.ppf(0.975, 1)) / (prompts + seeds)
+    half = t * (prompts + seeds) ** 0.5
+    assert (figure["value"], figure["n"]) == (3.5, 6)
+    assert (figure["low"], figure["high"]) == pytest.approx((3.5 - half, 3.5 + half))
+
+
+def test_an_interval_over_three_seeds_by_hand():
+    """Seeds of mean 2, 4 and 3 over four prompts, whose means over seeds are off by -3, -1, 1 and 3."""
+    figure = metrics.ratio_over_seeds([[0, 2, 2, 4], [0, 2, 6, 8], [0, 2, 4, 6]], np.ones((3, 4)), share=False)
+    prompts, seeds = (9 + 1 + 1 + 9) / 3 / 4, (1 + 1 + 0) / 2 / 3
+    freedom = (prompts + seeds) ** 2 / (prompts**2 / 3 + seeds**2 / 2)
+    half = stats.t.ppf(0.975, freedom) * (prompts + seeds) ** 0.5
+    assert (figure["low"], figure["high"]) == pytest.approx((3 - half, 3 + half))
+
+
+def test_what_is_so_in_all_seeds_has_the_bound_of_its_prompts():
+    """Three seeds that agree on twelve prompts are no 36 trials, and not three."""
+    figure = metrics.ratio_over_seeds(np.ones((3, 12)), np.ones((3, 12)))
+    assert (figure["low"], figure["high"]) == (pytest.approx(0.05 ** (1 / 12)), 1)
+    flat = metrics.ratio_over_seeds(np.ones((3, 12)), np.ones((3, 12)), share=False)
+    assert flat["low"] == flat["high"] == 1  # no share, and so without a bound
+
+
+def test_a_seed_counts_once_however_much_it_measured():
+    figure = metrics.ratio_over_seeds([[1, 1], [1, 1], [0, 0]], [[1, 1], [4, 4], [0, 0]])
+    assert (figure["value"], figure["n"]) == (pytest.approx((1 + 1 / 4) / 2), 10)  # the third measured nothing
+    one = metrics.ratio_over_seeds([[1, 0, 1], [0, 0, 0]], [[1, 1, 1], [0, 0, 0]])
+    assert one == metrics.ratio([1, 0, 1], [1, 1, 1])
+    assert metrics.ratio_over_seeds([[0], [0]], [[0], [0]]) == metrics.plain(None, 0)
 
 
 @pytest.mark.slow
