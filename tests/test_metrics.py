@@ -254,6 +254,14 @@ def test_prompts_that_people_rank_alike_do_not_count():
     assert metrics.agreement([prompt([0, 0], [5, 1]), prompt([0, 1], [5, 1])])["exact_match"]["n"] == 1
 
 
+def test_a_ranking_without_scores_leaves_its_prompts_correlation_to_the_others():
+    """Three rankings of one prompt, one of which the judge scored nothing of: the mean is over two."""
+    found = metrics.agreement([prompt([0, 1], s, text="Q?") for s in ([4, 2], [5, 1], [None, None])])
+    for name in ("spearman", "kendall"):
+        assert (found[name]["value"], found[name]["n"]) == (pytest.approx(1), 1)
+    assert found["exact_match"]["value"] == pytest.approx(2 / 3)
+
+
 def test_exact_match_by_hand():
     two = [prompt([0, 1, 2], [5, 3, 1]), prompt([0, 1, 2], [5, 1, 3])]
     assert values(*two)["exact_match"] == 1 / 2
