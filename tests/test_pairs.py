@@ -118,12 +118,12 @@ def test_an_answer_without_a_token_is_never_rejected():
 
 
 def test_health_figures():
-    prompts, cands, judged = case([1.0, 3.0])
+    prompts, cands, judged = case([1.0, 3.0], ["brief", "much longer"])
     made, _ = pairs.build_pairs(prompts, cands, judged)
     rows = {r["metric"]: r for r in health.round_metrics("M1", prompts, cands, judged, made)}
     assert rows["pair_yield"]["value"] == 1
     assert rows["candidate_score_std"]["value"] == pytest.approx(2**0.5)  # of 1 and 3
-    assert rows["chosen_chars"]["value"] == len("answer 1")
+    assert (rows["chosen_chars"]["value"], rows["rejected_chars"]["value"]) == (len("much longer"), len("brief"))
     assert rows["candidate_parse_rate"]["value"] == 1
 
 
@@ -228,6 +228,18 @@ def test_vital_signs_of_scores_by_hand():
     assert found["score_length_correlation"] == pytest.approx(
         stats.spearmanr([4, 4, 4.2, 4, 2, 0], [1, 2, 3, 1, 2, 3]).statistic
     )
+
+
+def test_a_candidate_without_a_score_has_no_length_to_go_with_it():
+    found = {r["metric"]: r for r in collapsed([[1, None, 3], [4, 2, 0]])}["score_length_correlation"]
+    assert found["value"] == pytest.approx(stats.spearmanr([1, 3, 4, 2, 0], [1, 3, 1, 2, 3]).statistic)
+    assert found["n"] == 5
+
+
+def test_what_stands_at_its_limit_is_no_ailment():
+    """A limit of 1 or 0 is how a preset switches one off."""
+    limits = {"max_modal_share": 1.0, "max_tie_rate": 1.0, "min_pair_yield": 0.0}
+    assert health.ailments(collapsed([[4, 4, 4], [4, 4, 4]]), limits) == []
 
 
 def test_a_judge_that_gives_one_score_is_ill():
