@@ -75,6 +75,8 @@ DAMAGE = {
     "pair's score": (PAIRS, first(chosen_score=5.0), "found chosen_score 5.0; expected"),
     "pair upside down": (PAIRS, first(chosen_score=0.1), "expected a chosen answer that scores above the rejected one"),
     "answer to no test": ("M1/eval/answers.jsonl", first(prompt_id="x"), "prompt_id x; expected one of seed/test"),
+    "score of no answer": (
+        "M2/eval/answer_scores.jsonl", first(prompt_id="x"), "found prompt_id x; expected one of M2/eval/answers"),
     "judged no reply": ("M1/eval/judgements.jsonl", first(id="op-004/none"), "found id op-004/none; expected one of"),
     "an exam without replies": ("seed/ranked_eval.jsonl", first(replies=None), "expected one of seed/ranked_eval"),
     "verdict on no answer": (
@@ -97,6 +99,58 @@ def test_an_id_that_is_measured_on_is_found_in_training_data(copied, row, home):
     edit(copied, IFT, first(prompt_id=row))
     (found,) = map(str, verify(copied).findings)
     assert f"{row}: found an id of {home}; expected no prompt that is measured on; next: " in found
+
+
+@pytest.mark.parametrize(
+    "change,says",
+    [
+        ({}, None),
+        ({"cand_id": "M1-p0001-0"}, "cand_id M1-p0001-0; expected a candidate of this prompt"),
+        ({"response": "never said"}, "another text than that of M1-p0000-0 as response"),
+        ({"score": 9.0}, "score 9.0; expected"),
+    ],
+)
+def test_answers_that_are_learned_by_themselves_are_held_together(run, change, says):
+    (own,) = [r for r in read_jsonl(run / CANDIDATES) if r["cand_id"] == "M1-p0000-0"]
+    (score,) = [r["score"] for r in read_jsonl(run / JUDGED) if r["id"] == "M1-p0000-0"]
+    row = {"prompt_id": "M1-p0000", "cand_id": "M1-p0000-0", "response": own["text"], "score": score}
+    write_jsonl(run / "M1/aift/positives.jsonl", [row | change])
+    check = _Check(run)
+    check.round("M1")
+    found = [str(f) for f in check.out.findings]
+    assert len(found) == bool(says) and all(says in line for line in found), found
+
+
+def test_a_judge_that_was_asked_for_some_owes_no_judgement_of_the_others(tmp_path):
+    write_jsonl(tmp_path / CANDIDATES, [{"cand_id": i, "prompt_id": "p", "text": i} for i in "abc"])
+    write_jsonl(tmp_path / JUDGED, [{"id": i, "judge_mode": "expected", "score": 1.0} for i in "ab"])
+    for max_rows, found in ((0, ["c"]), (2, [])):
+        check = _Check(tmp_path)
+        check.steps["05_judge@M1"] = {"params": {"max_rows": max_rows}}
+        check.round("M1")
+        assert [f.row for f in check.out.findings] == found
+
+
+def test_all_that_is_learned_is_held_against_all_that_is_measured(tmp_path):
+    """Each kind of training data and each held-out set; of judgements to learn from, by the id of what they judge."""
+    asked = {
+        "ranked_eval": "Name three rivers that flow north.",
+        "valid_prompts": "How do I clean a wooden flute?",
+        "test_prompts": "Why are ripe bananas sweet?",
+    }
+    for name, text in asked.items():
+        write_jsonl(tmp_path / f"seed/{name}.jsonl", [{"prompt_id": name, "prompt": text}])
+    learned = [IFT, "seed/ranked_train.jsonl", "M1/aift/prompts.jsonl"]
+    for file, text in zip(learned, asked.values(), strict=True):
+        own = {"prompt_id": f"own of {file}", "prompt": "Write a song about the winter in a port."}
+        write_jsonl(tmp_path / file, [own, {"prompt_id": file, "prompt": text}])
+    write_jsonl(tmp_path / "SFT/eft/train.jsonl", [{"group": g} for g in ("own", "valid_prompts", "valid_prompts")])
+    check = _Check(tmp_path)
+    check.held_out()
+    assert [(f.file, f.row, f.found) for f in check.out.findings] == [
+        *((file, file, f"ROUGE-L 1.00 with {name} {name}") for file, name in zip(learned, asked, strict=True)),
+        ("SFT/eft/train.jsonl", "valid_prompts", "an id of valid_prompts"),
+    ]
 
 
 def test_a_control_that_no_score_decides_may_choose_the_lower_score(run):
