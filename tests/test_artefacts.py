@@ -125,6 +125,25 @@ def test_a_folders_hash_knows_names_and_contents(tmp_path):
     assert len(seen) == 3
 
 
+def test_a_hash_is_not_remembered_when_the_file_was_changed(tmp_path):
+    """Edited by hand while a notebook is open, and as long as before."""
+    path, seen = tmp_path / "rows.jsonl", set()
+    for when, text in enumerate(("one", "two", "six")):
+        path.write_text(text)
+        os.utime(path, ns=(when, when))
+        seen.add(sha256(path))
+    assert len(seen) == 3
+
+
+def test_a_plain_file_is_newer_than_a_compressed_one_beside_it(tmp_path):
+    """A kill between the rename and the removal of the old rows leaves both."""
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, ROWS[:1])
+    then = describe(path)
+    write_jsonl(tmp_path / "rows.jsonl.gz", ROWS)
+    assert read_jsonl(path) == ROWS[:1] and describe(path) == then and find_jsonl(tmp_path, "*.jsonl") == [path]
+
+
 GOOD = {"prompt_id": "p1", "prompt": "Q?", "response": "A."}
 REPLIES = [{"reply_id": "a", "text": "x", "rank": 0}, {"reply_id": "b", "text": "y", "rank": 1}]
 
@@ -251,10 +270,16 @@ RANKED = {"prompt_id": "p2", "prompt": "Q?", "replies": REPLIES}
         (IftRow, GOOD, {"prompt_id": "p2", "prompt": ["Q?"], "response": "A."}, "prompt"),
         (IftRow, GOOD, {"prompt_id": 2, "prompt": "Q?", "response": "A."}, "prompt_id"),
         (IftRow, GOOD, GOOD, "prompt_id"),
+        (IftRow, GOOD, {"prompt_id": "", "prompt": "Q?", "response": "A."}, "prompt_id"),
+        (IftRow, GOOD, {"prompt_id": "p2", "prompt": "Q?", "response": ""}, "response"),
         (RankedRow, RANKED | {"prompt_id": "p1"}, RANKED | {"replies": [REPLIES[1], REPLIES[1]]}, "reply_id"),
         (RankedRow, RANKED | {"prompt_id": "p1"}, RANKED | {"replies": [r | {"rank": 1} for r in REPLIES]}, "rank"),
         (RankedRow, RANKED | {"prompt_id": "p1"}, RANKED | {"replies": [REPLIES[0], REPLIES[1] | {"score": 6}]},
          "replies.1.score"),
+        (RankedRow, RANKED | {"prompt_id": "p1"}, RANKED | {"replies": [REPLIES[0], REPLIES[1] | {"score": -1}]},
+         "replies.1.score"),
+        (RankedRow, RANKED | {"prompt_id": "p1"}, RANKED | {"replies": [REPLIES[0], REPLIES[1] | {"text": ""}]},
+         "replies.1.text"),
     ],
 )  # fmt: skip
 def test_errors_name_file_row_and_field(tmp_path, shape, good, bad, field):
