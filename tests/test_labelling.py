@@ -55,6 +55,8 @@ def test_clicks_and_keys_become_verdicts_that_the_evaluation_reads(study, run):
     assert {(v["model_a"], v["model_b"], v["judge"], v["judge_mode"]) for v in votes} == {
         ("M3", "SFT", "anna", "human")
     }
+    texts = {v["prompt_id"]: study.items.loc[v["prompt_id"], ["text_a", "text_b"]] for v in votes}
+    assert all(v["answers"] == verdicts.answers_digest(*texts[v["prompt_id"]]) for v in votes)  # what they are about
     model_rows = read_jsonl(run.folder / "M3/eval/verdicts/M3_vs_SFT.jsonl")
     assert set(model_rows[0]) - {"judge_rev"} <= set(votes[0])
     out = verdicts.from_votes(votes, "M3", "SFT", set(study.items.index))
@@ -193,6 +195,14 @@ def test_a_reader_without_a_name_is_one_too(study):
     tally, kappa = study.tally(2), study.agreement(2).set_index(["first", "second"])
     assert ("anna", "unnamed") in kappa.index and tally.first_shown.notna()["anna"]
     assert pd.isna(tally.first_shown["unnamed"])  # nothing stood first there
+
+
+def test_a_reader_whom_places_sway_shows(study):
+    for reader, key in (("anna", "1"), ("bert", "2"), ("carl", "t")):
+        page = study.page(reader)
+        while page.current:
+            page.press(key)
+    assert study.tally(4).first_shown[["anna", "bert", "carl"]].to_list() == [1, 0, 0.5]
 
 
 def test_no_majority_before_all_readers_have_read(study):
