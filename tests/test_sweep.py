@@ -253,7 +253,8 @@ def test_a_large_cell_leaves_out_answers_between_first_and_last(tmp_path, capsys
         a["text"] = rng.bytes(1500).hex()
     cells.write(cell, tmp_path / "default-0")
     kept = {a["model"] for a in cells.read(tmp_path / "default-0").answers}
-    assert {"M1", "M3"} <= kept < {"M0", "SFT", "M1", "M2", "M3"} and "are left out" in capsys.readouterr().out
+    assert {"M1", "M3"} <= kept < {"M0", "SFT", "M1", "M2", "M3"}
+    assert "answers of M2, " in capsys.readouterr().out  # which nothing outside its run is compared with
 
 
 # ---- comparisons of cells made by hand
@@ -358,6 +359,7 @@ def test_lists_are_counted_and_not_called_better_or_worse():
         a["text"] = "- a\n- b" if a["model"] == "M3" else a["text"]
     found = row(sweep_report.compare([listed]), "longer_wins", "longer_wins", "list_rate")
     assert (found["value"], found["verdict"]) == (1.0, "more")
+    assert found["low"] == found["high"] == 1  # a difference is no share, which would have a bound here
 
 
 def test_seeds_are_a_sample_too():
@@ -410,8 +412,33 @@ def test_other_prompts_under_the_same_id_are_no_pair():
     one, other = planted("default", 0), planted("longer_wins", 0)
     for a in other.answers[: 5 * 32]:
         a["prompt"] = "another"
+    for r in other.agreement[: 5 * 16]:  # and a ranked prompt of other rankings
+        r["n_pairs"] = 2
     table = sweep_report.compare([one, other])
-    assert row(table, "longer_wins", "default", "ended_rate")["n"] == 32
+    for metric, n in (("ended_rate", 32), ("win_rate", 32), ("agreement_gain", 48)):
+        assert row(table, "longer_wins", "default", metric)["n"] == n
+
+
+def test_a_seed_is_set_against_its_control_of_the_same_seed():
+    """Seeds differ by more than variants do; the third has no control yet, as in a sweep that still runs."""
+    found = [planted("default", s, score=float(s)) for s in (0, 1)]
+    table = sweep_report.compare([*found, *(planted("longer_wins", s, score=0.5) for s in (0, 1, 2))])
+    won = {s: row(table, "longer_wins", "default", "win_rate", s) for s in ("0", "1", "")}
+    assert [won[s]["value"] for s in ("0", "1", "")] == [1, 0, 0.5] and won[""]["n_seeds"] == 2
+    assert row(table, "longer_wins", "longer_wins", "win_rate")["n_seeds"] == 3
+
+
+def test_a_run_of_one_iteration_is_not_set_against_itself():
+    one = planted("default", 0, params={"common": {"variant": "default", "seed": 0, "iterations": 1}})
+    assert one.last == "M1" and sweep_report.compare([one]).empty
+    assert {*sweep_report.ladder([one]).opponent} == {"M0", "SFT"}
+
+
+def test_an_answer_to_an_empty_one_counts_in_the_length():
+    cell = planted("default", 0, longer=2)
+    next(a for a in cell.answers if a["model"] == "M1")["text"] = ""
+    length = row(sweep_report.compare([cell]), "default", "default", "answer_chars")
+    assert length["value"] == pytest.approx(2 * 64 / 63) and length["n"] == 64
 
 
 def test_the_report_is_one_escaped_file(tmp_path):
@@ -484,6 +511,12 @@ def test_bad_rows_are_named(tmp_path, name, change):
 def test_a_folder_without_cells_is_no_sweep(tmp_path):
     with pytest.raises(DataError, match="no finished cell"):
         cells.read_all(tmp_path)
+
+
+def test_what_a_killed_write_left_is_no_cell(tmp_path):
+    cells.write(planted("default", 0, n=2), tmp_path / "default-0")
+    write_text(tmp_path / ".default-1.tmp/params.yaml", "common: {seed: 1}")
+    assert [c.seed for c in cells.read_all(tmp_path)] == [0]
 
 
 @pytest.mark.slow
