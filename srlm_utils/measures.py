@@ -212,13 +212,13 @@ def language(text: str) -> str | None:
 def drifts(text: str, prompt: str) -> bool:
     """Whether an answer is in another language than its prompt, as far as scripts and function words show it.
 
-    It is if more than a fifth of its letters are of scripts that the prompt does not use, or if both have a `language`
-    and these differ. This catches other scripts and whole answers in one of six Western European languages. It misses
-    other languages in the prompt's script, single foreign sentences and short answers, and it counts translations that
-    were asked for.
+    It is if more than a fifth of its letters are of scripts that the prompt, if it has letters, does not use, or if
+    both have a `language` and these differ. This catches other scripts and whole answers in one of six Western European
+    languages. It misses other languages in the prompt's script, single foreign sentences and short answers, and it
+    counts translations that were asked for.
     """
     letters, own = [script(c) for c in text if c.isalpha()], {script(c) for c in prompt if c.isalpha()}
-    if sum(s not in own for s in letters) > FOREIGN * len(letters):
+    if own and sum(s not in own for s in letters) > FOREIGN * len(letters):
         return True
     theirs, ours = language(prompt), language(text)
     return theirs is not None and ours is not None and theirs != ours

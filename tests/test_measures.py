@@ -344,6 +344,7 @@ ENGLISH = "What is the best time of the year to plant a tree, and which are good
         ("Oslo, Madrid, Lisboa, Roma, Wien", ENGLISH, False),
         ("Der Herbst ist die beste Zeit.", "Wann ist die beste Zeit für einen Baum und nicht zu spät?", False),
         ("", ENGLISH, False),
+        ("It is four.", "2 + 2 = ?", False),  # a sum is asked in no script
     ],
 )
 def test_language_drift(text, prompt, drifted):
