@@ -88,9 +88,13 @@ def read_votes(path: Path) -> list[dict]:
     rows = read_jsonl(path)
     for i, row in enumerate(rows, 1):
         missing = sorted({"prompt_id", "model_a", "model_b", "order", "p_first"} - row.keys())
+        # a number names no prompt of any run: its votes would be lost without a word
+        no_text = [name for name in ("prompt_id", "model_a", "model_b") if not isinstance(row.get(name), str)]
         wrong = (
             f"it has no {missing[0]}"
             if missing
+            else f"{no_text[0]} is {short(row[no_text[0]])}, expected a text"
+            if no_text
             else f"order is {short(row['order'])}, expected AB, BA or none"
             if row["order"] not in ("AB", "BA", "none")
             else f"p_first is {short(row['p_first'])}, expected 1 (first wins), 0.5 (tie) or 0"

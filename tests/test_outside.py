@@ -270,6 +270,24 @@ def test_votes_on_other_answers_do_not_count_here(tmp_path):
         decide("of another run")
 
 
+def test_votes_on_other_models_or_prompts_are_no_fault_of_this_comparison(tmp_path):
+    """People vote into one file: on all models, and on prompts that a smaller run does not ask."""
+    path, elsewhere = tmp_path / "votes.jsonl", {"answers": "0" * 12}
+    votes = [
+        vote("p", "M1", "M2", "AB", 0),
+        vote("p", "M2", "SFT", "AB", 0) | elsewhere,
+        vote("gone", "M2", "M1", "AB", 0) | elsewhere,
+    ]
+    write_jsonl(path, votes)
+    step = SimpleNamespace(model_revision=lambda name: name)
+    answers, theirs = ([{"prompt_id": "p", "prompt": "Q?", "text": text}] for text in ("ours", "theirs"))
+    rows = evaluate.compare_answers(step, str(path), "human", None, "M2", answers, [], "M1", theirs)
+    assert metrics.outcomes(rows) == {"p": 1.0}
+    assert [(r["model_a"], r["model_b"], r["judge"], r["judge_mode"]) for r in rows] == [
+        ("M2", "M1", str(path), "human")
+    ]
+
+
 def test_scores_of_two_judges_of_one_name_are_not_set_against_each_other(capsys):
     def decide(theirs_by, theirs_say="u", scratch=False):
         ours, theirs = (
@@ -301,6 +319,8 @@ def test_an_opponent_that_the_judge_did_not_score_is_named():
     "row, wrong",
     [
         ({"prompt_id": "p"}, "no model_a"),
+        (vote(7, "M1", "M2", "AB", 1), "prompt_id is 7, expected a text"),
+        (vote("p", "M1", ["M2"], "AB", 1), r"model_b is \['M2'\], expected a text"),
         (vote("p", "M1", "M2", "first", 1), "order is 'first'"),
         (vote("p", "M1", "M2", "AB", "A"), "p_first is 'A'"),
     ],
