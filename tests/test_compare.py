@@ -127,6 +127,14 @@ def test_a_ratios_difference_by_hand():
     assert metrics.ratio_difference(([0], [0]), ([0], [1]))["value"] is None
 
 
+def test_figures_over_some_of_the_prompts_have_no_paired_interval():
+    """As people's verdicts are, who have labelled more of one run than of the other."""
+    few, more = (compare.Rows({f"p{i}": (1.0, 1.0) for i in range(n)}, {}) for n in (2, 3))
+    for sides in ((few, more), (more, few)):
+        figure, paired = compare._difference(*sides, 1.0, 1.0)
+        assert (paired, figure["low"], figure["n"]) == ("not the same prompts", None, None)
+
+
 def test_pairing_narrows_the_interval():
     rng = np.random.default_rng(0)
     hard = rng.normal(size=200)
@@ -137,10 +145,15 @@ def test_pairing_narrows_the_interval():
 
 
 def test_hand_made_runs(tmp_path):
-    """Three prompts, one model, no seed rows: b's answers are 4, 0 and 2 characters longer."""
-    for name, texts in (("a", ["1", "22", "3"]), ("b", ["11111", "22", "333"])):
+    """Three prompts, one model, no seed rows: b's answers are 4, 0 and 2 characters longer, c's are to others."""
+    for name, prompt, texts in (
+        ("a", "q", ["1", "22", "3"]),
+        ("b", "q", ["11111", "22", "333"]),
+        ("c", "another", ["11111", "22", "333"]),
+    ):
         rows = [
-            {"prompt_id": f"p{i}", "prompt": "q", "text": t, "n_tokens": 1, "ended": True} for i, t in enumerate(texts)
+            {"prompt_id": f"p{i}", "prompt": prompt, "text": t, "n_tokens": 1, "ended": True}
+            for i, t in enumerate(texts)
         ]
         write_jsonl(tmp_path / name / "M1/eval/answers.jsonl", rows)
         value = sum(map(len, texts)) / 3
@@ -149,9 +162,11 @@ def test_hand_made_runs(tmp_path):
         (tmp_path / name / "report").mkdir()
         made = where | empty | {"run": name, "variant": "default", "seed": 0, "value": value, "n": 3}
         pd.DataFrame([made], columns=COLUMNS).to_csv(tmp_path / name / "report/metrics.csv", index=False)
-    compare.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
-    (line,) = pd.read_csv(tmp_path / "out/differences.csv").to_dict("records")
+    compare.compare([tmp_path / name for name in "abc"], tmp_path / "out")
+    line, other = pd.read_csv(tmp_path / "out/differences.csv").to_dict("records")
     assert line["difference"] == pytest.approx(2) and (line["low"], line["high"], line["n"]) == (0, 4, 3)
+    assert (line["run"], line["baseline"], other["run"]) == ("b", "a", "c")
+    assert (other["paired"], other["difference"]) == ("not the same prompts", pytest.approx(2))  # whatever their ids
     with pytest.raises(DataError, match="two runs or more"):
         compare.compare([tmp_path / "a"], tmp_path / "out")
     (tmp_path / "b/report/metrics.csv").write_text("")
