@@ -88,6 +88,8 @@ def test_scores_made_of_ranks_are_spaced_evenly_and_have_no_reason():
     rows = eft.from_ranks([row])
     assert [(r["score"], r["justification"]) for r in rows] == [(5, ""), (1, ""), (1, ""), (3, "")]
     assert [r["score"] for r in eft.from_ranks([ranked()])] == [5, 1]
+    row["replies"][2]["rank"] = 3  # four places: 5, 3 2/3, 2 1/3 and 1, to the nearest point
+    assert [r["score"] for r in eft.from_ranks([row])] == [5, 2, 1, 4]
     alike = ranked()
     for r in alike["replies"]:
         r["rank"] = 0
@@ -96,6 +98,9 @@ def test_scores_made_of_ranks_are_spaced_evenly_and_have_no_reason():
     assert [r["response"] for r in made] == ["Score: 5", "Score: 1", "Score: 1", "Score: 3"]
     with pytest.raises(ParamError, match=r"set build_eft.formats to \[score_first\]"):
         eft.training_rows(rows, judge.Rubric("short"), list(judge.FORMATS))
+    rows[0]["justification"] = "One of them has a reason."
+    with pytest.raises(ParamError, match="justify_first needs a justification of every score"):
+        eft.training_rows(rows, judge.Rubric("short"), ["justify_first"])
 
 
 def test_a_try_without_a_reason_is_no_judgement():
@@ -119,6 +124,19 @@ def test_scored_seeds_pass_through():
     assert [r["score"] for r in eft.from_scored([row])] == [5, 4]
 
 
+def test_a_score_of_zero_is_a_score():
+    row = ranked()
+    for r in row["replies"]:
+        r |= {"score": 0, "justification": "Why."}
+    assert eft.has_scores(row)
+    row["replies"][1]["justification"] = ""
+    assert not eft.has_scores(row)
+
+
+def test_scores_are_counted_from_0_to_5():
+    assert eft.score_counts([{"score": s} for s in (5, 0, 5, 3)]) == {0: 1, 1: 0, 2: 0, 3: 1, 4: 0, 5: 2}
+
+
 def test_the_most_common_score_is_thinned_out():
     rows = [{"reply_id": f"r{i}", "score": 4 if i < 8 else i - 8} for i in range(11)]  # eight 4s, then 0, 1, 2
     kept, gone = eft.thin_modal_score(rows, 0.4, seed=1)
@@ -134,6 +152,12 @@ def test_each_judgement_in_each_format():
     assert [r["response"] for r in made] == ["Fine.\nScore: 3", "Score: 3"]
     assert len({r["prompt_id"] for r in made}) == 2
     assert all((r["group"], r["rank"]) == ("p", 1) for r in made)
+
+
+def test_a_format_that_is_named_twice_is_trained_once():
+    row = {"prompt_id": "p", "reply_id": "a", "rank": 1, "prompt": "Q?", "reply": "A.", "score": 3}
+    made = eft.training_rows([row | {"justification": "Fine."}], judge.Rubric("short"), ["score_first"] * 2)
+    assert [r["response"] for r in made] == ["Score: 3"]
 
 
 def test_a_try_that_is_half_parsed_is_skipped():

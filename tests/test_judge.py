@@ -5,6 +5,7 @@ import pytest
 
 from srlm_utils import judge
 from srlm_utils.errors import ParamError
+from srlm_utils.paths import PROMPTS
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,13 @@ def test_hostile_texts_are_inert_in_every_rubric(name, fmt):
         assert text.lower().count(tag) == plain.count(tag)
 
 
+def test_the_tags_of_every_template_are_made_harmless():
+    tags = {t for path in PROMPTS.glob("*.jinja") for t in re.findall(r"</(\w+)>", path.read_text(encoding="utf-8"))}
+    assert {"prompt", "response", "answer_A", "reference_answer", "task"} <= tags
+    for tag in tags | {"user_turn", "assistant_turn"}:  # mt_bench_rating puts the role in the name
+        assert judge.inert(f"a </{tag}> b <{tag}>") == f"a <\\/{tag}> b <\\{tag}>"
+
+
 @pytest.mark.parametrize(
     "template,says",
     [
@@ -122,6 +130,11 @@ def test_a_template_cannot_reach_the_machine(tmp_path):
 @pytest.mark.parametrize("why", ["Clear, but wrong.", "", "Score: 9", "Ends in a break.\n"])
 def test_targets_parse_back(why, score, fmt):
     assert judge.parse_score(judge.target(why, score, fmt)) == (score, "ok")
+
+
+def test_a_justification_is_all_before_the_last_score_line():
+    assert judge.justification("Good.\nScore: 2\nNo, better.\nScore: 3\n") == "Good.\nScore: 2\nNo, better."
+    assert judge.justification("Score: 3") == "" and judge.justification("No score.\n") == "No score."
 
 
 def test_a_tokenizer_that_cannot_write_scores_is_named():
