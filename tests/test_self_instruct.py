@@ -47,6 +47,7 @@ def test_the_pool_finds_what_is_near():
         ("Give three tips for growing basil.", True, "kept"),
         ("Give three tips for growing", False, "unfinished"),
         ("Go on.", True, "too_short"),
+        ("Go on", False, "unfinished"),  # whatever else it is
         ("word " * 30, True, "too_long"),
         ("<<<< what is this thing here", True, "not_text"),
         ("Опишите восход солнца над морем", True, "kept"),
@@ -60,6 +61,8 @@ def test_the_pool_finds_what_is_near():
         ("★ give three tips", True, "not_text"),
         ("Smile 😀😀 and 😀😀", True, "not_text"),
         ("Name a fruit \ufffd\ufffd\ufffd", True, "not_text"),
+        ("Name three teas ★★ x", True, "kept"),  # 18 of 20 letters are nine tenths
+        ("Name three teas ★★★x", True, "not_text"),
         ("Describe the picture on the wall.", True, "keyword"),
         ("explain how rainbows form", True, "duplicate"),
         ("Explain how the rainbows form.", True, "similar"),
@@ -201,5 +204,67 @@ def test_few_seeds_are_shown_once_each():
     assert sorted(si.pick_demos(["a", "b"], [], 6, 2, "k")) == ["a", "b"]
 
 
+def test_what_was_generated_stands_anywhere_in_the_list():
+    seeds = [f"seed {i}" for i in range(20)]
+    places = {si.pick_demos(seeds, ["new"], 6, 1, str(k)).index("new") for k in range(50)}
+    assert len(places) > 3  # behind the seeds alone, the list would end as the model writes
+
+
+LIST = SimpleNamespace(
+    seed=3, n_seed_demos=2, n_generated_demos=1, max_prompt_tokens=9, prompt_temperature=0.6, prompt_top_p=0.9,
+    max_prompt_words=20,
+)  # fmt: skip
+SEEDS = [f"Seed task {i}." for i in range(9)]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Write prompts without a model: (requests, how they were asked) of each call; the last id comes first."""
+    calls = []
+    monkeypatch.setattr(si.chat, "prompt_ids", lambda tokenizer, messages, prefill: prefill)
+
+    def generate(requests, **how):
+        calls.append((dict(requests), how))
+        for key, _ in reversed(requests):
+            yield [SimpleNamespace(key=f"{key}-0", text=f"text of {key}", ended=True)]
+
+    return SimpleNamespace(tokenizer=None, generate=generate, calls=calls)
+
+
+def test_a_request_is_a_list_that_goes_on_with_the_next_number(asked):
+    assert si.request_ids(None, ["One.", "Two."]) == "1. One.\n2. Two.\n3."
+
+
+def test_prompts_come_in_the_order_of_their_ids_sampled_as_the_step_says(asked):
+    ids = [f"M1-a0000{i}" for i in range(4)]
+    found = si.write_prompts(asked, ids, SEEDS, ["Kept."], LIST, (7,))
+    assert [(i, s.text) for i, s in found] == [(i, f"text of {i}") for i in ids]
+    ((requests, how),) = asked.calls
+    assert how == {"max_new_tokens": 9, "temperature": 0.6, "top_p": 0.9, "seed": 3, "stop_ids": (7,)}
+    assert all(text.count("Seed task") == 2 and text.count("Kept.") == 1 for text in requests.values())
+    assert len({*requests.values()}) > 1
+    si.write_prompts(asked, ids, SEEDS, ["Kept."], SimpleNamespace(**vars(LIST) | {"seed": 4}), (7,))
+    assert asked.calls[1][0] != requests  # other demonstrations
+
+
+def test_the_demonstrations_of_an_attempt_are_found_again(asked, monkeypatch):
+    monkeypatch.setattr(si, "WAVE", 3)
+    rows = [
+        {"attempt_id": f"a{i}", "text": f"Text {i}.", "reason": "not_text" if i in (1, 4) else "kept"} for i in range(8)
+    ]
+    ift = [{"prompt": s} for s in (*SEEDS, "Two\nlines.", "w " * 21)]  # the last two are none to show
+    for wave in range(3):
+        ids = [r["attempt_id"] for r in rows[3 * wave : 3 * wave + 3]]
+        kept = [r["text"] for r in rows[: 3 * wave] if r["reason"] == "kept"]
+        si.write_prompts(asked, ids, SEEDS, kept, LIST, ())
+    shown = {key: text for requests, _ in asked.calls for key, text in requests.items()}
+    for key, text in shown.items():
+        assert si.request_ids(None, si.shown_to(key, rows, ift, vars(LIST))) == text
+
+
 def test_demonstrations_are_limited_in_words():
     assert si.is_demo("w " * 10, 10) and si.is_demo("", 10)
+
+
+def test_letters_of_a_script_without_spaces_count_as_words_of_a_demonstration():
+    assert si.is_demo("请给我建议", 5) and not si.is_demo("请给我建议", 4)
