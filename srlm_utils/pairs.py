@@ -225,6 +225,11 @@ def build_pairs(
     if implicit_rule == "weigh":
         found = [consistency(by_the_model(of_prompt)) for of_prompt in by_prompt.values()]
         found = [c for c in found if c is not None]
+        if pairs and not found:
+            raise DataError(
+                "implicit_rule weigh asks how far two rewards order the model's own answers to a prompt alike, and no "
+                "prompt has two that both score: raise self_instruct.n_candidates and run 04_self_instruct again."
+            )
         pairs = [p | {"consistency": sum(found) / len(found)} for p in pairs]
     return pairs, drops
 

@@ -309,6 +309,11 @@ def _check_round(experiment: Experiment, model: str) -> None:
     rule = experiment.flat("06_build_pairs", model, "")["implicit_rule"]
     if rule and not reference:
         raise ParamError("build_pairs.implicit_rule needs judge.implicit_reference, an earlier model such as M0.")
+    if rule == "weigh" and writing["n_candidates"] < 2 and experiment.run.learn_from == "pairs":
+        raise ParamError(
+            "build_pairs.implicit_rule: weigh compares how two rewards order the model's own answers to a prompt: set "
+            "self_instruct.n_candidates to 2 or more."
+        )
     if judging["meta_judge"] and (judging["judge_mode"] == "expected" or judge not in ("", model)):
         raise ParamError(
             "judge.meta_judge compares judgements that the model wrote itself: it needs no judge_model and "

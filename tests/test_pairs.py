@@ -340,6 +340,10 @@ def test_a_pair_of_one_form_is_of_two_lists_or_of_none():
     assert pairs.build_pairs(*case([2.0, 2.0], ["- a", "prose"]), same_form=True)[1]["tie"] == 1
     near = case([5.0, 4.9], ["- a", "prose"])
     assert pairs.build_pairs(*near, same_form=True, min_margin=0.5)[1]["small_margin"] == 1
+    # whatever the prose scores, the two lists are as near as that, or tied
+    lists = ["- a", "- b", "prose"]
+    assert pairs.build_pairs(*case([5.0, 4.8, 1.0], lists), same_form=True, min_margin=0.5)[1]["small_margin"] == 1
+    assert pairs.build_pairs(*case([5.0, 5.0, 1.0], lists), same_form=True)[1]["other_form"] == 1
     one_text = case([5.0, 1.0, 4.0, 2.0], ["- a", "- a", "prose", "more"])
     assert pairs.build_pairs(*one_text, same_form=True)[0][0]["chosen_id"] == "p-2"
 

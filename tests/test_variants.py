@@ -102,6 +102,18 @@ def test_length_decides_nothing_among_equals(rule):
     assert made == [] and drops["same_length"] == 1 == sum(drops.values())
 
 
+@pytest.mark.parametrize("rule", ["longer", "shorter", "length_control"])
+def test_the_seed_decides_among_equal_lengths_not_the_order_of_rows(rule):
+    prompts, cands, judged = case([4.0, 4.0, 1.0, 1.0], ["aa", "bb", "c", "d"])
+
+    def picked(*rows):
+        made = [pairs.build_pairs(*rows, seed=seed, rule=rule)[0][0] for seed in range(20)]
+        return [(p["chosen_id"], p["rejected_id"]) for p in made]
+
+    assert picked(prompts, cands, judged) == picked(prompts, cands[::-1], judged[::-1])
+    assert len({*picked(prompts, cands, judged)}) == 4
+
+
 def test_length_control_by_hand():
     texts = ["aaaa", "aa", "aaa", "a", "aaaaa"]
     rows = case([5.0, 4.0, 3.0, 1.5, 1.0], texts)
@@ -117,6 +129,19 @@ def test_length_control_by_hand():
     tied = case([5.0, 5.0, 1.0, 1.0], ["aa", "a", "b", "bb"])
     (pair,), _ = pairs.build_pairs(*tied, rule="length_control", length_rho=0.0)
     assert (pair["chosen"], pair["rejected"]) == ("a", "bb")
+
+
+def test_length_control_takes_the_better_score_of_equal_lengths():
+    rows = case([5.0, 4.9, 1.1, 1.0], ["ab", "cd", "ef", "gh"])
+    for seed in range(9):
+        (pair,), _ = pairs.build_pairs(*rows, seed=seed, rule="length_control", length_rho=0.3)
+        assert (pair["chosen_id"], pair["rejected_id"]) == ("p-0", "p-3")
+
+
+def test_a_text_that_is_both_the_shortest_good_and_the_longest_bad_makes_no_pair():
+    rows = case([5.0, 4.5, 1.0, 1.0], ["aaaa", "bb", "bb", "c"])  # the judge was of two minds about "bb"
+    assert pairs.build_pairs(*rows, rule="length_control", length_rho=0.3)[1]["same_text"] == 1
+    assert pairs.build_pairs(*rows)[0][0]["chosen"] == "aaaa"
 
 
 def test_length_control_never_prefers_the_worse_score_or_an_empty_answer():
@@ -184,6 +209,7 @@ def test_replay_reads_the_pairs_of_all_rounds_before():
 def test_a_share_of_old_pairs_is_picked_by_the_seed():
     old = [{"prompt_id": f"p{i}"} for i in range(9)]
     assert pairs.replayed(old, 1.0) == old and pairs.replayed(old, 0.0) == []
+    assert len(pairs.replayed(old, 0.75)) == 7  # of 6.75
     picked = {tuple(p["prompt_id"] for p in pairs.replayed(old, 0.5, seed)) for seed in range(9)}
     assert {len(ids) for ids in picked} == {4} and len(picked) > 5
     again = pairs.replayed(old[::-1], 0.5, 3)
@@ -401,6 +427,26 @@ def test_pairs_of_a_round_carry_its_mean_consistency():
     assert [p["consistency"] for p in made] == pytest.approx([(1 + 2 / 3) / 2] * 2)
 
 
+def test_a_rounds_consistency_is_of_the_models_own_answers():
+    prompts, cands, judged = rewarded([3.0, 1.0, 0.0], [2.0, 1.0, 9.0])
+    cands[2]["author"] = "M0"  # the two rewards order the anchor's answer the other way round: that is not the model's
+    lone = case([2.0], pid="q")  # one answer has no order
+    rows = [prompts + lone[0], cands + lone[1], judged + [j | {"implicit": 0.5} for j in lone[2]]]
+    (pair,), _ = pairs.build_pairs(*rows, implicit_rule="weigh")
+    assert (pair["rejected_id"], pair["consistency"]) == ("p-2", 1.0)
+
+
+def test_pairs_that_nothing_weighs_are_refused():
+    prompts, cands, judged = rewarded([3.0, 1.0], [2.0, 1.0])
+    cands[1]["author"] = "M0"  # each prompt has one answer of the model's own, and an anchor's
+    with pytest.raises(DataError, match="raise self_instruct.n_candidates"):
+        pairs.build_pairs(prompts, cands, judged, implicit_rule="weigh")
+    one = {"self_instruct": {"n_candidates": 1, "anchor_model": "M0"}, "judge": {"implicit_reference": "M0"}}
+    steps(one | {"build_pairs": {"implicit_rule": "agree"}})
+    with pytest.raises(ParamError, match="implicit_rule: weigh .*n_candidates to 2 or more"):
+        steps(one | {"build_pairs": {"implicit_rule": "weigh"}})
+
+
 @pytest.mark.parametrize("c", [1.0, 0.8, 0.5, 0.0])
 @pytest.mark.parametrize("nll", [0.0, 0.5])
 def test_trls_losses_add_up_to_the_weighed_one(c, nll):
@@ -436,6 +482,27 @@ def test_the_implicit_reward_is_the_summed_log_ratio(engine, tmp_path):
         by_hand = log_probs(other.model, prompt, ids) - log_probs(engine.model, prompt, ids)
         assert found[i] == pytest.approx(by_hand, abs=1e-3) and abs(by_hand) > 1e-2
     assert implicit.rewards(step, "M1", "M0", {"p": "Name a fruit."}, cands) == found
+
+
+def test_a_likelihood_that_is_there_is_not_asked_for_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(implicit.chat, "prompt_ids", lambda tokenizer, messages: [0])
+    monkeypatch.setattr(implicit.chat, "answer_ids", lambda tokenizer, text, ended: [1] * (len(text) + ended))
+    asked = []
+
+    def target_logprobs(requests):
+        asked.extend(key for key, *_ in requests)
+        yield [(key, [-0.5] * len(ids)) for key, _, ids in requests]
+
+    step = SimpleNamespace(
+        engine=lambda name: SimpleNamespace(tokenizer=None, target_logprobs=target_logprobs),
+        log=lambda name: RowLog(tmp_path / name),
+        progress=lambda *_: contextlib.nullcontext(SimpleNamespace(update=lambda n: None)),
+    )
+    RowLog(tmp_path / "likelihoods_M1.jsonl").extend([{"id": "a", "logprob": -9.0}])
+    cands = [{"cand_id": i, "prompt_id": "p", "text": "abc", "ended": i == "b"} for i in "abc"]
+    found = implicit.log_likelihoods(step, "M1", {"p": "Q"}, cands)
+    assert asked == ["b", "c"] and found == {"a": -9.0, "b": -2.0, "c": -1.5}
+    assert implicit.log_likelihoods(step, "M1", {"p": "Q"}, cands) == found and len(asked) == 2
 
 
 def test_the_implicit_reward_needs_an_earlier_model():
