@@ -170,6 +170,33 @@ def test_a_long_candidate_is_cut_marked_and_said_to_be(engine, mode):
     assert not any(r["cut"] for r in judged(fake, [long], mode, max_response_tokens=0))
 
 
+def test_a_response_of_just_as_many_tokens_as_allowed_is_whole(engine):
+    text = "One, two, three and four."
+    n = len(chat.answer_ids(engine.tokenizer, text, ended=False))
+    assert judge.fit(engine.tokenizer, text, n) == text
+    assert judge.fit(engine.tokenizer, text, n - 1) == "One, two, three and four" + judge.CUT
+
+
+def test_judgements_are_sampled_as_the_step_says(engine):
+    told = []
+
+    class Watched(Judge):
+        def generate(self, requests, **how):
+            told.append(how)
+            return super().generate(requests, **how)
+
+    how = {"n_samples": 4, "temperature": 0.3, "top_p": 0.8, "max_new_tokens": 7, "seed": 5}
+    (row,) = judged(Watched(engine.tokenizer), ["x"], "sampled", **how)
+    assert told == [{"n" if name == "n_samples" else name: value for name, value in how.items()}]
+    assert len(row["samples"]) == 4
+
+
+def test_each_judgement_is_given_once_however_many_are_read_together(engine, monkeypatch):
+    monkeypatch.setattr(judge, "READ_AT_ONCE", 2)
+    rows = judged(Judge(engine.tokenizer), list("abcde"), "sampled_expected")
+    assert [r["id"] for r in rows] == [f"r{i}" for i in range(5)] and all(r["score"] == 3 for r in rows)
+
+
 def test_ten_thousand_hostile_outputs_and_candidates(engine):
     """A score comes from the judge's own last score line and from nothing else."""
     rng = random.Random(0)

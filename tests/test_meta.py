@@ -117,6 +117,20 @@ def test_the_best_and_the_worst_judgement_become_a_pair(engine, tmp_path):
     assert made[0]["chosen_ended"] and made[0]["rejected_ended"]
 
 
+def test_a_pair_of_judgements_shows_as_much_of_the_answer_as_the_judge_saw(engine, tmp_path):
+    long = [c | {"text": "one two three four five six seven eight"} for c in CANDIDATES[1:2]]
+
+    def first_three_times(requests, _):  # 0 over 1 in both orders; else whichever stands first
+        yield [(key, [0.1, 0.9] if int(key) == 2 else [0.9, 0.1], 1.0) for key, _ in requests]
+
+    fake = SimpleNamespace(tokenizer=engine.tokenizer, context=0, choice_probs=first_three_times)
+    rubric = judge.Rubric("short")
+    (pair,), figures, _ = meta.judge_pairs(a_step(tmp_path), fake, rubric, PROMPTS, long, ROWS, 4)
+    shown = judge.fit(engine.tokenizer, long[0]["text"], 4)
+    assert shown.endswith(judge.CUT) and pair["prompt"] == rubric.render("Name a fruit.", shown, "justify_first")
+    assert figures["first_place_rate"] == round(5 / 6, 4)
+
+
 def test_a_judgement_cannot_close_its_block(engine, tmp_path):
     seen = []
 
