@@ -174,6 +174,19 @@ def test_micro_batches_hold_one_kind_and_every_sequence_once_an_epoch():
     assert sorted(i for b in answers for i in b) == sorted(2 * [i for i, s in enumerate(packed) if s["kind"] == "ift"])
 
 
+def test_micro_batches_are_of_similar_length_and_of_another_order_each_epoch():
+    packed = [{"input_ids": [0] * n, "kind": "ift" if n % 4 else "eft", "n_rows": 1} for n in range(64)]
+    first, second = (packing.micro_batches(packed, 4, range(e, e + 1), seed=1) for e in range(2))
+    assert packing.micro_batches(packed, 4, range(2), seed=1) == first + second  # and so it continues from any epoch
+    assert first != second and sorted(map(sorted, first)) != sorted(map(sorted, second))
+    for batches in (first, second):
+        kinds = [packed[b[0]]["kind"] for b in batches]
+        assert kinds != sorted(kinds) != kinds[::-1]  # neither kind is learned before the other
+        # four answers among 32 that were drawn from 48 lengths span a dozen at most, any four of 48 far more
+        spans = [len(packed[b[-1]]["input_ids"]) - len(packed[b[0]]["input_ids"]) for b in batches]
+        assert sum(spans) / len(spans) < 16 and min(spans) >= 0
+
+
 def test_packing_computes_the_same_under_autocast(tiny, net, tmp_path):
     """As training in bfloat16 does it: float32 weights stand in for the adapters' base."""
     trainer, rows = trainer_of(tiny, net, judgements(), tmp_path)
