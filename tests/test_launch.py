@@ -49,6 +49,28 @@ def test_micro_batches_that_do_not_divide_are_refused():
         ranks.spread([1, 2, 3], 3, 2)
 
 
+def test_figures_are_means_over_the_micro_batches_of_all_processes(monkeypatch):
+    other = {"loss": (9.0, 3), "num_tokens": (70, 1), "rank_loss": (4.0, 2)}  # (sum, micro-batches) of the second one
+
+    def gather(everyone, own):
+        assert own == {"loss": (1.0, 1), "num_tokens": (30, 1), "rank_loss": (0, 0), "none": (0, 0)}
+        everyone[:] = [own, other]
+
+    monkeypatch.setattr(ranks.dist, "all_gather_object", gather)
+    logged = []
+
+    class Trainer:
+        args = SimpleNamespace(world_size=2)
+        _metrics = {"train": {"loss": [1.0], "num_tokens": [30], "rank_loss": [], "none": []}}
+
+        def log(self, logs, start_time=None):
+            logged.append(self._metrics["train"])
+
+    type("Spread", (ranks.AcrossRanks, Trainer), {})().log({})
+    # 10 / 4, not the mean of 1 and 3; tokens are a running total; what no process has is no figure
+    assert logged == [{"loss": [2.5], "num_tokens": [100], "rank_loss": [2.0]}]
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_accelerate_reads_every_config(path):
     from accelerate.commands.config.config_args import load_config_from_file
