@@ -37,6 +37,27 @@ def test_the_last_uniform_below_one_stays_inside_the_nucleus():
     assert sampling.sample(logits, u, 1.0, 0.9).item() in (0, 1)
 
 
+def test_rounding_of_the_sum_lets_no_token_outside_the_nucleus_in():
+    logits = 2 * torch.randn(64, 500, generator=torch.Generator().manual_seed(0))
+    probs, ids = sampling.nucleus(logits, 1.0, 0.9)
+    last = torch.full((64,), float(np.nextafter(np.float32(1), np.float32(0))))
+    assert bool((probs.cumsum(-1)[:, -1] <= last).any())  # of some rows the kept ones add up to less than the draw
+    drawn = sampling.sample(logits, last, 1.0, 0.9)
+    assert all(t in i[p > 0] for t, i, p in zip(drawn, ids, probs, strict=True))
+
+
+def test_the_nucleus_ends_where_its_mass_reaches_top_p():
+    probs, _ = sampling.nucleus(torch.zeros(1, 4), 1.0, 0.5)  # a quarter each
+    assert probs[0].tolist() == [0.5, 0.5, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_an_error(bad, temperature):
+    with pytest.raises(FloatingPointError):
+        sampling.sample(torch.tensor([[0.0, bad, 1.0]]), torch.tensor([0.5]), temperature, 0.9)
+
+
 def test_temperature_zero_is_greedy():
     logits = torch.randn(5, 100)
     assert sampling.sample(logits, torch.rand(5), 0, 0.9).tolist() == logits.argmax(-1).tolist()
