@@ -54,6 +54,20 @@ def test_the_gain_over_another_model_as_a_table(fake, tmp_path, capsys):
     assert "pairwise_accuracy" in table and "turns" not in table
 
 
+def test_the_gain_is_of_the_model_over_the_other_one(fake, tmp_path, capsys):
+    path = save(tmp_path / "trees.jsonl", TREES)  # "good" orders two of four pairs; a tie is half
+    for model, other, gain in (("good", "other", 0.25), ("other", "good", -0.25)):
+        out = json.loads(run(capsys, "--model", model, "--against", other, "--ranked", path, "--json"))
+        assert (out["model"], out["against"], out["agreement_gain"]["value"]) == (model, other, gain)
+
+
+def test_replies_that_the_judge_saw_in_part_are_counted(fake, tmp_path, monkeypatch, capsys):
+    path = save(tmp_path / "trees.jsonl", TREES)
+    assert json.loads(run(capsys, "--model", "good", "--ranked", path, "--json"))["n_cut"] == 0
+    monkeypatch.setattr(agree, "MAX_RESPONSE_TOKENS", 1)
+    assert json.loads(run(capsys, "--model", "good", "--ranked", path, "--json"))["n_cut"] > 0
+
+
 def test_kit_rows_by_name_and_the_other_modes(fake, capsys):
     out = json.loads(run(capsys, "--model", "good", "--ranked", "ranked_eval", "--limit", "3", "--json"))
     assert out["n_prompts"] == 3
