@@ -20,9 +20,9 @@ def has_scores(row: dict) -> bool:
 
 
 def agrees(ranks: list[int], scores: list[float], rule: str = "no_reversal") -> bool:
-    """Whether scores order replies as people did. Where people ranked two replies alike, any order agrees.
+    """Whether scores order replies as they are ranked. Where two replies are ranked alike, any order agrees.
 
-    The paper says no more than that the rankings agree. "strict": every pair that people told apart is in order.
+    The paper says no more than that the rankings agree. "strict": every pair of unlike ranks is in order.
     "no_reversal": none is reversed, and one at least is in order; so some may be tied.
     """
     pairs = ordered_pairs(ranks)
@@ -98,9 +98,10 @@ def from_ranks(ranked: list[dict]) -> list[dict]:
 
 
 def thin_modal_score(rows: list[dict], max_share: float, seed: int) -> tuple[list[dict], int]:
-    """Drop judgements with the most common score until it is at most `max_share` of them.
+    """Drop judgements with the score that most have until it is at most `max_share` of them; (rows left, dropped).
 
-    The paper resamples because too many judgements score 4. Which ones go is a seeded choice.
+    The paper resamples because too many judgements score 4. Which ones go is a seeded choice. One score alone is
+    thinned: the next most common one may have a larger share afterwards.
     """
     by_score = defaultdict(list)
     for r in rows:
@@ -122,7 +123,7 @@ def thin_modal_score(rows: list[dict], max_share: float, seed: int) -> tuple[lis
 def training_rows(rows: list[dict], rubric: judge.Rubric, formats: list[str]) -> list[dict]:
     """Judgements as (prompt, response) rows for supervised training, one for each format.
 
-    `group` is the ranked prompt: its rows are trained together, and `rank` says how people ordered them. Raises
+    `group` is the ranked prompt: its rows are trained together, and `rank` is the order they are taught in. Raises
     `ParamError` where a judgement without a justification is to be written in full.
     """
     if "justify_first" in formats and not all(r["justification"].strip() for r in rows):

@@ -60,7 +60,7 @@ class Reply(BaseModel):
 
 
 class RankedRow(_Row):
-    """A prompt with two or more replies that people put in order; rank 0 is best, equal ranks are ties."""
+    """A prompt with two or more replies put in order; rank 0 is best, equal ranks are ties."""
 
     replies: list[Reply] = Field(min_length=2)
 

@@ -76,7 +76,7 @@ def share(row: dict, uses: set[str], ift_share: float, eval_share: float) -> str
     """Which of `uses` ("ift", "ranked_train", "ranked_eval") a prompt of one source is for.
 
     The same for a prompt in every run and with every seed, so that no exam of one run is taught in another.
-    `eval_share` of the prompts that people ranked replies to are for ranked_eval, and of the others `ift_share` for
+    `eval_share` of the prompts with ranked replies are for ranked_eval, and of the others `ift_share` for
     ift. A prompt with nothing to rank is for ift, where that is among the uses.
     """
     if "ift" in uses and not sources.can_rank(row):

@@ -160,7 +160,7 @@ def kit_rows(name: str, of_kind: str) -> list[dict]:
 
 
 def can_rank(row: dict) -> bool:
-    """Whether people told two of its replies apart."""
+    """Whether two of its replies have unlike ranks."""
     return len({r["rank"] for r in row["replies"]}) > 1
 
 

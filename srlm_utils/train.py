@@ -364,7 +364,7 @@ def supervised_losses(
     """The parts of the supervised loss that a micro-batch has, by name.
 
     ``text_loss`` and ``score_loss``: mean cross-entropy (nats) over text tokens and over score digits.
-    ``rank_loss``: for each two replies in one sequence that people ranked, ``softplus(-2 (s_better -
+    ``rank_loss``: for each two replies in one sequence of unlike ranks, ``softplus(-2 (s_better -
     s_worse))`` of their expected scores, the Bradley-Terry loss; `rank_accuracy` is the share in order.
     A few hundred judgements hardly teach that order by cross-entropy alone, and it is all that preference pairs
     are made of (LOG.md). `logits` (targets, vocabulary); `targets`, `ranks` and `sequence`, the packed sequence that
