@@ -54,7 +54,7 @@ WORDS = ["river", "stone", "bread", "lamp", "cloud", "table", "music", "winter",
 class Author:
     """Writes, and judges by, what depends on what it is asked for alone, a few rows at a time."""
 
-    tokenizer, context = None, 0
+    tokenizer, context = SimpleNamespace(decode=str), 0
 
     def generate(self, requests, *, n=1, **how):
         for i in range(0, len(requests), 2):
