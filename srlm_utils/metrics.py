@@ -9,6 +9,7 @@ import numpy as np
 from srlm_utils import resample
 
 N_BOOTSTRAP = 10_000
+MIN_PAIRS = 10  # an accuracy over fewer says nothing: of a judge that can hardly be parsed
 
 # name: (unit, what it says). Every metric of metrics.csv stands here and nowhere else.
 METRICS = {

@@ -9,15 +9,38 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from srlm_utils import rendered
+from srlm_utils.metrics import MIN_PAIRS
 from srlm_utils.plan import is_of_run
 from srlm_utils.verdicts import judge_label
 
 _COLORS = ["#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442"]  # M1, M2, M3, ...
 _MARKERS = ["o", "s", "^", "D", "v", "P"]
-MIN_PAIRS = 10  # below it an accuracy is not drawn: a judge that can hardly be parsed
+
+# why a prompt or a pair was dropped (`self_instruct.check_prompt`, `pairs.build_pairs`, `pairs.build_positives`)
+_DROPS = {
+    "not_needed": "more than wanted",
+    "unfinished": "cut off",
+    "too_short": "too short",
+    "too_long": "too long",
+    "not_text": "no plain text",
+    "keyword": "asks for pictures, files, links",
+    "duplicate": "there already",
+    "similar": "too like another",
+    "few_scored": "too few answers with a score",
+    "tie": "all scores alike",
+    "small_margin": "scores too near",
+    "none_ended": "no answer that ended wins",
+    "same_text": "both answers the same",
+    "empty_chosen": "the better answer is empty",
+    "same_length": "answers of one length",
+    "other_form": "no pair of one form",
+    "rewards_disagree": "implicit reward disagrees",
+    "low_score": "no score is high enough",
+}
 
 
 def color(model: str) -> str:
@@ -167,9 +190,9 @@ def win_rates(metrics: pd.DataFrame):
                 continue
             left, n = 0.0, int(table.loc[(m, o, "win"), "n"])
             for part, shade, ink in (
-                ("win", color(m), "white"),
-                ("tie", "#d9d9d9", "#333333"),
-                ("loss", color(o), "black" if o == "M0" else "white"),  # grey holds no white
+                ("win", color(m), _ink(color(m))),
+                ("tie", "#d9d9d9", _ink("#d9d9d9")),
+                ("loss", color(o), _ink(color(o))),
             ):
                 width = 100 * table.loc[(m, o, part), "value"]
                 hatch = "//" if part == "loss" else None
@@ -298,9 +321,9 @@ def funnel(steps: pd.DataFrame):
 
     `steps` has columns model, stage, n, and drop ("" for what is kept, else the reason).
     """
-    models, words = list(dict.fromkeys(steps.model)), {"not_needed": "more than wanted"}
+    models = list(dict.fromkeys(steps.model))
     labels = {
-        m: [f"  – {words.get(r.drop, r.drop)}" if r.drop else r.stage for r in steps[steps.model == m].itertuples()]
+        m: [f"  – {_DROPS.get(r.drop, r.drop)}" if r.drop else r.stage for r in steps[steps.model == m].itertuples()]
         for m in models
     }
     height = 1 + 0.27 * max((len(v) for v in labels.values()), default=1)
@@ -324,7 +347,8 @@ def training(logs: pd.DataFrame):
     """Losses by optimizer step: points, and the mean of a twentieth of the steps up to there, three at least.
 
     `logs` has columns model and step and what the trainer logged: the parts of the supervised loss and the share
-    of ranked replies it orders right, or for DPO loss, rewards/accuracies and rewards/margins.
+    of ranked replies it orders right, or for DPO loss, rewards/accuracies, rewards/margins and, where it has them,
+    rewards/chosen with rewards/rejected: a margin also grows where both fall.
     """
     titles = {
         "text_loss": "loss of answers and justifications",
@@ -333,13 +357,15 @@ def training(logs: pd.DataFrame):
         "loss": "loss",
         "rewards/accuracies": "pairs ordered right, %",
         "rewards/margins": "reward margin",
+        "rewards/chosen": "reward of chosen, and (dashed) rejected",
     }
-    nothing = {"rewards/accuracies": 0.5, "rewards/margins": 0.0}  # what a model that has learned nothing has
+    # what a model that has learned nothing has
+    nothing = {"rewards/accuracies": 0.5, "rewards/margins": 0.0, "rewards/chosen": 0.0}
     panels = [c for c in titles if c in logs and logs[c].notna().any()]
     if "text_loss" in panels:  # its sum with the others says nothing that the parts do not
         panels.remove("loss")
-    fig, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3), squeeze=False)
-    for ax, column in zip(axes[0], panels, strict=True):
+    fig, axes = _grid(len(panels), 2 if len(panels) == 4 else 3, 4.2, 3)
+    for ax, column in zip(axes, panels, strict=True):
         scale = 100 if titles[column].endswith("%") else 1
         for m in dict.fromkeys(logs.model):
             rows = logs[(logs.model == m) & logs[column].notna()]
@@ -347,11 +373,16 @@ def training(logs: pd.DataFrame):
                 rows = rows[rows["rewards/margins"].abs() > 1e-6]
             if len(rows):
                 values = rows[column] * scale
-                smooth = values.rolling(max(3, len(rows) // 20), min_periods=1).mean()
+                window = max(3, len(rows) // 20)
+                smooth = values.rolling(window, min_periods=1).mean()
                 ax.plot(rows.step, values, color=color(m), marker=marker(m), markersize=2, lw=0, alpha=0.35)
                 ax.plot(rows.step, smooth, color=color(m), lw=1.6, label=m)
+                if column == "rewards/chosen" and "rewards/rejected" in rows:
+                    other = rows["rewards/rejected"].rolling(window, min_periods=1).mean()
+                    ax.plot(rows.step, other, color=color(m), lw=1.6, ls="--")
         if column in nothing:
             ax.axhline(nothing[column] * scale, color="#555555", lw=1, ls=":")
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_xlabel("optimizer step")
         ax.set_title(titles[column], fontsize=10)
         ax.legend(fontsize=8)
@@ -522,12 +553,12 @@ def judge_agreement(table: pd.DataFrame):
 
 
 def variants(table: pd.DataFrame, title: str):
-    """Figures of a sweep's variants with their intervals, a panel each; single seeds as grey dots.
+    """Figures of a sweep's variants with their intervals, a panel each, three in a row; single seeds as grey dots.
 
     `table` has panel, name (of a row), model, seed ("" over all), n_seeds, value, low, high, n and unit.
     """
     panels, names = list(dict.fromkeys(table.panel)), list(dict.fromkeys(table.name))
-    fig, axes = _panels(len(panels), 3.4, 1.4 + 0.42 * len(names))
+    fig, axes = _grid(len(panels), 3, 3.4, 0.8 + 0.42 * len(names), (0.8, 0.6), sharey=True)
     for ax, panel in zip(axes, panels, strict=True):
         rows = table[table.panel == panel]
         scale, label, same = {
@@ -558,6 +589,24 @@ def _panels(n: int, width: float, height: float):
     """A row of `n` panels, one a judge, that share their y axis where they have the same rows."""
     fig, axes = plt.subplots(1, max(n, 1), figsize=(width * max(n, 1) + 0.8, height), sharey=True, squeeze=False)
     return fig, axes[0]
+
+
+def _grid(n: int, most: int, width: float, height: float, more: tuple[float, float] = (0, 0), *, sharey: bool = False):
+    """`n` panels, `most` of them in a row; `more` inches beside and above them. The figure and its panels."""
+    across = min(n, most)
+    down = -(-n // across)
+    size = (max(width * across + more[0], 5), height * down + more[1])  # a title needs 5
+    fig, axes = plt.subplots(down, across, figsize=size, sharey=sharey, squeeze=False)
+    for ax in axes.flat[n:]:
+        ax.set_visible(False)
+    return fig, axes.flat[:n]
+
+
+def _ink(shade: str) -> str:
+    """Black or white, whichever can be read on a colour: by its relative luminance (WCAG 2)."""
+    parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(shade)]
+    luminance = sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+    return "black" if luminance > 0.179 else "white"  # there both have the same contrast
 
 
 def _models_with_n(ax, rows: pd.DataFrame) -> str:

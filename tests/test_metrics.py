@@ -437,6 +437,60 @@ def test_a_training_figure_shows_the_parts_of_the_loss():
     assert titles[1] == ["loss", "reward margin"]
 
 
+def test_a_dpo_figure_shows_both_rewards_where_the_log_has_them():
+    import pandas as pd
+
+    from srlm_utils import plots
+
+    def titles(fig):
+        return [ax.get_title(loc="left") or ax.get_title() for ax in fig.axes]
+
+    log = pd.DataFrame({"model": "M2", "step": [1, 2], "loss": [0.7, 0.6], "rewards/accuracies": [0.5, 1.0]})
+    log = log.assign(
+        **{"rewards/margins": [0.1, 0.2], "rewards/chosen": [-0.1, -0.3], "rewards/rejected": [-0.2, -0.5]}
+    )
+    fig, _ = plots.training(log)
+    assert titles(fig)[3] == "reward of chosen, and (dashed) rejected"
+    solid, dashed, zero = fig.axes[3].lines[1:]
+    assert [*solid.get_ydata()] == pytest.approx([-0.1, -0.2]) and [*dashed.get_ydata()] == pytest.approx([-0.2, -0.35])
+    assert dashed.get_linestyle() == "--" and dashed.get_color() == solid.get_color() and zero.get_ydata()[0] == 0
+    assert all(x == int(x) for ax in fig.axes for x in ax.get_xticks())
+    assert len(plots.training(log.drop(columns=["rewards/rejected"]))[0].axes[3].lines) == 3
+    assert len(titles(plots.training(log.drop(columns=["rewards/chosen", "rewards/rejected"]))[0])) == 3
+
+
+def test_numbers_can_be_read_on_every_models_colour():
+    from matplotlib.colors import to_rgb
+
+    from srlm_utils import plots
+
+    def luminance(shade):
+        parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(shade)]
+        return np.dot([0.2126, 0.7152, 0.0722], parts)
+
+    for model in ("M0", "SFT", "M1", "M2", "M3", "M4", "M5", "M6"):
+        shade = plots.color(model)
+        low, high = sorted([luminance(shade), luminance(plots._ink(shade))])
+        assert (high + 0.05) / (low + 0.05) > 4.5, model
+    assert [plots._ink(plots.color(m)) for m in ("SFT", "M1")] == ["black", "white"]
+
+
+def test_a_funnel_says_in_words_why_something_was_dropped():
+    import pandas as pd
+
+    from srlm_utils import pairs, plots
+
+    drops = ["", "keyword", "not_needed", "of a rule of my own"]
+    steps = pd.DataFrame([{"model": "M1", "stage": "prompts written", "n": 3, "drop": d} for d in drops])
+    labels = [t.get_text() for t in plots.funnel(steps)[0].axes[0].get_yticklabels()]
+    said = ["  – asks for pictures, files, links", "  – more than wanted", "  – of a rule of my own"]
+    assert labels == ["prompts written", *said]
+    rules = {"rule": "longer", "chosen_ended": True, "same_form": True}
+    assert pairs.build_pairs([], [], [], **rules)[1].keys() | pairs.build_positives([], [], [])[1].keys() <= {
+        *plots._DROPS
+    }
+
+
 @pytest.mark.parametrize("dpi", [110, 150])  # of a notebook's figure and of a saved one
 def test_a_figure_in_a_palette_keeps_each_models_colour(tmp_path, dpi):
     from matplotlib.colors import to_rgb
