@@ -164,10 +164,9 @@ def over(n_seeds: int) -> str:
 def verdicts_table(table: pd.DataFrame) -> pd.DataFrame:
     """Who is better, plainly: a row a comparison and judge; where no judge can say, a row says so."""
     out, whole = [], table[table.seed == ""]
-    for (variant, against, *_), rows in whole.groupby(["variant", "against", "model", "opponent"], sort=False):
+    for (variant, *_), rows in whole.groupby(["variant", "against", "model", "opponent"], sort=False):
         first = rows.iloc[0]
-        who = {"variant": variant, "compared": f"{first.model} with " + ("its own " if against == variant else "")}
-        who["compared"] += first.opponent + ("" if against == variant else f" of {against}")
+        who = {"variant": variant, "compared": f"{first.model} with {_whom(first)}"}
         wins = rows[rows.metric == "win_rate"].to_dict("records")
         for r in wins:
             judge = judge_label(r["judge"], r["judge_mode"])
@@ -180,17 +179,25 @@ def verdicts_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def figures_table(table: pd.DataFrame, metric_names: list[str]) -> pd.DataFrame:
-    """A row a comparison, a column a metric, cells with interval, n and what they show."""
+    """A row a comparison, a column a metric, cells with interval, n and what they show; `whom` is what a variant's last
+    model was set against."""
     rows = table[(table.seed == "") & table.metric.isin(metric_names)]
     if not len(rows):
         return pd.DataFrame()
     rows = rows.assign(
         cell=[f"{report.rate(r)}: {r['verdict']}" for r in rows.to_dict("records")],
         column=[_panel(r) for r in rows.to_dict("records")],
+        whom=[_whom(r) for r in rows.to_dict("records")],
     )
     order = list(dict.fromkeys(rows.column))
-    index = ["variant", "against"]
+    index = ["variant", "whom"]
     return rows.pivot_table(index=index, columns="column", values="cell", aggfunc="first", sort=False)[order].fillna("")
+
+
+def _whom(row: dict) -> str:
+    return (
+        f"its own {row['opponent']}" if row["against"] == row["variant"] else f"{row['opponent']} of {row['against']}"
+    )
 
 
 def _panel(row: dict) -> str:
@@ -208,7 +215,7 @@ def _panel(row: dict) -> str:
 
 
 def drawn(table: pd.DataFrame, metric_names: list[str], *, inside: bool):
-    """`plots.variants` of some metrics: against M1 of the same run (`inside`), or the control; None for no row."""
+    """`plots.variants` of some metrics: against M1 of the same run (`inside`), or another variant; None for no row."""
     rows = table[table.metric.isin(metric_names) & ((table.variant == table.against) == inside)]
     if not len(rows):
         return None
@@ -216,7 +223,8 @@ def drawn(table: pd.DataFrame, metric_names: list[str], *, inside: bool):
         rows = rows[rows.variant != CONTROL[DEFAULT]]
     names = rows.variant if inside else rows.variant + " vs " + rows.against
     rows = rows.assign(panel=[_panel(r) for r in rows.to_dict("records")], name=names)
-    return plots.variants(rows, "The last model against M1" if inside else "The last model against its control's")
+    others = "The last model against another variant's (its control, else the default)"
+    return plots.variants(rows, "The last model against M1" if inside else others)
 
 
 def differences(found: list[Cell]) -> pd.DataFrame:
@@ -297,8 +305,8 @@ def write(sweep: Path) -> Path:
         (
             "Who wins?",
             "The win rate with half ties, by the judge above each panel; grey dots are single seeds. M1 made the data "
-            "that the models learned from: its word shows what was optimised. Against a control only scores by a judge "
-            "of the same weights count.",
+            "that the models learned from: its word shows what was optimised. Between two variants only scores by a "
+            "judge of the same weights count.",
             "win_rates",
             ["win_rate"],
         ),
@@ -316,13 +324,13 @@ def write(sweep: Path) -> Path:
         ),
     ):
         facts = figures_table(table, names)
-        for inside, where in ((True, "against M1"), (False, "against its control")):
+        for inside, where in ((True, "against M1"), (False, "against another variant")):
             if figure := drawn(table, names, inside=inside):
                 file = f"{name}_{'m1' if inside else 'control'}"
                 plots.save(*figure, sweep / "figures", file)
                 plots.plt.close(figure[0])
                 path = sweep / "figures" / f"{file}.png"
-                kind = facts[(facts.index.get_level_values(0) == facts.index.get_level_values(1)) == inside]
+                kind = facts[facts.index.get_level_values("whom").str.startswith("its own ") == inside]
                 sections.append({"title": f"{title[:-1]}, {where}?", "text": text, "figure": path, "table": kind})
     text = "Each model against the one before it, and the last one against those that the loop began with."
     sections.append({"title": "Round by round", "text": text, "table": verdicts_table(climbed)})

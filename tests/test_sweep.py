@@ -320,6 +320,24 @@ def test_figures_show_the_default_against_its_control_once():
     assert row(table, "random_pairs", "default", "win_rate")["value"] == 0.5  # the table has both
 
 
+def test_a_table_of_figures_says_whom_a_variant_was_set_against():
+    table = sweep_report.compare([planted(v, 0) for v in ("default", "random_pairs")])
+    facts = sweep_report.figures_table(table, ["ended_rate"])
+    assert facts.index.names == ["variant", "whom"]
+    rows = [("default", "its own M1"), ("default", "M3 of random_pairs"), ("random_pairs", "its own M1")]
+    assert [*facts.index] == [*rows, ("random_pairs", "M3 of default")]
+
+
+def test_panels_of_variants_stand_three_in_a_row():
+    table = sweep_report.compare([planted(v, 0) for v in ("default", "random_pairs")])
+    names = ["instruction_strict_accuracy", "ended_rate", "repeated_4grams", "list_rate", "answer_chars"]
+    fig, rows = sweep_report.drawn(table, names, inside=False)
+    n = rows.panel.nunique()
+    assert n > 3 and fig.axes[0].get_subplotspec().get_gridspec().ncols == 3
+    assert [ax.get_visible() for ax in fig.axes] == [i < n for i in range(len(fig.axes))]
+    assert fig.get_size_inches()[0] <= 11.1
+
+
 def test_models_are_told_apart_by_their_weights_not_by_their_cards(tmp_path):
     found = []
     for name in ("a", "b"):
