@@ -1,6 +1,7 @@
 """HTML pages that open anywhere: one look in light and dark, no script, no request, everything escaped."""
 
 import base64
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from markupsafe import Markup, escape
 
 from srlm_utils.paths import PACKAGE
 
-__all__ = ["Markup", "escape", "image", "render", "table"]
+__all__ = ["Markup", "escape", "image", "inline", "render", "table"]
 
 
 @lru_cache(maxsize=1)
@@ -26,6 +27,11 @@ def render(template: str, **values) -> str:
 def image(png: Path) -> str:
     """A PNG as a data URI: the page needs no second file."""
     return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"
+
+
+def inline(text: str) -> Markup:
+    """An escaped text, what stands between backticks in it as code: notebooks show the same text as Markdown."""
+    return Markup(re.sub(r"`([^`\n]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def table(frame: pd.DataFrame, **how) -> Markup:

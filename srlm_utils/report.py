@@ -35,6 +35,9 @@ _NUMBERS = ("value", "low", "high")  # which may be empty
 # rows of the agreement table: the figures of Table 4 of the paper, then what says how far to trust them
 AGREEMENT = [*metrics.AGREEMENT, "parse_rate", "score_mass", "score_std"]
 
+# those whose n is pairs
+OF_PAIRS = ["pairwise_accuracy", "tie_rate", "pairwise_accuracy_half_ties", "longer_baseline"]
+OF_PAIRS += ["similar_length_accuracy"]
 
 # what answers are like without a judge
 ANSWERS = [
@@ -192,12 +195,25 @@ def wide(table: pd.DataFrame, names: list[str], **where) -> pd.DataFrame:
 
 
 def explained(table: pd.DataFrame) -> pd.DataFrame:
-    """A table with a metric a row, and beside each what it is (`metrics.METRICS`)."""
-    return table.assign(meaning=[metrics.METRICS[name][1] for name in table.index])
+    """A table with a metric a row, the last level of its index, and beside each what it is (`metrics.METRICS`)."""
+    name = "meaning" if table.columns.nlevels == 1 else ("meaning",) + ("",) * (table.columns.nlevels - 1)
+    out = table.copy()
+    out[name] = [metrics.METRICS[metric][1] for metric in table.index.get_level_values(-1)]
+    return out
+
+
+def meanings(names) -> str:
+    """What metrics are, a line each: for a table with a metric a column."""
+    return "\n".join(f"{name}: {metrics.METRICS[name][1]}" for name in names)
 
 
 def agreement_table(table: pd.DataFrame) -> pd.DataFrame:
-    """`wide` of reward agreement, ranked sets and judge modes under each other; "" where a model was not measured."""
+    """`wide` of reward agreement, ranked sets and judge modes under each other; "" where a model was not measured.
+
+    Shares of fewer than `metrics.MIN_PAIRS` pairs are left out, their n is not: 1 of 1 is no accuracy.
+    """
+    few = table.metric.isin(OF_PAIRS) & (table.n < metrics.MIN_PAIRS)
+    table = table.assign(value=table.value.mask(few))
     judging = table[table.metric == "pairwise_accuracy"]
     found = {
         (name, mode): wide(table, AGREEMENT, judge_mode=mode, set=name, opponent="")
@@ -210,10 +226,11 @@ def origin(step) -> str:
     """What a scratch report is made of, for its lead; "" for that of a run."""
     if not step.scratch:
         return ""
-    own = [m for m in model_names(step.params.iterations) if not step.is_borrowed(f"{m}/eval/answers.jsonl")]
+    own = sorted(path for path in step.declared.reads if not step.is_borrowed(path))
+    more = f" and {len(own) - 6} more" if len(own) > 6 else ""
     return (
-        f"A scratch run: {', '.join(own) or 'no model'} was evaluated here (with M0 in the place of models that were "
-        f"never trained here), all else is of {shown(EXAMPLE)}. "
+        f"A scratch run: made here: {', '.join(own[:6]) or 'nothing'}{more} (by M0 where a model was never trained "
+        f"here); all else is of {shown(EXAMPLE)}. "
     )
 
 
@@ -315,13 +332,13 @@ def write_html(
 ) -> None:
     """report.html: one file, no script, no outside request; everything a model wrote is escaped.
 
-    A section is {"title", "text", "figure" (PNG path or None), "table" (DataFrame or None)}. `pairs` None leaves that
-    part out.
+    A section is {"title", "text", "figure" (PNG path or None), "table" (DataFrame or None)}, with `code` in its text.
+    `pairs` None leaves that part out.
     """
     filled = [
         {
             "title": s["title"],
-            "text": s["text"],
+            "text": pages.inline(s["text"]),
             "image": pages.image(s["figure"]) if s.get("figure") else "",
             "table": pages.table(s["table"]) if s.get("table") is not None else None,
         }

@@ -602,6 +602,49 @@ def test_the_agreement_table_is_empty_where_a_model_was_not_measured():
     assert written.loc["pairwise_accuracy", "M1"] and written.loc["pairwise_accuracy", "M2"] == ""
 
 
+def test_an_accuracy_over_a_few_pairs_is_left_out():
+    row = {"set": "eval", "judge_mode": "sampled", "opponent": "", "low": None, "high": None, "unit": "share"}
+    figures = [("pairwise_accuracy", "M0", 1), ("pairwise_accuracy", "M1", 10), ("tie_rate", "M0", 9)]
+    figures += [("parse_rate", "M0", 3)]  # of judgements, not of pairs
+    rows = [row | {"metric": name, "model": m, "value": 1.0, "n": n} for name, m, n in figures]
+    table = report.agreement_table(pd.DataFrame(rows)).loc[("eval", "sampled")]
+    assert [*table.loc["pairwise_accuracy"]] == ["– (n=1)", "100.0 %, n=10"]
+    assert table.loc["tie_rate", "M0"] == "– (n=9)" and table.loc["parse_rate", "M0"] == "100.0 %, n=3"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_table_of_metrics_says_what_they_are_whatever_its_levels():
+    said = metrics.METRICS["tie_rate"][1]
+    plain = pd.DataFrame({"M1": ["x"]}, index=["tie_rate"])
+    assert report.explained(plain).meaning.tolist() == [said] and [*plain.columns] == ["M1"]
+    two = pd.DataFrame([["x"]], index=["tie_rate"], columns=pd.MultiIndex.from_tuples([("eval", "sampled")]))
+    assert report.explained(two)[("meaning", "")].tolist() == [said]
+    deep = pd.DataFrame({"M1": ["x"]}, index=pd.MultiIndex.from_tuples([("eval", "sampled", "tie_rate")]))
+    assert report.explained(deep).meaning.tolist() == [said]
+    assert report.meanings(["tie_rate"]) == f"tie_rate: {said}"
+
+
+def test_a_scratch_report_says_what_was_made_here():
+    reads = ("M2/eval/answers.jsonl", "M1/aift/health.json")
+
+    def said(own, reads=reads, scratch=True):
+        declared = SimpleNamespace(reads=reads)
+        return report.origin(SimpleNamespace(scratch=scratch, declared=declared, is_borrowed=lambda p: p not in own))
+
+    assert said(reads, scratch=False) == ""
+    assert "made here: M1/aift/health.json (by M0" in said(reads[1:])  # whoever was evaluated
+    assert "made here: nothing (" in said(())
+    many = [f"M{i}/eval/metrics.json" for i in range(9)]
+    assert f"made here: {', '.join(many[:6])} and 3 more (by M0" in said(many, many[::-1])
+
+
+def test_a_reports_texts_show_code_as_code(tmp_path):
+    section = {"title": "T", "text": "`ranked_eval` is <b>written</b>, `<i>`, and a ` alone"}
+    report.write_html(tmp_path / "r.html", title="", lead="", sections=[section], pairs=None, answers=[], foot="")
+    said = "<code>ranked_eval</code> is &lt;b&gt;written&lt;/b&gt;, <code>&lt;i&gt;</code>, and a ` alone"
+    assert said in (tmp_path / "r.html").read_text()
+
+
 def test_a_reports_pairs_are_those_that_were_learned_from():
     pair = {"prompt_id": "p", "prompt": "Q?", "chosen_id": "b", "rejected_id": "a", "chosen": "b", "rejected": "a"}
     # borrowed pairs beside candidates of a scratch run's own

@@ -42,9 +42,9 @@ def test_run_all_on_defaults(path, tmp_path, monkeypatch):
         assert any("image/png" in o.get("data", {}) for o in outputs)
     if path.stem == "12_compare":  # the sweep that README speaks of, with its controls
         assert "of results/sweeps/standard" in text and "random_pairs" in text
-    if path.stem == "09_report":  # SFT was evaluated in scratch before, on a few prompts
+    if path.stem == "09_report":  # steps were run in scratch before, on a few prompts
         said = (ROOT / "results/scratch/report/report.html").read_text()
-        assert "A scratch run: SFT was evaluated here" in said and "of results/example." in said
+        assert "A scratch run: made here: M1/aift/" in said and "of results/example." in said
 
 
 @pytest.mark.slow
