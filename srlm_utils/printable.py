@@ -7,7 +7,7 @@ _CONTROLS = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {0x7F: 
 # C1; embeddings, overrides and isolates, which turn the direction of what stands behind them, too
 _CONTROLS |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
 _COLOUR = re.compile("(\x1b\\[[0-9;]*m)")
-_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
+_SECRET = re.compile(r"(KEYS?|TOKENS?|SECRET|PASSWORD)$")
 
 
 def printable(text: str) -> str:
@@ -20,11 +20,12 @@ def without_secret(text: str, secret: str, name: str = "key") -> str:
     return text.replace(secret, f"[{name}]") if len(secret) >= 8 else text
 
 
-def without_secrets(text: str) -> str:
-    """`text` without the values of environment variables whose names say that they are secret."""
-    for name, value in os.environ.items():
-        if _SECRET.search(name.upper()):
-            text = without_secret(text, value, name)
+def without_secrets(text: str, quote=str) -> str:
+    """`text` without the values of environment variables whose names say that they are secret. `quote` is how the text
+    writes a string."""
+    secrets = [(name, value) for name, value in os.environ.items() if _SECRET.search(name.upper())]
+    for name, value in sorted(secrets, key=lambda s: -len(s[1])):  # the longest first: it may begin with another
+        text = without_secret(text, quote(value), name)
     return text
 
 

@@ -115,7 +115,7 @@ def forget_machine(text: str, private: tuple[str, ...] = (), quote=str) -> str:
     `private` paths the last part stays; secrets of the environment become the names of their variables. `quote` is how
     the text writes a string.
     """
-    text = _CELL.sub("", without_secrets(text))
+    text = _CELL.sub("", without_secrets(text, quote))
     places = [(f"{PROJ_ROOT}/", ""), (sys.prefix, ".venv"), (sys.base_prefix, "python")]
     places += [(p, f".../{Path(p).name}") for p in sorted(private, key=len, reverse=True)]
     places += [(str(PROJ_ROOT), "."), (str(Path.home()), "~")]

@@ -21,6 +21,7 @@ from srlm_utils.errors import Interrupted, LockedError, ParamError, SrlmError
 from srlm_utils.params import Experiment, merge, read_yaml
 from srlm_utils.paths import PARAMS, RESULTS, shown
 from srlm_utils.plan import fingerprint, list_steps, plan, status
+from srlm_utils.printable import printable, without_secrets
 from srlm_utils.seeds import load_seeds
 from srlm_utils.tokens import step_cost
 
@@ -111,8 +112,12 @@ def _run(
             raise
         except SrlmError as e:
             failed.append(folder.name)
-            print(f"  {folder.name} failed: {type(e).__name__}: {e}", flush=True)
+            print(f"  {folder.name} failed: {_said(e)}", flush=True)
     return failed
+
+
+def _said(e: SrlmError) -> str:
+    return f"{type(e).__name__}: {printable(without_secrets(str(e)))}"
 
 
 def cell_name(variant: str, seed: int) -> str:

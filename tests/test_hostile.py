@@ -1,5 +1,6 @@
 """Secrets stay out of files and messages, and nothing that a model wrote acts where it is shown."""
 
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -8,7 +9,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from srlm_utils import cli, runner
+from srlm_utils import cli, rendered, runner
 from srlm_utils.artefacts import write_jsonl
 from srlm_utils.paths import NOTEBOOKS, RESULTS
 from srlm_utils.printable import printable, printable_output, without_secrets
@@ -89,6 +90,23 @@ def test_secrets_are_known_by_the_names_of_their_variables(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghij")
     monkeypatch.setenv("OPENAI_API_KEY", "short")
     assert without_secrets("hf_abcdefghij and short") == "[HF_TOKEN] and short"
+    monkeypatch.setenv("OPENAI_API_KEYS", "sk-1234567,sk-7654321")
+    assert without_secrets("keys sk-1234567,sk-7654321") == "keys [OPENAI_API_KEYS]"
+
+
+def test_of_a_secret_that_begins_as_another_nothing_is_left(monkeypatch):
+    for first, second in (("A_TOKEN", "B_TOKEN"), ("B_TOKEN", "A_TOKEN")):
+        monkeypatch.setenv(first, "abcdefgh")
+        monkeypatch.setenv(second, "abcdefgh-the-rest")
+        assert without_secrets("abcdefgh-the-rest, abcdefgh") == f"[{second}], [{first}]"
+
+
+def test_a_secret_is_found_as_a_notebook_writes_it(monkeypatch):
+    secret = 'pass"word\\1'
+    monkeypatch.setenv("DB_PASSWORD", secret)
+    cell = {"outputs": [{"output_type": "stream", "name": "stdout", "text": f"it is {secret}"}]}
+    nb = json.loads(rendered.tidy(json.dumps({"metadata": {}, "cells": [cell]})))
+    assert nb["cells"][0]["outputs"][0]["text"] == "it is [DB_PASSWORD]"
 
 
 @pytest.fixture

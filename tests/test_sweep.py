@@ -147,6 +147,13 @@ def test_the_same_command_resumes_on_another_machine(made, tmp_path, capsys):
     assert made.run(["default", "random_pairs"], 2) == [] and not made
 
 
+def test_an_error_is_said_without_secrets(made, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghij")
+    made.fails = {"default-0": StepFailed("hf_abcdefghij is refused\x1b[2J")}
+    assert made.run(["default"], 1) == ["default-0"]
+    assert "failed: StepFailed: [HF_TOKEN] is refused␛[2J\n" in capsys.readouterr().out
+
+
 def test_an_interrupted_sweep_stops(made):
     made.fails = {"default-0": Interrupted("stopped")}
     with pytest.raises(Interrupted):
