@@ -20,6 +20,8 @@ PairRule = Literal["score", "length_control", "random", "longer", "shorter"]
 # where a model runs, as opposed to what it computes: none of these makes a step stale
 PLACE = ("server_urls", "serve_command", "tensor_parallel_size", "gpu_memory_utilization")
 WHICH_CARD = " CUDA_VISIBLE_DEVICES=1 in the environment chooses the second card, for example."
+_KEY = re.compile(r"--(api[-_]key|hf[-_]token)\b|(KEYS?|TOKEN|SECRET|PASSWORD)=")  # in a command
+_IN_ADDRESS = re.compile(r"(^|//|')[^/\s]*@|\?")  # user and password, or a query
 Tracker = Literal["none", "tensorboard", "trackio", "wandb", "mlflow"]
 
 
@@ -445,8 +447,20 @@ def _at(tree: dict, path: tuple[str, ...]) -> dict:
     return tree
 
 
+def refuse_keys(name: str, value, where: str = "") -> None:
+    """Raise `ParamError` for a command or an address that holds a key. The message does not show it."""
+    if (_KEY if name == "serve_command" else _IN_ADDRESS).search(str(value)):
+        variable = "OPENAI_API_KEY" if name == "judge_base_url" else "VLLM_API_KEY or HF_TOKEN"
+        raise ParamError(
+            f"{where}{name} holds a key, or a user or a query, which would stand in params.yaml and in every manifest: "
+            f"set it in the environment, as {variable}."
+        )
+
+
 def check(cls: type[BaseModel], values: dict, where: str) -> dict:
     """`values` as a complete, typed, plain dict of `cls`; `ParamError` on the first misfit."""
+    for name in ("serve_command", "server_urls", "judge_base_url"):
+        refuse_keys(name, values.get(name, ""), f"{where}: ")
     try:
         return cls.model_validate(values).model_dump()
     except ValidationError as e:

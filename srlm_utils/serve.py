@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from srlm_utils.errors import ParamError
+from srlm_utils.params import refuse_keys
 from srlm_utils.paths import shown
 
 GUARD = Path(__file__).with_name("guard.py")
@@ -26,7 +27,8 @@ def address(url: str) -> str:
     except ValueError:  # a port that is no number, or a bracket without its other
         host = None
     if not host or parts.scheme not in ("http", "https") or "@" in parts.netloc or parts.query:
-        raise ParamError(f"server_urls: found {url!r}, expected an address like http://node1:8000/v1, without a key.")
+        found = "one with a user or a query" if "@" in url or "?" in url else repr(url)
+        raise ParamError(f"server_urls: found {found}, expected an address like http://node1:8000/v1, without a key.")
     return url.rstrip("/") if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/v1"
 
 
@@ -49,6 +51,7 @@ def check(params: dict) -> None:
 
 def words_of(command: str, **values) -> list[str]:
     """A ``serve_command`` as words for the system, no shell in between; `ParamError` for one that cannot be used."""
+    refuse_keys("serve_command", command)
     try:
         words = shlex.split(command)
     except ValueError as e:
@@ -57,8 +60,6 @@ def words_of(command: str, **values) -> list[str]:
         words = [word.replace(f"{{{name}}}", str(value)) for word in words]
     if "{model}" not in command or "{port}" not in command:
         raise ParamError(f"serve_command = {command!r}: expected {{model}} and {{port}} in it.")
-    if any(word.startswith("--api-key") for word in words):
-        raise ParamError("serve_command holds a key, which would stand in every manifest: set VLLM_API_KEY instead.")
     return words
 
 

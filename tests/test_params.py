@@ -49,6 +49,37 @@ def test_misfits_are_named(tree, says):
         Experiment(tree)
 
 
+SERVE = "vllm serve {model} --port {port}"
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("serve_command", f"env HF_TOKEN=hf_secret {SERVE}"),
+        ("serve_command", f"env VLLM_API_KEY=secret {SERVE}"),
+        ("serve_command", f"bash -c 'export DB_PASSWORD=secret; {SERVE}'"),
+        ("serve_command", f"{SERVE} --hf-token secret"),
+        ("serve_command", f"{SERVE} --api-key=secret"),
+        ("serve_command", [f"{SERVE} --api_key secret"]),  # of another type, too, it is not shown
+        ("server_urls", ["http://node1:8000/v1", "http://me:secret@node2/v1"]),
+        ("server_urls", ["me:secret@node1"]),
+        ("judge_base_url", "https://me:secret@host/v1"),
+        ("judge_base_url", "https://host/v1?key=secret"),
+    ],
+)
+def test_a_key_among_the_parameters_is_refused_and_not_shown(name, value):
+    for tree in ({"common": {name: value}}, {"by_model": {"M1": {"evaluate": {name: value}}}}):
+        with pytest.raises(ParamError, match=f"{name} holds a key.*set it in the environment") as e:
+            Experiment(tree)
+        assert "secret" not in str(e.value)
+
+
+def test_what_holds_no_key_is_taken():
+    command = f"env TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES={{index}} {SERVE} --max-num-batched-tokens=4096"
+    urls = {"server_urls": ["http://node1:8000/v1"], "judge_base_url": "http://[::1]:1/v1/@cf"}
+    Experiment({"common": {"serve_command": command} | urls})
+
+
 @pytest.mark.parametrize(
     "text,tree",
     [

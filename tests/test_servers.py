@@ -435,6 +435,20 @@ def test_what_cannot_be_asked_is_said_before_anything_starts(params, says):
     serve.check({"beta": 0.1})
 
 
+@pytest.mark.parametrize("url", ["http://me:secret@node1/v1", "me:secret@node1", "http://node1/v1?key=secret"])
+def test_an_address_with_a_key_is_not_shown(url):
+    with pytest.raises(ParamError, match="without a key") as e:
+        serve.address(url)
+    assert "secret" not in str(e.value)
+
+
+@pytest.mark.parametrize("command", ["HF_TOKEN=secret vllm '", "vllm --api-key secret", "vllm --hf_token=secret"])
+def test_a_command_with_a_key_is_not_shown(command):
+    with pytest.raises(ParamError, match="set it in the environment") as e:
+        serve.words_of(command)
+    assert "secret" not in str(e.value)
+
+
 # ---- steps
 
 
