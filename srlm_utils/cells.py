@@ -1,6 +1,6 @@
 """What a finished cell of a sweep (one variant, one seed) leaves: small tables from which it can be compared anywhere.
 
-params.yaml          the experiment
+params.yaml          the experiment, but for where its models ran
 cell.json            minutes of work, revision of the kit, 12 digits of the weights of every model that was trained
 metrics.csv          the run's figures
 answers.jsonl.gz     every model's answers to the test prompts, with the instructions they follow
@@ -29,7 +29,7 @@ from srlm_utils.artefacts import (
 )
 from srlm_utils.errors import DataError, MissingInputError
 from srlm_utils.instructions import followed
-from srlm_utils.params import model_names
+from srlm_utils.params import PLACE, model_names
 from srlm_utils.paths import shown
 from srlm_utils.plan import models_before
 from srlm_utils.report import read_metrics
@@ -165,7 +165,7 @@ def write(cell: Cell, folder: Path) -> None:
     models between M1 and the last."""
     tmp = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)
-    write_text(tmp / "params.yaml", yaml.safe_dump(cell.params, sort_keys=False, allow_unicode=True))
+    write_text(tmp / "params.yaml", yaml.safe_dump(anywhere(cell.params), sort_keys=False, allow_unicode=True))
     write_json(tmp / "cell.json", cell.about)
     cell.metrics.to_csv(tmp / "metrics.csv", index=False, lineterminator="\n")
     for name in SHAPES:
@@ -233,9 +233,14 @@ def _params(path: Path) -> dict:
     return tree
 
 
+def anywhere(tree: dict) -> dict:
+    """An experiment's tree without where its models run (`PLACE`): a cell is the same on whatever machine."""
+    return {k: anywhere(v) if isinstance(v, dict) else v for k, v in tree.items() if k not in PLACE}
+
+
 def flat_params(tree: dict, prefix: str = "") -> dict:
-    """``{"dpo.beta": 0.1, "by_model.M1.sft.epochs": 2}``: an experiment's tree without its nesting."""
+    """``{"dpo.beta": 0.1, "by_model.M1.sft.epochs": 2}``: an experiment's tree `anywhere`, without its nesting."""
     out = {}
-    for key, value in tree.items():
+    for key, value in anywhere(tree).items():
         out |= flat_params(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return out

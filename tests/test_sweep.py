@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from srlm_utils import cells, metrics, sweep, sweep_report
 from srlm_utils.artefacts import describe, read_jsonl, write_json, write_jsonl, write_text
@@ -182,6 +183,21 @@ def test_an_empty_section_changes_no_cell(made, tmp_path):
     experiment = sweep.experiments(Experiment.load([SMOKE]), ["default"], 1)["default", 0]
     more = Experiment(experiment.tree | {"report": {}})
     assert sweep.is_done(tmp_path / "sweeps/x/default-0", more)
+
+
+def test_where_models_run_changes_no_cell(made, tmp_path):
+    node1, node2 = (["judge.tensor_parallel_size=2", f"common.server_urls=[http://node{i}:8000/v1]"] for i in (1, 2))
+    made.run(["default"], 1, node1)
+    kept = tmp_path / "sweeps/x/default-0/params.yaml"
+    assert "server_urls" not in kept.read_text() and "tensor_parallel_size" not in kept.read_text()
+    made.run(["default"], 1, node2)
+    assert not made
+    of_node1 = sweep.experiments(Experiment.load([SMOKE], node1), ["default"], 1)["default", 0].tree
+    write_text(kept, yaml.safe_dump(of_node1))  # as an earlier kit left it
+    made.run(["default"], 1, node2)
+    assert not made
+    shown = sweep_report.differences([planted("default", 1, params=of_node1), planted("other", 1)])
+    assert not [name for name in shown.index if "server_urls" in name]
 
 
 def test_the_seed_is_read_once_for_cells_that_share_it(made, monkeypatch):
