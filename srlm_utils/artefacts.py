@@ -259,10 +259,11 @@ class RowLog:
 
     `rows` holds what earlier attempts completed. Rows of one `extend` come back together or not at all: a blank before
     the line's end says that more of them follow. What the process was writing when it died is cut off when the log is
-    opened, so its rows are simply made again.
+    opened, so its rows are simply made again. `alone`: each row is an `extend` of its own, and people edit the file; a
+    last row that is whole is kept, though its line has no end.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, alone: bool = False):
         with named_faults(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if (packed := stored(path)) != path:  # it goes on as it was
@@ -270,7 +271,11 @@ class RowLog:
                 packed.unlink()
             if path.exists():
                 data = path.read_bytes()
-                if (whole := _complete(data)) < len(data):
+                whole = data.rfind(b"\n") + 1 if alone else _complete(data)
+                if alone and _is_row(data[whole:]):
+                    with open(path, "ab") as f:
+                        f.write(b"\n")
+                elif whole < len(data):
                     print(f"{path.name}: dropped an incomplete last row or batch ({len(data) - whole} bytes)")
                     os.truncate(path, whole)
             self.path = path
@@ -294,6 +299,13 @@ class RowLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        return isinstance(_parse(line.decode("utf-8-sig")), dict)
+    except ValueError:  # of decoding, too
+        return False
 
 
 def _complete(data: bytes) -> int:

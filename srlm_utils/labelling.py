@@ -67,7 +67,7 @@ class Study:
         row |= {"prompt_id": prompt_id, "order": order, "p_first": p_first, "seconds": round(seconds, 1)}
         row |= {"answers": answers_digest(*self.items.loc[prompt_id, ["text_a", "text_b"]])}
         with self._lock():
-            log = RowLog(self.path)
+            log = RowLog(self.path, alone=True)
             if not any(self._is_by(r, reader) and r["prompt_id"] == prompt_id for r in log.rows):
                 log.extend([row])
             log.close()
@@ -153,7 +153,7 @@ class Study:
     # ---- the file
 
     def _rows(self) -> list[dict]:
-        RowLog(self.path).close()  # cuts a torn last line
+        RowLog(self.path, alone=True).close()  # cuts a torn last line
         return read_votes(self.path)
 
     def _lock(self) -> FileLock:

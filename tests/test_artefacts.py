@@ -40,6 +40,37 @@ def test_a_log_cut_at_any_byte_keeps_whole_batches(tmp_path):
     assert artefacts.read_jsonl(path) == sum(batches, [])
 
 
+@pytest.mark.parametrize(
+    "data,rows",
+    [
+        (b'{"n": 1}\n{"n": 2}', 2),
+        (b'{"n": 1}', 1),
+        (b'\xef\xbb\xbf{"n": 1}', 1),  # an editor's mark
+        (b'{"n": 1} \n{"n": 2} ', 2),
+        (b'{"n": 1}\n{"n": 2', 1),
+        (b'{"n": 1}\n2', 1),
+        (b'{"n": 1}\n{"n": NaN}', 1),
+        (b'{"n": 1}\n{"n": "\xc3', 1),
+        (b'{"n": 1}\n  ', 1),
+    ],
+)
+def test_a_whole_row_without_its_lines_end_stays_where_each_is_alone(tmp_path, data, rows):
+    path = tmp_path / "labels.jsonl"
+    path.write_bytes(data)
+    for n in range(2):
+        log = artefacts.RowLog(path, alone=True)
+        log.extend([{"n": 3}])
+        log.close()
+        assert artefacts.read_jsonl(path) == [{"n": i + 1} for i in range(rows)] + [{"n": 3}] * (n + 1)
+
+
+def test_a_whole_row_of_half_a_batch_goes(tmp_path):
+    path = tmp_path / "log.jsonl"
+    for torn in (b'{"n": 2} \n{"n": 3}', b'{"n": 2}'):  # more may follow on either
+        path.write_bytes(b'{"n": 1}\n' + torn)
+        assert artefacts.RowLog(path).rows == [{"n": 1}]
+
+
 def test_a_write_that_fails_half_way_leaves_no_half_row(tmp_path, monkeypatch):
     log, write = artefacts.RowLog(tmp_path / "log.jsonl"), os.write
     log.extend(ROWS[:1])

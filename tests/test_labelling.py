@@ -140,6 +140,18 @@ def test_a_second_page_of_one_reader_gives_no_second_verdict(study):
     assert two.current == one.current  # it moved on
 
 
+def test_a_file_that_an_editor_left_without_its_last_newline_keeps_all_verdicts(study):
+    page = study.page("anna")
+    for key in "12":
+        page.press(key)
+    whole = study.path.read_bytes()
+    study.path.write_bytes(whole[:-1])
+    assert len(study.votes()) == 2 and study.path.read_bytes() == whole
+    study.path.write_bytes(whole[:-1])
+    page.press("t")
+    assert len(study.votes()) == 3
+
+
 def test_answers_are_escaped_on_the_page(tmp_path):
     for m in ("M1", "SFT"):
         row = {"cand_id": "t-0", "prompt_id": "t", "prompt": EVIL, "text": EVIL + m, "n_tokens": 3, "ended": True}
