@@ -106,13 +106,19 @@ def _run(
             cost = sum(step_cost(s, queue[key]) for s, _, done, _ in plan(queue[key], folder) if not done)
             execute(queue[key], folder, command)
             cells.write(cells.from_run(folder), kept / folder.name)
-            print(f"  report: {shown(report(kept))}", flush=True)
             spent, made = spent + time.monotonic() - started, made + cost
         except Interrupted:
             raise
         except SrlmError as e:
             failed.append(folder.name)
             print(f"  {folder.name} failed: {_said(e)}", flush=True)
+            continue
+        try:
+            print(f"  report: {shown(report(kept))}", flush=True)
+        except Interrupted:
+            raise
+        except SrlmError as e:  # the cell is done all the same
+            print(f"  report: not written ({_said(e)})", flush=True)
     return failed
 
 

@@ -155,6 +155,17 @@ def test_an_error_is_said_without_secrets(made, monkeypatch, capsys):
     assert "failed: StepFailed: [HF_TOKEN] is refused␛[2J\n" in capsys.readouterr().out
 
 
+def test_a_report_that_cannot_be_written_fails_no_cell(made, tmp_path, monkeypatch, capsys):
+    def report(folder):
+        raise DataError("blind_reading.csv: row 2 has no reader")
+
+    monkeypatch.setattr(made, "report", report, raising=False)
+    assert made.run(["default", "random_pairs"], 1) == []
+    out = capsys.readouterr().out
+    assert out.count("  report: not written (DataError: blind_reading.csv: row 2 has no reader)\n") == 2
+    assert " · about " in out and "failed" not in out  # the cell counts
+
+
 def test_an_interrupted_sweep_stops(made):
     made.fails = {"default-0": Interrupted("stopped")}
     with pytest.raises(Interrupted):
