@@ -3,7 +3,7 @@
 import re
 from functools import lru_cache
 
-from srlm_utils.errors import ModelError
+from srlm_utils.errors import ModelError, first_line
 
 # For base models without a template of their own. Plain words, so that it needs no special tokens;
 # the end of a turn of the assistant is the tokenizer's EOS, which sampling stops at.
@@ -32,7 +32,7 @@ def load_tokenizer(folder: str, *, chat_template: str = "", trust_remote_code: b
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as e:
         raise ModelError(
-            f"{folder}: no tokenizer could be loaded ({str(e).splitlines()[0]}). Expected "
+            f"{folder}: no tokenizer could be loaded ({first_line(e)}). Expected "
             "tokenizer.json and tokenizer_config.json beside the weights; copy them from the "
             "model this one was made from."
         ) from e

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from srlm_utils import attention, chat, context, vocabulary
-from srlm_utils.errors import ModelError, ResourceError, StepFailed
+from srlm_utils.errors import ModelError, ResourceError, StepFailed, first_line
 from srlm_utils.prefill import BATCH_TOKENS, read
 from srlm_utils.resources import check_weights, free_memory, kept_numbers, out_of_memory, text_bytes, too_large
 from srlm_utils.sampling import sample, uniforms
@@ -113,7 +113,7 @@ class Engine:
             )
         except (OSError, ValueError) as e:
             raise ModelError(
-                f"{folder}: the model could not be loaded ({str(e).splitlines()[0]}). Expected "
+                f"{folder}: the model could not be loaded ({first_line(e)}). Expected "
                 "a transformers causal language model with safetensors weights."
             ) from e
         except (RuntimeError, MemoryError) as e:

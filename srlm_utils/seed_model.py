@@ -219,7 +219,8 @@ def _convert(name: str, spec: Embedded, to: Path) -> None:
         code = "import sys; from srlm_utils.seed_model import gguf_to_safetensors as f; f(*sys.argv[1:])"
         result = subprocess.run([sys.executable, "-c", code, str(gguf), str(to)], capture_output=True, text=True)
         if result.returncode:
-            raise ModelError(f"{name}: conversion failed: {result.stderr.strip().splitlines()[-1]}")
+            said = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]  # a kill says nothing
+            raise ModelError(f"{name}: conversion failed: {said[-1]}")
     write_json(
         to / "origin.json",
         {

@@ -32,7 +32,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from srlm_utils import attention, chat, context, frozen, judge, packing, ranks, tracking, trainings, vocabulary
 from srlm_utils.artefacts import CARD, replace_folder, write_text
 from srlm_utils.engine import keep_memory, pick_device, pick_dtype
-from srlm_utils.errors import DataError, ModelError, ParamError, ResourceError, StepFailed
+from srlm_utils.errors import DataError, ModelError, ParamError, ResourceError, StepFailed, first_line
 from srlm_utils.pair_forward import share_prompts
 from srlm_utils.resources import check_weights, out_of_memory, too_large
 
@@ -73,7 +73,7 @@ def load(
         )
         model = model.to(device) if place else model
     except (OSError, ValueError) as e:
-        raise ModelError(f"{folder}: the model could not be loaded ({str(e).splitlines()[0]}).") from e
+        raise ModelError(f"{folder}: the model could not be loaded ({first_line(e)}).") from e
     except (RuntimeError, MemoryError) as e:
         raise (too_large(folder) if out_of_memory(e) else e) from None
     attention.use(model)

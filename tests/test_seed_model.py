@@ -1,11 +1,13 @@
 """Where M0 comes from, and what is said when it cannot be had."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
-from srlm_utils import agree, engine, paths, seed_model
+from srlm_utils import agree, chat, engine, paths, seed_model, train
 from srlm_utils.errors import ModelError
+from srlm_utils.params import Sft
 
 
 def test_a_local_folder_is_used_in_place(tiny, tmp_path):
@@ -72,6 +74,26 @@ def test_an_error_of_the_hub_without_words_is_said_too(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(ModelError, match=r"could not be fetched from the hub \(OSError: \)"):
         seed_model.fetch("owner-x/model-y")
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "engine", "training"])
+def test_a_model_that_fails_without_words_is_named_too(tiny, monkeypatch, what):
+    def fail(*args, **how):
+        raise OSError("")
+
+    kind = "AutoTokenizer" if what == "tokenizer" else "AutoModelForCausalLM"
+    monkeypatch.setattr(f"transformers.{kind}.from_pretrained", fail)
+    make = {"tokenizer": chat.load_tokenizer, "engine": engine.Engine, "training": lambda f: train.load(f, Sft())}[what]
+    with pytest.raises(ModelError, match=r"could (not )?be loaded \(\)"):
+        make(tiny)
+
+
+def test_a_conversion_that_was_killed_is_named(monkeypatch, tmp_path):
+    (tmp_path / "none").touch()
+    spec = seed_model.Embedded((), seed_model.sha256(tmp_path / "none"), "x.gguf", "", "", "")
+    monkeypatch.setattr(seed_model.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=-9, stderr=" \n"))
+    with pytest.raises(ModelError, match="x: conversion failed: exit code -9"):
+        seed_model._convert("x", spec, tmp_path / "out")
 
 
 def test_a_download_with_another_checksum_is_refused(monkeypatch, tmp_path):
