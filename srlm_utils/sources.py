@@ -7,6 +7,7 @@ kept, however large the export is.
 
 import hashlib
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -186,6 +187,11 @@ def _with_ranks(prompt_id: str, prompt: str, replies: list[tuple[str, str, float
     return {"prompt_id": prompt_id, "prompt": prompt, "replies": sorted(out, key=lambda r: r["rank"])}
 
 
+def _is_finite(value) -> bool:
+    """Whether replies can be ordered by it. Rows of the hub may hold NaN, which is neither more nor less than any."""
+    return isinstance(value, int | float) and abs(value) < math.inf
+
+
 # ---- Open Assistant
 
 
@@ -226,7 +232,7 @@ def _of_tree(tree: dict, drops: Counter, language: str, all_turns: bool) -> Iter
             continue
         talk, replies = [*before, asked["text"]], []
         for reply in asked.get("replies") or []:
-            why = _unusable(reply, language) or ("not ranked" if reply.get("rank") is None else "")
+            why = _unusable(reply, language) or ("" if _is_finite(reply.get("rank")) else "not ranked")
             if why:
                 drops[f"reply {why}"] += 1
                 continue
@@ -300,7 +306,7 @@ def _scored(where: str, record: dict, drops: Counter) -> dict | None:
         raise DataError(f"{where}: instruction: expected the prompt's text.")
     for i, reply in enumerate(record["completions"]):
         score = reply.get("overall_score", reply.get("score"))
-        if isinstance(score, bool) or not isinstance(score, int | float) or not (reply.get("response") or "").strip():
+        if isinstance(score, bool) or not _is_finite(score) or not (reply.get("response") or "").strip():
             drops["reply without text or score"] += 1
         else:
             replies.append((f"{i}-{reply.get('model', '')}", reply["response"], -score))

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import random
 import tracemalloc
 from collections import Counter
@@ -192,6 +193,26 @@ def test_a_hub_data_set_is_streamed(monkeypatch):
         sources.kind_of("some-owner/set")
     assert is_hub_id("some-owner/set") and not is_hub_id("ift") and not is_hub_id("data/rows.jsonl.gz")
     assert list(external_inputs({"ift_file": "some-owner/set"})) == []
+
+
+def test_a_reply_without_a_finite_score_or_rank_is_dropped(monkeypatch):
+    """Which JSON cannot hold, and rows of the hub can."""
+    import datasets
+
+    def ranked(record):
+        rows = datasets.Dataset.from_list([record]).to_iterable_dataset()
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+        drops = Counter()
+        (row,) = sources.conversations("owner/set", drops)
+        assert {r["rank"] for r in row["replies"]} == {0, 1}
+        return [r["text"] for r in row["replies"]], drops
+
+    values = {"NaN": math.nan, "low": 2.0, "inf": math.inf, "high": 3.0, "-inf": -math.inf}
+    scored = [{"model": "m", "response": text, "overall_score": v} for text, v in values.items()]
+    found = ranked({"instruction": "Hi?", "completions": scored})
+    assert found == (["high", "low"], {"reply without text or score": 3})
+    found = ranked(tree("Why?", *(message(text, rank=v) for text, v in values.items())))
+    assert found == (["low", "high"], {"reply not ranked": 3})
 
 
 def test_made_ids_tell_sources_and_pairs_of_one_prompt_apart(tmp_path):
