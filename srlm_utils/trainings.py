@@ -323,11 +323,16 @@ def _processes(folder: Path):
                 yield process
 
 
+def _kill(processes) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):  # it has ended by itself
+            process.kill()
+
+
 def _end_orphans(folder: Path) -> None:
     """Wait for the processes of an earlier attempt, which end with their kernel, and end them if they do not."""
     _, alive = psutil.wait_procs(list(_processes(folder)), timeout=15)
-    for process in alive:
-        process.kill()
+    _kill(alive)
 
 
 def _end(launcher, folder: Path) -> None:
@@ -335,8 +340,7 @@ def _end(launcher, folder: Path) -> None:
         launcher.send_signal(signal.SIGTERM)  # it ends its processes
         with contextlib.suppress(subprocess.TimeoutExpired):
             launcher.wait(timeout=15)
-    for process in _processes(folder):
-        process.kill()
+    _kill(_processes(folder))
     if launcher.poll() is None:
         launcher.kill()
         launcher.wait()

@@ -157,6 +157,21 @@ def test_processes_end_with_their_kernel(monkeypatch):
     launched._end_with(kernel | {"host": "another machine"})  # nothing to watch
 
 
+def test_a_process_that_ends_by_itself_is_no_error(monkeypatch, tmp_path):
+    class Process:
+        n_killed = 0
+
+        def kill(self):
+            Process.n_killed += 1
+            raise psutil.NoSuchProcess(1)
+
+    monkeypatch.setattr(trainings, "_processes", lambda folder: iter([Process(), Process()]))
+    monkeypatch.setattr(psutil, "wait_procs", lambda processes, timeout: ([], processes))
+    trainings._end(SimpleNamespace(poll=lambda: 0), tmp_path)
+    trainings._end_orphans(tmp_path)
+    assert Process.n_killed == 4
+
+
 def test_other_machines_are_told_what_to_start(tiny, tmp_path, monkeypatch):
     step = step_of(tmp_path, launch="params/accelerate/fsdp2_2x8gpu.yaml")
     made = trainings.Launched("sft", step, source_of(tiny), None, [], 1.0)
