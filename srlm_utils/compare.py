@@ -65,6 +65,14 @@ def compare(runs: list[Path], out: Path) -> None:
     check_replaceable(out, "srlm compare")
     tmp = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)
+    try:
+        _write(runs, names, tables, tmp)
+        replace_folder(tmp, out)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _write(runs: list[Path], names: list[str], tables: list[pd.DataFrame], to: Path) -> None:
     private = rendered.absolute_paths(*(value for run in runs for value in recorded(run)))
     settings = parameters(runs, names)
     table = differences(runs, names, tables)
@@ -76,9 +84,9 @@ def compare(runs: list[Path], out: Path) -> None:
         rows = rows[rows.n >= plots.MIN_PAIRS] if name == "pairwise_accuracy" else rows
         if len(rows):
             fig = plots.overlay(rows, names, label, factor)
-            plots.save(fig, rows, tmp / "figures", name)
+            plots.save(fig, rows, to / "figures", name)
             plots.plt.close(fig)
-            drawn.append((title, pages.image(tmp / "figures" / f"{name}.png")))
+            drawn.append((title, pages.image(to / "figures" / f"{name}.png")))
     page = pages.render(
         "compare.html.jinja",
         title="Runs compared: " + ", ".join(names),
@@ -98,8 +106,7 @@ def compare(runs: list[Path], out: Path) -> None:
         ("differences.csv", table.to_csv(index=False)),
         ("params.csv", settings.to_csv(index=False)),
     ):
-        write_text(tmp / name, rendered.forget_machine(text, private))
-    replace_folder(tmp, out)
+        write_text(to / name, rendered.forget_machine(text, private))
 
 
 def _names(runs: list[Path]) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from srlm_utils import cells, measures, metrics, plots, readers, report
+from srlm_utils.artefacts import write_text
 from srlm_utils.cells import DEFAULT, Cell
 from srlm_utils.step import git_revision
 from srlm_utils.verdicts import from_scores, judge_label
@@ -299,7 +300,7 @@ def write(sweep: Path) -> Path:
     plots.use_style()
     climbed = ladder(found)
     everything = pd.concat([table, climbed], ignore_index=True).drop_duplicates()
-    everything.to_csv(sweep / "comparison.csv", index=False, lineterminator="\n")
+    write_text(sweep / "comparison.csv", everything.to_csv(index=False, lineterminator="\n"))
     sections.append({"title": "Verdicts", "text": METHOD, "table": verdicts_table(table)})
     for title, text, name, names in (
         (

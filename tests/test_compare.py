@@ -107,6 +107,17 @@ def test_the_example_and_itself_do_not_differ(tmp_path):
     assert again.returncode == 2 and "was not written by srlm compare" in again.stderr
 
 
+def test_an_error_half_way_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        (tmp_path / ".out.tmp").mkdir()
+        raise DataError("a figure that cannot be drawn")
+
+    monkeypatch.setattr(compare, "parameters", fail)
+    with pytest.raises(DataError, match="cannot be drawn"):
+        compare.compare([EXAMPLE, EXAMPLE], tmp_path / "out")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_the_difference_of_two_p_values_is_no_p_value():
     row = {"metric": "sign_test", "model": "M3", "opponent": "M1", "set": "test_prompts", "judge": "M1", "run": "b"}
     row |= {"judge_mode": "score", "unit": "p", "baseline_value": 0.5, "value": 0.03, "difference": -0.47, "n": None}

@@ -493,6 +493,20 @@ def test_an_answer_to_an_empty_one_counts_in_the_length():
     assert length["value"] == pytest.approx(2 * 64 / 63) and length["n"] == 64
 
 
+def test_a_comparison_is_replaced_whole(tmp_path, monkeypatch):
+    cells.write(planted("default", 0, n=4), tmp_path / "default-0")
+    path = tmp_path / "comparison.csv"
+    path.write_text("the old one")
+    for name in ("compare", "ladder"):
+        monkeypatch.setattr(sweep_report, name, lambda found: pd.DataFrame({"variant": ["a", "b"]}))
+    monkeypatch.setattr(sweep_report, "verdicts_table", lambda table: 1 / 0)  # figures are another matter
+    with open(path) as reader:  # nor does a kill leave half of it
+        with pytest.raises(ZeroDivisionError):
+            sweep_report.write(tmp_path)
+        assert reader.read() == "the old one"
+    assert path.read_text() == "variant\na\nb\n"
+
+
 def test_the_report_is_one_escaped_file(tmp_path):
     evil = "<script>alert(1)</script><img src=x>"
     for cell in (
