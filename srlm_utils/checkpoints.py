@@ -14,7 +14,6 @@ that is continued meets every step again whose row is missing, and makes only wh
 
 import contextlib
 import gc
-import math
 import os
 import random
 
@@ -24,26 +23,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from srlm_utils import chat, context, evaluate, judge, metrics, outside, plan, train, verdicts
+from srlm_utils import chat, context, evaluate, judge, metrics, outside, plan, plots, train, verdicts
 from srlm_utils.artefacts import read_json, read_jsonl, write_json, write_jsonl
 from srlm_utils.engine import Engine
-
-COLUMNS = ["step", "compared_with", "win_rate", "low", "high", "n", "ties", "kept"]
-
-
-def strengths(rows: list[dict]) -> dict[int, float]:
-    """Log-odds of each step's answers against those of step 0; half a win is added to both sides of a comparison."""
-    out = {0: 0.0}
-    for r in rows:
-        wins = r["win_rate"] * r["n"]
-        out[r["step"]] = out[r["compared_with"]] + math.log((wins + 0.5) / (r["n"] - wins + 0.5))
-    return out
-
-
-def best(rows: list[dict]) -> int:
-    """The step that is kept of those compared so far."""
-    strength = strengths(rows)
-    return max((r["step"] for r in rows), key=lambda s: (round(strength[s], 9), -s))
+from srlm_utils.selection import COLUMNS, best
 
 
 class Selection:
@@ -125,8 +108,6 @@ class Selection:
 
     def show(self) -> tuple:
         """For a notebook: the figure, the table, and what each step answers to the first prompt."""
-        from srlm_utils import plots  # matplotlib: `verify` asks this file for the best alone
-
         said = pd.DataFrame(self.answers())
         said = said[said.prompt_id == said.prompt_id.iloc[0]][["step", "prompt", "text"]]
         plots.selection(self.table(), self.step.params.model, self.step.params.select_judge)
@@ -204,16 +185,14 @@ class AtSteps(TrainerCallback):
             self._compare(state.global_step)
 
     def _compare(self, n: int) -> None:
-        from srlm_utils.train import as_it_comes  # trl and all: `verify` asks this file for the best alone
-
         model, training = plain_model(self.trainer), self.trainer.model.training
         self.trainer.model.eval()
         # trl's fused head and accelerate's autocast, under which keys of a cache would be of two dtypes, stand aside
         patched = vars(model).pop("forward", None)
-        as_it_comes(self.trainer, False)
+        train.as_it_comes(self.trainer, False)
         with untouched_randomness():
             self.selection.compare(n, model, self.trainer.processing_class)
-        as_it_comes(self.trainer)
+        train.as_it_comes(self.trainer)
         if patched:
             model.forward = patched
         self.trainer.model.train(training)

@@ -16,6 +16,7 @@ from srlm_utils.params import is_draft
 from srlm_utils.paths import run_folder
 from srlm_utils.plan import SEED_FILES, VALID, init_model, is_of_run
 from srlm_utils.seeds import HELD_OUT
+from srlm_utils.selection import best
 from srlm_utils.self_instruct import Pool
 
 # the fields that name a row, by the file's name; all others are named by their prompt_id
@@ -248,8 +249,6 @@ class _Check:
         file, answers = f"{model}/selection.csv", f"{model}/selection_answers.jsonl"
         if not (self.run / file).is_file():
             return
-        from srlm_utils.checkpoints import best  # torch, for runs alone that have it anyway
-
         try:
             with open(self.run / file, encoding="utf-8", newline="") as f:
                 found = list(csv.DictReader(f))

@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from srlm_utils import checkpoints, evaluate, plan, plots, train
 from srlm_utils.artefacts import read_jsonl, write_jsonl
-from srlm_utils.checkpoints import COLUMNS, Selection, best, strengths
+from srlm_utils.checkpoints import Selection
 from srlm_utils.engine import Engine
 from srlm_utils.errors import ParamError
 from srlm_utils.params import Dpo, Experiment, Sft
+from srlm_utils.selection import COLUMNS, best, strengths
 from tests.conftest import cli
 from tests.test_train import ANSWERS, PAIRS, FakeStep
 

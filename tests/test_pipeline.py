@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from srlm_utils import cards, checkpoints, hub, open_run, plots, runner, share
+from srlm_utils import cards, hub, open_run, plots, runner, selection, share
 from srlm_utils.artefacts import model_sha256, read_json, read_jsonl
 from srlm_utils.metrics import METRICS
 from srlm_utils.params import Experiment
@@ -462,7 +462,7 @@ def test_a_run_from_open_assistant_trees(tmp_path):
 def test_the_pipeline_compares_and_keeps(smoke):
     for model, stage in (("SFT", "02_sft"), ("M1", "02_sft"), ("M2", "07_dpo"), ("M3", "07_dpo")):
         table = pd.read_csv(smoke / model / "selection.csv")
-        assert list(table) == checkpoints.COLUMNS and (table.n == 2).all()
+        assert list(table) == selection.COLUMNS and (table.n == 2).all()
         log, manifest = (
             pd.read_csv(smoke / model / "training_log.csv"),
             read_json(smoke / f"steps/{stage}@{model}.json"),

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import pytest
 
@@ -230,6 +231,14 @@ def test_a_selection_follows_from_its_comparisons(selected, was, now, says):
     path.write_text(path.read_text().replace(was, now))
     found = [str(f) for f in verify(selected).findings]
     assert any(says in line for line in found), found
+
+
+def test_a_selection_is_checked_without_what_trains(selected, monkeypatch):
+    for name in ("torch", "trl", "srlm_utils.checkpoints", "srlm_utils.train"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+    check = _Check(selected)
+    check.selection("M2")
+    assert not check.out.findings
 
 
 def test_answers_of_checkpoints_are_held_together(selected):
