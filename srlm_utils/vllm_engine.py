@@ -8,6 +8,7 @@ and decoding are those of every other engine. vLLM must tell the log-probabiliti
 
 import gc
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -121,6 +122,8 @@ class VllmEngine:
 
 
 _loaded: dict[tuple, object] = {}  # the one model that this process holds in vLLM
+_numbers = itertools.count()  # of requests: calls that are open at once share the model
+_done: dict[str, object] = {}  # by number, what it has finished and its call has not taken yet
 
 
 class Vllm(VllmEngine):
@@ -158,19 +161,21 @@ class Vllm(VllmEngine):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        engine = self._engine()
-        for i, (_, ids, how) in enumerate(asked):
-            params = SamplingParams(**how, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
-            engine.add_request(str(i), {"prompt_token_ids": ids}, params)
-        waiting = {str(i) for i in range(len(asked))}
+        engine, of = self._engine(), {}
         try:
-            while waiting:
-                for out in engine.step():
-                    if out.finished:
-                        waiting.discard(out.request_id)
-                        yield asked[int(out.request_id)][0], _reply(out)
+            for key, ids, how in asked:
+                params = SamplingParams(**how, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+                of[number := str(next(_numbers))] = key
+                engine.add_request(number, {"prompt_token_ids": ids}, params)
+            while of:
+                if not (ready := [number for number in _done if number in of]):
+                    _done.update((out.request_id, out) for out in engine.step() if out.finished)
+                for number in ready:
+                    yield of.pop(number), _reply(_done.pop(number))
         finally:  # whoever asked may have had enough
-            engine.abort_request(list(waiting))
+            engine.abort_request(list(of))
+            for number in of:
+                _done.pop(number, None)
 
     def _engine(self):
         from vllm import LLM
@@ -196,6 +201,7 @@ def release() -> None:
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
+    _done.clear()
 
 
 def _reply(out) -> Reply:

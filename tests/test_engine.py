@@ -1,3 +1,4 @@
+import re
 import sys
 from types import SimpleNamespace
 
@@ -263,6 +264,72 @@ def test_vllm_is_given_a_dtype_that_its_card_has(tiny, monkeypatch, dtype, expec
     for _ in range(2):
         assert vllm_engine.Vllm(tiny, dtype=dtype)._engine() == "the engine"
     assert [how["dtype"] for how in asked] == [expected]
+
+
+class FakeVllm:
+    """vLLM's own engine as a judge: the score of a response is what its number leaves over when divided by 6. A step
+    finishes five requests of all that it was given, of whichever call."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.open = tokenizer, {}
+
+    def add_request(self, number, prompt, how):
+        assert number not in self.open
+        self.open[number] = prompt["prompt_token_ids"], how
+
+    def abort_request(self, numbers):
+        for number in numbers:
+            self.open.pop(number, None)
+
+    def step(self):
+        return [self._finished(number, *self.open.pop(number)) for number in list(self.open)[-5:]]
+
+    def _finished(self, number, ids, how):
+        score = int(re.search(r"response number (\d+)", chat.decode(self.tokenizer, ids)).group(1)) % 6
+        out = SimpleNamespace(index=0, finish_reason="stop", token_ids=[], logprobs=None)
+        if choices := getattr(how, "logprob_token_ids", None):
+            out.logprobs = [{c: SimpleNamespace(logprob=-50.0 * (i != score)) for i, c in enumerate(choices)}]
+        else:
+            out.token_ids = chat.answer_ids(self.tokenizer, f"Good.\nScore: {score}", ended=True)
+        request = {"request_id": number, "prompt_token_ids": ids, "prompt_logprobs": None}
+        return SimpleNamespace(**request, outputs=[out], finished=True)
+
+
+@pytest.fixture
+def fake_vllm(tiny, monkeypatch):
+    """(a `Vllm`, the fake that it asks)."""
+    names = {"vllm": SimpleNamespace(SamplingParams=SimpleNamespace)}
+    names["vllm.sampling_params"] = SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY=2))
+    for name, module in names.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    ours = vllm_engine.Vllm(tiny)
+    fake = FakeVllm(ours.tokenizer)
+    monkeypatch.setattr(ours, "_engine", lambda: fake)
+    monkeypatch.setattr(vllm_engine, "_done", {})
+    return ours, fake
+
+
+def test_calls_of_vllm_that_are_open_at_once_get_their_own_replies(fake_vllm):
+    """The digits of 64 judgements are read while the other 36 are still being written."""
+    ours, fake = fake_vllm
+    items = [{"id": str(i), "prompt": "Judge.", "response": f"response number {i}"} for i in range(100)]
+    how = {"n_samples": 1, "temperature": 0.7, "top_p": 1.0, "max_new_tokens": 20, "seed": 0}
+    batches = judge.sampled_scores(ours, judge.Rubric("short"), items, read_digits=True, **how)
+    rows = [row for batch in batches for row in batch]
+    assert sorted(int(row["id"]) for row in rows) == [*range(100)]
+    for row in rows:
+        (sample,) = row["samples"]
+        assert sample["written"] == int(row["id"]) % 6 and row["score"] == pytest.approx(sample["written"])
+    assert not fake.open and not vllm_engine._done
+
+
+def test_a_call_of_vllm_that_is_closed_early_leaves_nothing_behind(fake_vllm):
+    ours, fake = fake_vllm
+    asked = [(f"q{i}", chat.prompt_ids(ours.tokenizer, chat.user(f"response number {i}"))) for i in range(12)]
+    first, second = (ours.choice_probs(asked, [7, 8, 9, 10, 11, 12]) for _ in range(2))
+    next(first), next(second)  # of each five are finished, and one is taken
+    first.close()
+    assert len([*second]) == 11 and not fake.open and not vllm_engine._done
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
