@@ -350,7 +350,7 @@ def external_inputs(params: dict) -> dict[str, Path]:
         if name.endswith(("_file", "_files")):
             sources = value if isinstance(value, list) else [value]
             files |= {f"{name}:{v}": seed_path(v) for v in sources if v and not is_hub_id(v)}
-    models = [(name, params.get(name, "")) for name in ("judge_model", "prompt_model")]
+    models = [(name, params.get(name, "")) for name in ("seed_model", "judge_model", "prompt_model", "mt_bench_judge")]
     for judge, mode in map(parse_win_judge, params.get("win_judges", [])):
         if mode == "human":
             files[f"win_judges:{judge}"] = resolve(judge)
@@ -364,6 +364,8 @@ def external_inputs(params: dict) -> dict[str, Path]:
             files[f"select_rubric:{params['select_rubric']}"] = rubric_path(params["select_rubric"])
         if judge == OUTSIDE:
             files |= {f"select_judge:outside:{name}": seed_path(name) for name in OUTSIDE_LESSONS}
+        if mode != "api":
+            models.append(("select_judge", judge))
     for name, model in models:  # a folder may be trained anew under its name
         if model and not is_model_name(model) and resolve(model).is_dir():
             files[f"{name}:{model}"] = resolve(model)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from srlm_utils.artefacts import read_json, sha256, write_json
+from srlm_utils.artefacts import model_sha256, read_json, sha256, write_json
 from srlm_utils.errors import ModelError, first_line
 from srlm_utils.paths import SEED_DATA, cache_dir, resolve
 from srlm_utils.resources import check_weights
@@ -128,7 +128,8 @@ def _local(folder: Path) -> dict:
         "revision": "",
         "license": "",
         "note": "",
-        "weights_sha256": sha256(weights[0]) if len(weights) == 1 else "",
+        # of weights in several files it is the folder's: what is made of a model that was trained anew is made anew
+        "weights_sha256": sha256(weights[0]) if len(weights) == 1 else model_sha256(folder),
     }
 
 

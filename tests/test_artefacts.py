@@ -429,9 +429,12 @@ def test_what_changes_while_a_step_runs_is_not_done(tmp_path):
 @pytest.mark.parametrize(
     "stage,model,values",
     [
+        ("01_seed_data", "run", lambda folder: {"seed_model": folder}),
         ("04_self_instruct", "M1", lambda folder: {"prompt_model": folder}),
         ("05_judge", "M1", lambda folder: {"judge_model": folder}),
         ("08_evaluate", "M1", lambda folder: {"win_judges": [f"{folder}:score", "M0:pairwise"]}),
+        ("07_dpo", "M2", lambda folder: {"select_steps": 2, "select_judge": f"{folder}:pairwise"}),
+        ("10_benchmarks", "M1", lambda folder: {"mt_bench_judge": folder}),
     ],
 )
 def test_a_model_in_a_folder_is_an_input(tiny, tmp_path, stage, model, values):
@@ -441,6 +444,14 @@ def test_a_model_in_a_folder_is_an_input(tiny, tmp_path, stage, model, values):
     before = sha256(folder)
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
     assert name.endswith(f":{folder}") and sha256(folder) != before
+
+
+def test_a_model_that_is_a_name_is_no_input():
+    common = {"select_steps": 2, "select_judge": "gpt-4o:api"}
+    e = Experiment({"common": common, "benchmarks": {"mt_bench_judge": "owner/name"}})
+    for stage, model in (("01_seed_data", "run"), ("07_dpo", "M2"), ("10_benchmarks", "M1")):
+        names = {name.split(":")[0] for name in external_inputs(e.flat(stage, model, ""))}
+        assert not names & {"seed_model", "select_judge", "mt_bench_judge"}
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,15 @@ def test_a_local_folder_is_used_in_place(tiny, tmp_path):
     assert (again["path"], again["chat_template"]) == (str(folder), "plain")
 
 
+def test_a_folder_that_was_trained_anew_is_another_model(tiny, tmp_path):
+    shutil.copytree(tiny, folder := tmp_path / "mine")
+    weights = (folder / "model.safetensors").read_bytes()
+    for name, last in (("once", 1), ("again", 2)):
+        (folder / "more.safetensors").write_bytes(weights[:-1] + bytes([last]))
+        seed_model.write_pointer(tmp_path / f"{name}.json", seed_model.fetch(str(folder)))
+    assert (tmp_path / "once.json").read_text() != (tmp_path / "again.json").read_text()
+
+
 @pytest.mark.parametrize(
     "gone,says",
     [("tokenizer_config.json", "tokenizer"), ("config.json", "architecture"), ("model.safetensors", "no safetensors")],
