@@ -217,7 +217,7 @@ class Future(_Generating):
 class Evaluate(_Generating, _Judged):
     max_rows: int = Field(0, ge=0)  # ranked prompts, and test prompts
     rubric: str = "short"
-    judge_modes: list[JudgeMode] = ["expected", "sampled"]
+    judge_modes: list[JudgeMode] = Field(["expected", "sampled"], min_length=1)
     max_response_tokens: int = Field(1024, ge=0)
     n_samples: int = Field(3, ge=1)
     judge_temperature: float = Field(0.7, gt=0)

@@ -36,6 +36,7 @@ from srlm_utils.plan import fingerprint, make_step, status
         ({"build_eft": {"formats": "score_first"}}, "formats = 'score_first'.*list"),
         ({"build_eft": {"formats": ["score_frist"]}}, "score_frist"),  # would train as justify_first
         ({"evaluate": {"judge_modes": ["expcted"]}}, "expcted"),  # would judge as sampled
+        ({"evaluate": {"judge_modes": []}}, r"judge_modes = \[\].*at least 1"),  # would measure nothing
         ({"by_model": {2: {"dpo": {"beta": 0.1}}}}, "by_model.2: no such model"),
         ({"by_model": {"M2": {"dop": {"beta": 0.1}}}}, "unknown section 'dop'.*'dpo'"),
         ({"by_model": {"M2": None}}, "expected stage sections"),
