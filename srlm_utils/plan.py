@@ -350,12 +350,9 @@ def external_inputs(params: dict) -> dict[str, Path]:
         if name.endswith(("_file", "_files")):
             sources = value if isinstance(value, list) else [value]
             files |= {f"{name}:{v}": seed_path(v) for v in sources if v and not is_hub_id(v)}
-    models = [(name, params.get(name, "")) for name in ("seed_model", "judge_model", "prompt_model", "mt_bench_judge")]
     for judge, mode in map(parse_win_judge, params.get("win_judges", [])):
         if mode == "human":
             files[f"win_judges:{judge}"] = resolve(judge)
-        else:
-            models.append(("win_judges", judge))
         if judge == OUTSIDE:
             files |= {f"win_judges:outside:{name}": seed_path(name) for name in OUTSIDE_LESSONS}
     if params.get("select_steps"):
@@ -364,16 +361,23 @@ def external_inputs(params: dict) -> dict[str, Path]:
             files[f"select_rubric:{params['select_rubric']}"] = rubric_path(params["select_rubric"])
         if judge == OUTSIDE:
             files |= {f"select_judge:outside:{name}": seed_path(name) for name in OUTSIDE_LESSONS}
-        if mode != "api":
-            models.append(("select_judge", judge))
-    for name, model in models:  # a folder may be trained anew under its name
-        if model and not is_model_name(model) and resolve(model).is_dir():
+    for name, model in external_models(params):  # a folder may be trained anew under its name
+        if resolve(model).is_dir():
             files[f"{name}:{model}"] = resolve(model)
     if "rubric" in params:
         files[f"rubric:{params['rubric']}"] = rubric_path(params["rubric"])
     if params.get("lm_eval_include_path"):
         files["lm_eval_include_path:"] = resolve(params["lm_eval_include_path"])
     return files
+
+
+def external_models(params: dict) -> list[tuple[str, str]]:
+    """(parameter, name) of each model from outside the run that a step loads."""
+    judges = [("win_judges", *parse_win_judge(judge)) for judge in params.get("win_judges", [])]
+    judges += [("select_judge", *parse_win_judge(params["select_judge"]))] if params.get("select_steps") else []
+    found = [(name, params.get(name, "")) for name in ("seed_model", "judge_model", "prompt_model", "mt_bench_judge")]
+    found += [(name, judge) for name, judge, mode in judges if mode not in ("api", "human")]
+    return [(n, m) for n, m in found if m not in ("", OUTSIDE) and not is_model_name(m) and not m.endswith(":api")]
 
 
 def seed_path(name: str) -> Path:

@@ -7,17 +7,18 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from filelock import FileLock, Timeout
 
-from srlm_utils import errors, field_benchmarks, rendered
+from srlm_utils import errors, evaluate, field_benchmarks, rendered
 from srlm_utils.artefacts import is_there, named_faults, read_json, write_text
 from srlm_utils.errors import DataError, Interrupted, LockedError, MissingInputError, ParamError, SrlmError, StepFailed
 from srlm_utils.params import Experiment, yaml_section
 from srlm_utils.paths import NOTEBOOKS, PROJ_ROOT, shown
 from srlm_utils.plan import Step, list_steps, maker_of, plan, status
 from srlm_utils.seeds import load_seeds
-from srlm_utils.step import BATCH, check_means, drop_lock, lock_owner, sign_lock
+from srlm_utils.step import BATCH, check_external, check_means, drop_lock, lock_owner, sign_lock
 from srlm_utils.tokens import step_cost
 
 
@@ -59,15 +60,20 @@ def execute(
 
 def _execute(experiment, run, command, steps, start, only, force) -> None:
     planned = plan(experiment, run)
-    write_text(run / "params.yaml", _yaml(experiment.tree))
     skip_until = [s.name for s in steps].index(start) if start else 0
     todo = []
     for i, (step, params, done, _) in enumerate(planned):
-        write_text(run / "params" / f"{step.name}.yaml", _yaml(params | {"run_dir": shown(run)}))
         if i < skip_until or (only and step.name != only):
             continue
         if not done or force:
             todo.append((step, params))
+    for step, params in todo:  # the last of them may be hours away
+        check_external(step.stage, params)
+        judges = [*params.get("win_judges", []), *([params["select_judge"]] if params.get("select_steps") else [])]
+        evaluate.check_judges(judges, SimpleNamespace(**params))
+    write_text(run / "params.yaml", _yaml(experiment.tree))
+    for step, params, *_ in planned:
+        write_text(run / "params" / f"{step.name}.yaml", _yaml(params | {"run_dir": shown(run)}))
     line = ProgressLine([(s.name, step_cost(s, experiment)) for s, _ in todo])
     has_run = False
     for i, (step, params) in enumerate(todo):

@@ -101,15 +101,19 @@ def fetch(seed_model: str, revision: str = "") -> dict:
             "note": "random weights: for testing the pipeline, its figures mean nothing",
             "weights_sha256": sha256(path / "model.safetensors"),
         }
+    check_name(seed_model)
     folder = resolve(seed_model)
-    if folder.is_dir():
-        return _local(folder)
-    if os.sep in seed_model and (seed_model.startswith((".", "/", "~")) or seed_model.count("/") != 1):
+    return _local(folder) if folder.is_dir() else _hub(seed_model, revision)
+
+
+def check_name(model: str, where: str = "seed_model") -> None:
+    """Raise `ModelError` for a path that is no folder; whether the hub has a model of this name is not asked."""
+    is_path = os.sep in model and (model.startswith((".", "/", "~")) or model.count("/") != 1)
+    if is_path and not resolve(model).is_dir():
         raise ModelError(
-            f"seed_model: {seed_model}: no such folder. Expected a model folder, a hub id "
+            f"{where}: {model}: no such folder. Expected a model folder, a hub id "
             f"(owner/name) or one of {', '.join([*EMBEDDED, TINY])}."
         )
-    return _hub(seed_model, revision)
 
 
 def _local(folder: Path) -> dict:

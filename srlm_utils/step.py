@@ -43,12 +43,12 @@ from srlm_utils.paths import EXAMPLE, PROJ_ROOT, resolve, shown
 from srlm_utils.plan import (
     OUTSIDE,
     external_inputs,
+    external_models,
     fingerprint,
     is_of_run,
     list_steps,
     make_step,
     maker_of,
-    rubric_path,
     weights,
 )
 
@@ -235,9 +235,6 @@ class StepRun:
             if self.scratch and path.endswith("/model"):
                 continue  # model_source() has a stand-in
             self.input(path)
-        for name, path in external_inputs(vars(self.params)).items():
-            if not is_there(path):
-                raise MissingInputError(f"{name.split(':')[0]}: {path}: no such file.")
 
     def _largest_model(self) -> Path | None:
         """The folder of the largest model of the run that the step reads."""
@@ -346,6 +343,21 @@ def check_means(params: dict) -> None:
     serve.check(params)
 
 
+def check_external(stage: str, params: dict) -> None:
+    """Raise `SrlmError` where a file or a folder outside the run that a step's parameters name is not there."""
+    for name, path in external_inputs(params).items():
+        name, _, value = name.partition(":")
+        if name.endswith("rubric") and not path.is_file():
+            raise ParamError(
+                f"{stage}: {name} = {value!r}: no such template. Expected short, additive, "
+                "multiple_choice or the path of a .jinja file."
+            )
+        if not is_there(path):
+            raise MissingInputError(f"{name}: {path}: no such file.")
+    for name, model in external_models(params):
+        seed_model.check_name(model, name)
+
+
 def begin_step(stage: str, namespace: dict) -> StepRun:
     """Check a notebook's parameters and inputs, take the step's lock, and say what will be read.
 
@@ -359,11 +371,7 @@ def begin_step(stage: str, namespace: dict) -> StepRun:
     if absent:
         raise ParamError(f"{stage}: parameter {absent[0]} is not set; run the cell tagged `parameters` first.")
     values = check(cls, {n: namespace[n] for n in cls.model_fields}, stage)
-    if "rubric" in values and not rubric_path(values["rubric"]).is_file():
-        raise ParamError(
-            f"{stage}: rubric = {values['rubric']!r}: no such template. Expected short, additive, "
-            "multiple_choice or the path of a .jinja file."
-        )
+    check_external(stage, values)
     check_means(values)
     step = StepRun(stage, values)
     step.begin()

@@ -15,6 +15,7 @@ import pytest
 
 from srlm_utils import cards, hub, open_run, plots, runner, selection, share
 from srlm_utils.artefacts import model_sha256, read_json, read_jsonl
+from srlm_utils.errors import SrlmError
 from srlm_utils.metrics import METRICS
 from srlm_utils.params import Experiment
 from srlm_utils.paths import EXAMPLE
@@ -555,6 +556,35 @@ def test_the_seed_is_read_again_only_where_its_step_has_to_run(tmp_path, monkeyp
     (run / "steps" / f"{step}.json").unlink()
     runner.execute(experiment, run, "srlm run", only=step)
     assert len(loaded) == 1
+
+
+@pytest.mark.parametrize(
+    "sets,says",
+    [
+        ({"judge": {"rubric": "shrot"}}, "05_judge: rubric = 'shrot': no such template"),
+        ({"evaluate": {"rubric": "shrot"}}, "08_evaluate: rubric = 'shrot': no such template"),
+        ({"dpo": {"select_steps": 2, "select_rubric": "shrot"}}, "07_dpo: select_rubric = 'shrot': no such template"),
+        ({"evaluate": {"win_judges": ["gpt-4:api"]}}, "OPENAI_API_KEY is not set"),
+        ({"dpo": {"select_steps": 2, "select_judge": "gpt-4:api"}}, "OPENAI_API_KEY is not set"),
+        ({"evaluate": {"win_judges": ["no/votes.jsonl:human"]}}, r"win_judges: .*no/votes\.jsonl: no such file"),
+        ({"evaluate": {"safety_file": "./none.jsonl"}}, r"safety_file: .*none\.jsonl: no such file"),
+        ({"evaluate": {"win_judges": ["./models/none:score"]}}, r"win_judges: \./models/none: no such folder"),
+        ({"dpo": {"select_steps": 2, "select_judge": "./none:pairwise"}}, r"select_judge: \./none: no such folder"),
+        ({"judge": {"judge_model": "./models/none"}}, r"judge_model: \./models/none: no such folder"),
+    ],
+)
+def test_what_a_late_step_names_and_is_not_there_stops_a_run_before_its_first(tmp_path, monkeypatch, sets, says):
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(runner, "load_seeds", lambda params: None)
+    ran = []
+    monkeypatch.setattr(runner, "_run_notebook", lambda step, *_: ran.append(step.name) or pytest.fail("it ran"))
+    with pytest.raises(SrlmError, match=says):
+        runner.execute(Experiment(sets), tmp_path / "run", "srlm run")
+    assert not ran and not (tmp_path / "run/params.yaml").exists()
+    with pytest.raises(pytest.fail.Exception):  # a step that is not asked for needs none of it
+        runner.execute(Experiment(sets), tmp_path / "run", "srlm run", only="01_seed_data@run")
+    assert ran == ["01_seed_data@run"]
 
 
 def test_a_missing_upstream_file_names_the_step_that_makes_it():
