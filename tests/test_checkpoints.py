@@ -327,14 +327,15 @@ def test_an_endpoint_compares(tiny, tmp_path, monkeypatch):
     asked = []
 
     def compare(endpoint, prompts, ours, theirs):
-        asked.append(endpoint.base_url)
+        asked.append(endpoint)
         rows = [{"prompt_id": pid, "order": order, "p_first": 0.5} for pid in ours for order in ("AB", "BA")]
         yield [*rows[:-1], rows[-1] | {"unread": True}]
 
     monkeypatch.setattr(evaluate.api, "compare", compare)
     p = params(select_judge="judge:api", judge_base_url="http://localhost:1/v1")
     *_, selection = run(tiny, tmp_path, p)
-    assert asked == ["http://localhost:1/v1"] * 3 and selection.kept == 2
+    assert [e.base_url for e in asked] == ["http://localhost:1/v1"] * 3 and selection.kept == 2
+    assert len({id(e) for e in asked}) == 1  # its limit is that of the whole training
     assert [(r["n"], r["ties"]) for r in selection.rows] == [(3, 3)] * 3  # no verdict is a tie here
 
 
