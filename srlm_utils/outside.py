@@ -139,7 +139,9 @@ def lessons(tokenizer, ranked: list[dict], max_length: int) -> list[dict]:
 
 def exam(step, engine) -> dict[str, dict]:
     """The outside judge's exam on the bundled ranked sets, {set: figures} of `examine`; sat once, then cached."""
-    path = cache_dir() / "models" / f"{NAME}-{step.model_revision(NAME)}-exam.json"
+    asked = [*((SEED_DATA / f"{name}.jsonl").read_text(encoding="utf-8") for name in EXAMS), MAX_RESPONSE_TOKENS]
+    of_exam = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
+    path = cache_dir() / "models" / f"{NAME}-{step.model_revision(NAME)}-exam-{of_exam}.json"
     if not path.is_file():
         print("the outside judge sits its exam, once: some minutes on a CPU", flush=True)
         sets = {name: read_jsonl(SEED_DATA / f"{name}.jsonl") for name in EXAMS}

@@ -125,6 +125,12 @@ def test_the_exam_is_sat_once(monkeypatch, tmp_path):
     assert first["ranked_eval"]["exam_accuracy"]["value"] == 1
     rows = evaluate.exam_rows(fake_step(), None)
     assert {(r["model"], r["set"], r["judge_mode"]) for r in rows} == {("outside", "ranked_eval", "expected")}
+    write_jsonl(tmp_path / "ranked_eval.jsonl", ranked[:5])  # another exam is sat again
+    monkeypatch.setattr(outside, "SEED_DATA", tmp_path)
+    outside.exam(fake_step(), None)
+    monkeypatch.setattr(outside, "MAX_RESPONSE_TOKENS", 7)
+    outside.exam(fake_step(), None)
+    assert asked[1:] == [sum(len(row["replies"]) for row in ranked[:5])] * 2
 
 
 def test_the_outside_judge_is_asked_what_it_was_taught(monkeypatch):
