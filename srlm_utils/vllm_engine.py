@@ -44,7 +44,7 @@ class VllmEngine:
         check_weights(folder)
         self.tokenizer = chat.load_tokenizer(folder, chat_template=chat_template, trust_remote_code=trust_remote_code)
         self.context = context.of_folder(folder)
-        self._ends = {self.tokenizer.eos_token_id, chat.end_of_turn(self.tokenizer), *_eos(folder)}
+        self._ends = {self.tokenizer.eos_token_id, chat.end_of_turn(self.tokenizer), *_eos(folder, trust_remote_code)}
 
     def generate(
         self,
@@ -223,12 +223,12 @@ def _seed(seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:7], "little")
 
 
-def _eos(folder: str) -> list[int]:
+def _eos(folder: str, trust_remote_code: bool) -> list[int]:
     """Tokens that end a text by the model's own configuration."""
     from transformers import AutoConfig, GenerationConfig
 
     try:
         eos = GenerationConfig.from_pretrained(folder).eos_token_id
     except OSError:  # a folder without one
-        eos = AutoConfig.from_pretrained(folder).eos_token_id
+        eos = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).eos_token_id
     return [] if eos is None else eos if isinstance(eos, list) else [eos]

@@ -266,6 +266,15 @@ def test_vllm_is_given_a_dtype_that_its_card_has(tiny, monkeypatch, dtype, expec
     assert [how["dtype"] for how in asked] == [expected]
 
 
+@pytest.mark.parametrize("trust", [False, True])
+def test_the_end_of_a_text_is_asked_of_a_models_own_code_where_that_is_trusted(tmp_path, monkeypatch, trust):
+    asked = []
+    config = SimpleNamespace(eos_token_id=[5, 6])
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda _, **how: asked.append(how) or config)
+    assert vllm_engine._eos(str(tmp_path), trust) == [5, 6]
+    assert asked == [{"trust_remote_code": trust}]
+
+
 class FakeVllm:
     """vLLM's own engine as a judge: the score of a response is what its number leaves over when divided by 6. A step
     finishes five requests of all that it was given, of whichever call."""
