@@ -28,6 +28,8 @@ IDS = {
     "selection_answers": ("step", "prompt_id"),
     "verdicts": ("model_a", "model_b", "judge", "judge_mode", "prompt_id", "order"),
 }
+# and those that name another row
+NAMES = {n for names in IDS.values() for n in names} | {"group", "chosen_id", "rejected_id"}
 BY_SCORE = ("score", "length_control")  # pair rules whose chosen answer scores higher
 LEFT_OUT = ("/model", "/eft/train.jsonl")  # what `example` leaves out of a rendered run
 
@@ -91,13 +93,20 @@ class _Check:
             self._rows[file] = []
             if is_there(self.run / file):
                 try:
-                    self._rows[file] = read_jsonl(self.run / file)
+                    self._rows[file] = [self._named(file, i, r) for i, r in enumerate(read_jsonl(self.run / file), 1)]
                 except DataError as e:
                     said = str(e).removeprefix(f"{stored(self.run / file)}:").strip()
                     self.fault(file, "", said, "rows that can be read")
                 self.out.n_files += 1
                 self.out.n_rows += len(self._rows[file])
         return self._rows[file]
+
+    def _named(self, file: str, i: int, row: dict) -> dict:
+        """A row whose names can be looked up: a list or an object, which is none, is a finding, and stands as text."""
+        wrong = {n: str(row[n]) for n in sorted(NAMES & row.keys()) if isinstance(row[n], list | dict)}
+        for name, value in wrong.items():
+            self.fault(file, f"row {i}", f"{name} {value}", "a text or a number")
+        return row | wrong
 
     # ---- files
 
@@ -233,7 +242,7 @@ class _Check:
         judged = {r.get("id"): r.get("samples") or [] for r in self.rows(judgements)}
         for row in self.rows(file):
             cand_id = str(row.get("prompt_id")).removesuffix("/judge")
-            said = {s.get("text") for s in judged.get(cand_id, []) if s.get("status") == "ok" and s.get("ended")}
+            said = [s.get("text") for s in judged.get(cand_id, []) if s.get("status") == "ok" and s.get("ended")]
             if cand_id not in judged:
                 self.fault(file, _id(row), f"candidate {cand_id}", f"one of {judgements}")
             elif row.get("chosen") == row.get("rejected"):

@@ -95,6 +95,30 @@ def test_rows_are_held_together(run, file, change, says):
     assert all("; expected " in line and "; next: " in line and "\n" not in line for line in found)
 
 
+NO_NAMES = [
+    (CANDIDATES, "cand_id"), (CANDIDATES, "prompt_id"), ("M1/aift/prompts.jsonl", "attempt_id"), (JUDGED, "id"),
+    ("M1/aift/attempts.jsonl", "attempt_id"), (PAIRS, "chosen_id"), (PAIRS, "prompt_id"), (IFT, "prompt_id"),
+    ("seed/test_prompts.jsonl", "prompt_id"), ("M1/eval/answers.jsonl", "prompt_id"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("file,name", NO_NAMES)
+def test_a_name_that_is_a_list_or_an_object_is_a_finding(run, file, name):
+    edit(run, file, lambda rows: rows[0].update({name: ["x"]}) or rows[1].update({name: {"x": 1}}))
+    found = [str(f) for f in verify(run).findings]
+    for i, says in ((1, "['x']"), (2, "{'x': 1}")):
+        assert any(f"{file}: row {i}: found {name} {says}; expected a text or a number" in line for line in found)
+
+
+def test_a_learned_prompt_whose_id_is_a_list_is_held_against_held_out_ones(tmp_path):
+    (tmp_path / "steps").mkdir()
+    for file in (IFT, "seed/test_prompts.jsonl", "SFT/eft/train.jsonl"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(tmp_path / file, [{"prompt_id": ["x"], "group": ["x"], "prompt": "Name three trees of the north."}])
+    found = [str(f) for f in verify(tmp_path).findings]
+    assert any(f"{IFT}: ['x']: found an id of test_prompts" in line for line in found)
+
+
 @pytest.mark.parametrize("row,home", [("test-001", "test_prompts"), ("op-118", "ranked_eval")])
 def test_an_id_that_is_measured_on_is_found_in_training_data(copied, row, home):
     edit(copied, IFT, first(prompt_id=row))
