@@ -241,6 +241,7 @@ def anywhere(tree: dict) -> dict:
 def flat_params(tree: dict, prefix: str = "") -> dict:
     """``{"dpo.beta": 0.1, "by_model.M1.sft.epochs": 2}``: an experiment's tree `anywhere`, without its nesting."""
     out = {}
-    for key, value in anywhere(tree).items():
-        out |= flat_params(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    for key, value in tree.items():
+        if key not in PLACE:
+            out |= flat_params(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return out

@@ -40,9 +40,9 @@ class Selection:
         self.rubric = outside.rubric() if self.judge == outside.NAME else None
         if self.mode == "score" and not self.rubric:
             self.rubric = judge.Rubric(p.select_rubric)
-        if self.mode == "api":  # one endpoint, whose limit holds for all comparisons
-            self._endpoint = evaluate.pairwise_judge(step, self.judge, self.mode)
-        else:
+        # one endpoint, whose limit holds for all comparisons
+        self._endpoint = evaluate.pairwise_judge(step, self.judge, self.mode) if self.mode == "api" else None
+        if not self._endpoint:
             step.model_source(self.judge)  # fetched, or made, now and not in the midst of training
         prompts = step.rows(plan.VALID)
         self.prompts = {r["prompt_id"]: r["prompt"] for r in prompts[: p.select_prompts or len(prompts)]}
@@ -156,10 +156,7 @@ class Selection:
 
     def _side_by_side(self, n: int, before: int, ours: dict[str, str], theirs: dict[str, str]) -> list[dict]:
         def make():
-            if self.mode == "api":
-                compare = self._endpoint
-            else:
-                compare = evaluate.pairwise_judge(self.step, self.judge, self.mode)
+            compare = self._endpoint or evaluate.pairwise_judge(self.step, self.judge, self.mode)
             rows = [v for batch in compare(self.prompts, ours, theirs) for v in batch]
             # a judge that says nothing prefers no step; hours of training are not to end for it
             return [{k: v[k] for k in v if k != "unread"} for v in rows]

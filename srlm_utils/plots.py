@@ -587,8 +587,7 @@ def variants(table: pd.DataFrame, title: str):
 
 def _panels(n: int, width: float, height: float):
     """A row of `n` panels, one a judge, that share their y axis where they have the same rows."""
-    fig, axes = plt.subplots(1, max(n, 1), figsize=(width * max(n, 1) + 0.8, height), sharey=True, squeeze=False)
-    return fig, axes[0]
+    return _grid(max(n, 1), max(n, 1), width, height, (0.8, 0), sharey=True)
 
 
 def _grid(n: int, most: int, width: float, height: float, more: tuple[float, float] = (0, 0), *, sharey: bool = False):

@@ -273,12 +273,10 @@ def status_rows(run: Path) -> tuple[list[dict], list[str]]:
         try:
             manifest = read_json(path)
             row = {k: manifest[k] for k in _STATUS}
-        except (DataError, KeyError, TypeError):
-            damaged.append(path.stem)
-            continue
-        if all(isinstance(row[k], kind) for k, kind in _STATUS.items()):
+            if wrong := [k for k, kind in _STATUS.items() if not isinstance(row[k], kind)]:
+                raise TypeError(wrong[0])
             rows.append(row)
-        else:
+        except (DataError, KeyError, TypeError):
             damaged.append(path.stem)
     return sorted(rows, key=lambda r: r["started"]), sorted(damaged)
 
