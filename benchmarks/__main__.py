@@ -13,7 +13,7 @@ import pandas as pd
 from benchmarks import generation, judging, loop, measure, scale, training
 from srlm_utils import step
 from srlm_utils.artefacts import read_json, write_json
-from srlm_utils.engine import cpu_features, pick_device, pick_dtype
+from srlm_utils.devices import cpu_features, pick_device, pick_dtype
 
 HERE = Path(__file__).parent
 PARTS = {

@@ -4,7 +4,7 @@ import torch
 
 from benchmarks.generation import load
 from benchmarks.measure import bundled, fraction, in_turn, ratio
-from srlm_utils import chat, evaluate, judge
+from srlm_utils import chat, judge, rankings
 
 SAMPLING = {"temperature": 0.7, "top_p": 0.9}
 MAX_NEW_TOKENS = 80
@@ -45,7 +45,7 @@ def one_at_a_time(engine, plain, rubric, items: list[dict], n: int) -> int:
 
 def rows(limit: dict[str, float]) -> list[dict]:
     engine, plain = load()
-    rubric, items = judge.Rubric("short"), evaluate.ranked_items(bundled("onpolicy_eval"))
+    rubric, items = judge.Rubric("short"), rankings.items(bundled("onpolicy_eval"))
     sampled = {"n_samples": 3, "max_new_tokens": MAX_NEW_TOKENS, "seed": 0} | SAMPLING
     cases = {
         "kit, expected": lambda: sum(len(b) for b in judge.expected_scores(engine, rubric, items)),

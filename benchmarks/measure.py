@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 
 from srlm_utils.artefacts import read_jsonl
-from srlm_utils.engine import pick_device, pick_dtype
-from srlm_utils.plan import seed_path
+from srlm_utils.devices import pick_device, pick_dtype
+from srlm_utils.paths import seed_path
 
 REPEATS = 3
 

@@ -11,7 +11,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from benchmarks.measure import bundled, fraction, in_turn, ratio
 from srlm_utils import eft, judge, train
-from srlm_utils.engine import keep_memory, pick_device, pick_dtype
+from srlm_utils.devices import keep_memory, pick_device, pick_dtype
 from srlm_utils.params import Experiment
 from srlm_utils.paths import PROJ_ROOT
 from srlm_utils.seed_model import fetch

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from srlm_utils import evaluate, judge, metrics, seed_model, seeds, sources
+from srlm_utils import evaluate, judge, metrics, rankings, seed_model, seeds, sources
 from srlm_utils.artefacts import is_there
 from srlm_utils.errors import DataError, ParamError
 
@@ -52,7 +52,7 @@ def scores_of(model: str, rubric: judge.Rubric, rows: list[dict], mode: str) -> 
     """Judgement rows of all replies; progress goes to stderr."""
     from tqdm import tqdm
 
-    items, judged = evaluate.ranked_items(rows), []
+    items, judged = rankings.items(rows), []
     batches = judge.scores(engine_of(model), rubric, items, mode, max_response_tokens=MAX_RESPONSE_TOKENS, **SAMPLING)
     with tqdm(total=len(items), unit=" judgements", file=sys.stderr, desc=Path(model).name) as bar:
         for batch in batches:

@@ -12,8 +12,8 @@ import yaml
 from srlm_utils import metrics, rendered
 from srlm_utils.artefacts import read_json
 from srlm_utils.errors import DataError, MissingInputError
+from srlm_utils.lineage import draft_of, init_model, is_model_name, models_before, weights
 from srlm_utils.paths import shown
-from srlm_utils.plan import draft_of, init_model, is_model_name, models_before, weights
 from srlm_utils.report import rate
 from srlm_utils.seed_model import EMBEDDED
 from srlm_utils.verdicts import judge_label

@@ -17,7 +17,7 @@ import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from srlm_utils import evaluate, metrics
+from srlm_utils import metrics, rankings
 from srlm_utils.artefacts import (
     model_sha256,
     read_json,
@@ -29,9 +29,9 @@ from srlm_utils.artefacts import (
 )
 from srlm_utils.errors import DataError, MissingInputError
 from srlm_utils.instructions import followed
-from srlm_utils.params import PLACE, model_names
+from srlm_utils.lineage import model_names, models_before
+from srlm_utils.params import PLACE
 from srlm_utils.paths import shown
-from srlm_utils.plan import models_before
 from srlm_utils.report import read_metrics
 
 DEFAULT = "default"  # the variant that is the base as it stands
@@ -150,8 +150,8 @@ def _agreement(model: str, ranked: list[dict], judged: list[dict]) -> list[dict]
     out: dict[tuple, dict] = {}
     for mode in dict.fromkeys(r["judge_mode"] for r in judged):
         scores = [r for r in judged if r["judge_mode"] == mode]
-        asked = evaluate.judged_by_all(ranked, scores)
-        for row, prompt in zip(asked, evaluate.scored_prompts(asked, scores), strict=True):
+        asked = rankings.judged_by_all(ranked, scores)
+        for row, prompt in zip(asked, rankings.scored_prompts(asked, scores), strict=True):
             if n := len(metrics.ordered_pairs(prompt["ranks"])):
                 who = {"model": model, "set": row["set"], "judge_mode": mode, "prompt_id": row["prompt_id"]}
                 of_prompt = out.setdefault((mode, row["set"], row["prompt"]), who | {"credit": 0.0, "n_pairs": 0})

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from srlm_utils import chat, context, evaluate, judge, metrics, outside, plan, plots, train, verdicts
+from srlm_utils import chat, context, evaluate, judge, lineage, metrics, outside, plan, plots, train, verdicts
 from srlm_utils.artefacts import read_json, read_jsonl, write_json, write_jsonl
 from srlm_utils.engine import Engine
 from srlm_utils.selection import COLUMNS, best
@@ -46,7 +46,7 @@ class Selection:
             step.model_source(self.judge)  # fetched, or made, now and not in the midst of training
         prompts = step.rows(plan.VALID)
         self.prompts = {r["prompt_id"]: r["prompt"] for r in prompts[: p.select_prompts or len(prompts)]}
-        start = step.model_source(plan.init_model(p.model))  # whose context its successor's is
+        start = step.model_source(lineage.init_model(p.model))  # whose context its successor's is
         asked = [{"prompt_id": pid, "prompt": text} for pid, text in self.prompts.items()]
         context.check(start, asked, p.select_max_new_tokens, "select_max_new_tokens")
         self.rows = sorted((read_json(f) for f in self.folder.glob("*.json")), key=lambda r: r["step"])
@@ -86,11 +86,15 @@ class Selection:
         rate = " to ".join("?" if row[k] is None else f"{100 * row[k]:.0f}" for k in ("low", "high"))
         print(f"step {n} against {before}: wins {100 * row['win_rate']:.0f} % [{rate}], step {self.kept} is the best")
 
-    def restore(self, model) -> None:
-        """Give `model` the weights of the kept step."""
+    def watch(self, trainer) -> None:
+        """Compare the model of `trainer` at the steps of its training."""
+        trainer.add_callback(AtSteps(self, trainer))
+
+    def restore(self, trainer) -> None:
+        """Give the model of `trainer` the weights of the kept step."""
         weights = load_file(self.folder / f"{self.kept}.safetensors")
         with torch.no_grad():
-            for name, p in model.named_parameters():
+            for name, p in plain_model(trainer).named_parameters():
                 if name in weights:
                     p.copy_(weights[name])
 

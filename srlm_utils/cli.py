@@ -15,6 +15,7 @@ from typing import get_args
 from srlm_utils.errors import SrlmError, StepFailed
 from srlm_utils.params import Experiment, JudgeMode
 from srlm_utils.paths import RESULTS, run_folder, shown
+from srlm_utils.plan import idle_sections
 from srlm_utils.printable import printable, without_secrets
 
 
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
 def _experiment(args) -> Experiment:
     """The experiment of a command line; what it asks for and does not reach is said first."""
     experiment = Experiment.load(args.params, args.sets)
-    for line in experiment.shadowed:
+    for line in (*experiment.shadowed, *idle_sections(experiment)):
         print(f"WARNING: {line}", file=sys.stderr)
     return experiment
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from srlm_utils import evaluate, measures, metrics, pages, plots, rendered
+from srlm_utils import measures, metrics, pages, plots, rankings, rendered
 from srlm_utils.artefacts import find_jsonl, is_there, read_json, read_jsonl, read_optional, replace_folder, write_text
 from srlm_utils.cards import recorded
 from srlm_utils.errors import DataError
-from srlm_utils.plan import is_model_name
+from srlm_utils.lineage import is_model_name
 from srlm_utils.report import rate, read_metrics
 from srlm_utils.share import check_replaceable
 
@@ -217,9 +217,9 @@ def _agreement_rows(model: str, ranked: list[dict], folder: Path) -> dict[tuple,
         by_mode.setdefault(row["judge_mode"], []).append(row)
     out = {}
     for mode, judged in by_mode.items():
-        for name, part in evaluate.by_set(ranked).items():
-            part = evaluate.judged_by_all(part, judged)
-            counts = metrics.agreement_counts(evaluate.scored_prompts(part, judged))
+        for name, part in rankings.by_set(ranked).items():
+            part = rankings.judged_by_all(part, judged)
+            counts = metrics.agreement_counts(rankings.scored_prompts(part, judged))
             same = {"ranked replies": _digest(part)}
             for metric, (num, den) in _COUNTS.items():
                 parts = {i: (num(c[0]), den(c[0])) if c else (0, 0) for i, c in counts.items()}

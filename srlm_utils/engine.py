@@ -1,7 +1,5 @@
 """Generation and scoring on transformers: batched, sampled exactly, each text with a random stream of its own."""
 
-import contextlib
-import ctypes
 import gc
 import math
 import time
@@ -11,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from srlm_utils import attention, chat, context, vocabulary
+from srlm_utils.devices import keep_memory, pick_device, pick_dtype
 from srlm_utils.errors import ModelError, ResourceError, StepFailed, first_line
 from srlm_utils.prefill import BATCH_TOKENS, read
 from srlm_utils.resources import check_weights, free_memory, kept_numbers, out_of_memory, text_bytes, too_large
@@ -26,45 +25,6 @@ class Sample:
     text: str
     n_tokens: int
     ended: bool
-
-
-def keep_memory() -> None:
-    """Have the C library keep memory that is freed, instead of giving it back and fetching it again.
-
-    On a CPU every large intermediate result is otherwise made of pages that the system has to clear first: a
-    microsecond for each 4 kB. glibc on Linux only; elsewhere nothing happens.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: nothing gets a mapping of its own
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back
-
-
-def pick_device(device: str = "auto") -> str:
-    """`device` itself, or for "auto" cuda where there is one, else cpu."""
-    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def pick_dtype(dtype: str = "auto", device: str = "auto") -> str:
-    """`dtype` itself; "auto" is bfloat16 where the hardware computes in it and float32 elsewhere.
-
-    On a processor without bfloat16 instructions every product is emulated: a seventh of float32's
-    speed on one with AVX2 alone (LOG.md).
-    """
-    if dtype != "auto":
-        return dtype
-    if pick_device(device) == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    has = cpu_features()
-    return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
-
-
-def cpu_features() -> dict[str, bool]:
-    """What the processor can do, by torch's names; an older torch tells no more than what `pick_dtype` asks."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        return dict(torch.cpu.get_capabilities())
-    known = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported"}
-    return {name: getattr(torch.cpu, asks, bool)() for name, asks in known.items()}
 
 
 MAX_BATCH = {"cpu": 256, "cuda": 512}  # texts sampled at once where memory allows; more gains little (benchmarks/)

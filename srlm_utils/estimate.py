@@ -16,9 +16,10 @@ from pathlib import Path
 
 from srlm_utils import resources, tokens
 from srlm_utils.errors import ParamError
+from srlm_utils.lineage import OUTSIDE, is_model_name
 from srlm_utils.params import Experiment, stage_key
 from srlm_utils.paths import resolve
-from srlm_utils.plan import OUTSIDE, Step, is_model_name, list_steps, parse_win_judge
+from srlm_utils.plan import Step, list_steps, parse_win_judge
 from srlm_utils.resources import Size
 
 GB = resources.GB

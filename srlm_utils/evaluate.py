@@ -1,18 +1,9 @@
 """The three questions of 08_evaluate: does it judge as replies are ranked, what does it answer, who wins."""
 
-from srlm_utils import api, judge, metrics, outside, verdicts, winrates
+from srlm_utils import api, judge, metrics, outside, rankings, verdicts, winrates
 from srlm_utils.errors import DataError
 from srlm_utils.paths import resolve
 from srlm_utils.plan import parse_win_judge
-
-
-def ranked_items(ranked: list[dict]) -> list[dict]:
-    """Replies of ranked rows as items to judge, with ids ``<prompt_id>/<reply_id>``."""
-    return [
-        {"id": f"{row['prompt_id']}/{r['reply_id']}", "prompt": row["prompt"], "response": r["text"]}
-        for row in ranked
-        for r in row["replies"]
-    ]
 
 
 def judge_ranked(step, engine, rubric: judge.Rubric, ranked: list[dict], modes: list[str]) -> dict[str, list[dict]]:
@@ -24,58 +15,24 @@ def judge_ranked(step, engine, rubric: judge.Rubric, ranked: list[dict], modes: 
     for mode in modes:
         if not (both and mode == "sampled"):
             log = f"judgements_{mode}.jsonl"
-            judged[mode] = judge.judge_items(step, engine, rubric, ranked_items(ranked), mode, log=log, **how)
+            judged[mode] = judge.judge_items(step, engine, rubric, rankings.items(ranked), mode, log=log, **how)
     if both:
         judged["sampled"] = judge.as_written(judged["sampled_expected"])
     return {mode: judged[mode] for mode in modes}
 
 
-def by_set(ranked: list[dict]) -> dict[str, list[dict]]:
-    """Ranked rows by the file they came from."""
-    sets: dict[str, list[dict]] = {}
-    for row in ranked:
-        sets.setdefault(row["set"], []).append(row)
-    return sets
-
-
-def scored_prompts(ranked: list[dict], judged: list[dict]) -> list[dict]:
-    """What `metrics.agreement` takes: prompt, ranks, lengths and one judge's scores of every ranked row."""
-    score = {r["id"]: r["score"] for r in judged}
-    return [
-        {
-            "prompt": row["prompt"],
-            "ranks": [r["rank"] for r in row["replies"]],
-            "lengths": [len(r["text"]) for r in row["replies"]],
-            "scores": [score[f"{row['prompt_id']}/{r['reply_id']}"] for r in row["replies"]],
-        }
-        for row in ranked
-    ]
-
-
-def judged_by_all(ranked: list[dict], *judged: list[dict]) -> list[dict]:
-    """Rankings all of whose replies are in each list of judgements; a judge may have judged fewer (`max_rows`)."""
-    ids = set.intersection(*({r["id"] for r in rows} for rows in judged))
-    return [row for row in ranked if all(item["id"] in ids for item in ranked_items([row]))]
-
-
-def of_prompts(ranked: list[dict], values: dict[str, list[float]]) -> list[list[float]]:
-    """What `metrics.ratio` takes: sum and number of each prompt's `values`, by reply as in `ranked_items`."""
-    found = [[v for r in row["replies"] for v in values[f"{row['prompt_id']}/{r['reply_id']}"]] for row in ranked]
-    return metrics.by_prompt([row["prompt"] for row in ranked], [sum(f) for f in found], [len(f) for f in found])
-
-
 def agreement_rows(model: str, ranked: list[dict], judged: list[dict], mode: str, set_name: str) -> list[dict]:
     """Metric rows of a judge's agreement with one ranked set; `judged` may hold replies of others."""
-    ids = {item["id"] for item in ranked_items(ranked)}
+    ids = {item["id"] for item in rankings.items(ranked)}
     judged = [r for r in judged if r["id"] in ids]
-    figures = metrics.agreement(scored_prompts(ranked, judged))
+    figures = metrics.agreement(rankings.scored_prompts(ranked, judged))
     valid = [r["score"] for r in judged if r["score"] is not None]
     figures["score_std"] = metrics.plain(metrics.std(valid), len(valid))
     if mode != "expected":
         tries = {r["id"]: [s["score"] is not None for s in r["samples"]] for r in judged}
-        figures["parse_rate"] = metrics.ratio(*of_prompts(ranked, tries))
+        figures["parse_rate"] = metrics.ratio(*rankings.of_prompts(ranked, tries))
     else:
-        figures["score_mass"] = metrics.ratio(*of_prompts(ranked, {r["id"]: [r["mass"]] for r in judged}))
+        figures["score_mass"] = metrics.ratio(*rankings.of_prompts(ranked, {r["id"]: [r["mass"]] for r in judged}))
     return metrics.metric_rows(figures, model=model, set=set_name, judge=model, judge_mode=mode)
 
 
@@ -86,7 +43,7 @@ def calibration(ranked: list[dict], judged: list[dict]) -> list[dict]:
     judge is calibrated if it falls from score to score. Prompts whose replies all rank alike are left out.
     """
     by_prompt: dict[str, dict[int, list[float]]] = {}
-    for row in scored_prompts(ranked, judged):
+    for row in rankings.scored_prompts(ranked, judged):
         if worst := max(row["ranks"]):
             places = by_prompt.setdefault(row["prompt"], {})
             for rank, score in zip(row["ranks"], row["scores"], strict=True):
@@ -104,8 +61,8 @@ def gain_rows(
     model: str, opponent: str, ranked: list[dict], judged: list[dict], theirs: list[dict], mode: str, set_name: str
 ) -> list[dict]:
     """Metric row of how much better `model` judges than `opponent` on the same replies."""
-    shared = judged_by_all(ranked, judged, theirs)
-    gain = metrics.agreement_gain(scored_prompts(shared, judged), scored_prompts(shared, theirs))
+    shared = rankings.judged_by_all(ranked, judged, theirs)
+    gain = metrics.agreement_gain(rankings.scored_prompts(shared, judged), rankings.scored_prompts(shared, theirs))
     where = {"model": model, "opponent": opponent, "set": set_name, "judge": model, "judge_mode": mode}
     return metrics.metric_rows({"agreement_gain": gain}, **where)
 

@@ -15,9 +15,8 @@ from markupsafe import escape
 from srlm_utils import metrics
 from srlm_utils.artefacts import count_rows, find_jsonl, is_there, read_jsonl, read_optional
 from srlm_utils.errors import MissingInputError, ParamError
-from srlm_utils.params import is_draft
+from srlm_utils.lineage import init_model, is_draft, is_model_name
 from srlm_utils.paths import PACKAGE, RESULTS, resolve, run_folder, shown
-from srlm_utils.plan import init_model, is_model_name
 from srlm_utils.printable import printable
 from srlm_utils.report import read_metrics
 from srlm_utils.step import maker

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 from srlm_utils import alpaca_eval, api, harness, mt_bench
-from srlm_utils.plan import seed_path
+from srlm_utils.paths import seed_path
 
 
 def load(params: dict) -> tuple[list[dict], list[dict]]:

@@ -48,7 +48,7 @@ def run(
     ``lm_eval.log`` in the folder `out`, its results file beside it. Raises `ParamError` if it is not installed and
     `StepFailed`, with its last line, if it fails (an unknown task, a data set that cannot be fetched).
     """
-    from srlm_utils.engine import pick_device, pick_dtype
+    from srlm_utils.devices import pick_device, pick_dtype
 
     require()
     if "," in model_folder:

@@ -4,9 +4,9 @@ import math
 from collections import Counter
 
 from srlm_utils.judge import rounded
+from srlm_utils.lineage import is_draft
 from srlm_utils.metrics import mean, metric_rows, plain, ratio, std
 from srlm_utils.pairs import by_a_draft, by_the_model, consistency, scored_candidates
-from srlm_utils.params import is_draft
 
 OF_A_DRAFT = ("pair_yield", "draft_chosen_rate", "chosen_chars", "rejected_chars")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from srlm_utils import cards, rendered
 from srlm_utils.artefacts import CARD, count_rows, describe, find_jsonl, read_bytes, read_json
 from srlm_utils.errors import DataError, MissingInputError, ParamError, first_line
+from srlm_utils.lineage import draft_of, init_model
 from srlm_utils.paths import shown
-from srlm_utils.plan import draft_of, init_model
 
 TOKEN = "HF_TOKEN"
 

@@ -18,7 +18,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from srlm_utils import chat
 from srlm_utils.errors import ModelError, ParamError
 from srlm_utils.params import JudgeMode
-from srlm_utils.plan import rubric_path
+from srlm_utils.paths import rubric_path
 
 MIN_SCORE, MAX_SCORE = 0, 5
 FORMATS = ("justify_first", "score_first")

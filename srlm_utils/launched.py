@@ -60,11 +60,11 @@ def _end_with(kernel: dict) -> None:
 def _run(job: dict, folder: Path) -> None:
     from transformers import TrainingArguments
 
-    from srlm_utils import checkpoints, engine, ranks, spread_dpo, train, trainings
+    from srlm_utils import checkpoints, devices, ranks, spread_dpo, train, trainings
 
     p, source, work = SimpleNamespace(**job["params"]), job["source"], folder.parent
-    cpu = engine.pick_device(p.device) == "cpu"
-    bf16 = engine.pick_dtype(p.dtype, "cpu" if cpu else "cuda") == "bfloat16"
+    cpu = devices.pick_device(p.device) == "cpu"
+    bf16 = devices.pick_dtype(p.dtype, "cpu" if cpu else "cuda") == "bfloat16"
     # transformers must know how the model will be sharded before it loads it; `ddp_timeout` seconds are for the first
     # process to load all of a large model at the end
     known = TrainingArguments(output_dir=str(folder), use_cpu=cpu, bf16=bf16, ddp_timeout=7200)

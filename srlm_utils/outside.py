@@ -16,10 +16,11 @@ import random
 from pathlib import Path
 from types import SimpleNamespace
 
-from srlm_utils import eft, judge, metrics, seed_model
+from srlm_utils import eft, judge, metrics, rankings, seed_model
 from srlm_utils.artefacts import read_json, read_jsonl, write_json
-from srlm_utils.paths import PROMPTS, SEED_DATA, cache_dir
-from srlm_utils.plan import OUTSIDE, OUTSIDE_LESSONS, seed_path
+from srlm_utils.lineage import OUTSIDE
+from srlm_utils.paths import PROMPTS, SEED_DATA, cache_dir, seed_path
+from srlm_utils.plan import OUTSIDE_LESSONS
 
 NAME = OUTSIDE
 BASE = "gemma-3-270m"
@@ -152,13 +153,12 @@ def exam(step, engine) -> dict[str, dict]:
 
 def examine(engine, ranked: list[dict], progress=lambda n: None) -> dict[str, dict]:
     """How a scoring judge orders ranked replies: figures by name (`metrics.METRICS`); n is pairs."""
-    from srlm_utils import evaluate  # which imports this module
 
-    judged, items = [], evaluate.ranked_items(ranked)
+    judged, items = [], rankings.items(ranked)
     for batch in judge.expected_scores(engine, rubric(), items, max_response_tokens=MAX_RESPONSE_TOKENS):
         judged += batch
         progress(len(batch))
-    figures = metrics.agreement(evaluate.scored_prompts(ranked, judged))
+    figures = metrics.agreement(rankings.scored_prompts(ranked, judged))
     names = {
         "exam_accuracy": "pairwise_accuracy_half_ties",
         "exam_tie_rate": "tie_rate",

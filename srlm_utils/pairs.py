@@ -5,8 +5,8 @@ from collections import defaultdict
 from itertools import combinations
 
 from srlm_utils.errors import DataError
+from srlm_utils.lineage import is_draft
 from srlm_utils.measures import has_list
-from srlm_utils.params import is_draft
 
 
 def _tie_key(seed: int, cand_id: str) -> str:

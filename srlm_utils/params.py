@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from srlm_utils.errors import ParamError
+from srlm_utils.lineage import is_draft, model_names
 
 JudgeMode = Literal["sampled", "expected", "sampled_expected"]
 PairRule = Literal["score", "length_control", "random", "longer", "shorter"]
@@ -284,16 +285,6 @@ def stage_key(stage: str) -> str:
     return stage.split("_", 1)[1]
 
 
-def model_names(iterations: int) -> list[str]:
-    """M0, SFT, M1 ... M<iterations>: the order in which figures show them."""
-    return ["M0", "SFT", *(f"M{i}" for i in range(1, iterations + 1))]
-
-
-def is_draft(name: str) -> bool:
-    """Whether a name is that of a draft: F2 is what M2 would be without the answers that F2 itself writes."""
-    return re.fullmatch(r"F\d+", name) is not None
-
-
 def asks_benchmarks(params: dict) -> bool:
     """Whether flat parameters of 10_benchmarks ask for any benchmark."""
     return any(params[name] for name in ("alpaca_eval_file", "mt_bench_file", "lm_eval_tasks"))
@@ -502,29 +493,8 @@ class Experiment:
         trees = [read_yaml(f) for f in files] + [parse_set(s) for s in sets]
         named = {"common": {"variant": "+".join(f.stem for f in files[1:])}} if files[1:] else {}
         experiment = cls(merge(trees[0], named, *trees[1:]), str(files[0]))
-        experiment.shadowed = shadowed(experiment.tree, merge({}, *trees[1:])) + experiment._idle()
+        experiment.shadowed = shadowed(experiment.tree, merge({}, *trees[1:]))
         return experiment
-
-    def _idle(self) -> list[str]:
-        """Sections of `by_model` that belong to no step, one line each.
-
-        They are no error: fewer iterations than a file was written for leave some.
-        """
-        from srlm_utils.plan import list_steps  # which imports this module
-
-        try:
-            steps = list_steps(self)
-        except ParamError:  # a command that needs the steps says it
-            return []
-        found = []
-        for model, stages in self.tree.get("by_model", {}).items():
-            for section in stages:
-                runs = [s.model for s in steps if stage_key(s.stage) == section and not is_draft(s.model)]
-                if model not in runs:
-                    known = "once a run" if runs == ["run"] else f"for {', '.join(runs) or 'no model'}"
-                    where = f"by_model.{model}.{section}"
-                    found.append(f"{where}: no such step; {section} runs {known}: it changes nothing")
-        return found
 
     def benchmarked(self) -> list[str]:
         """Models whose 10_benchmarks step is part of this experiment."""

@@ -1,6 +1,7 @@
 """Where things are. The only file that knows the layout of the repository."""
 
 import os
+import re
 from pathlib import Path
 
 from srlm_utils.errors import MissingInputError
@@ -38,3 +39,19 @@ def run_folder(path: str | Path) -> Path:
         there = ", ".join(sorted(p.parent.name for p in RESULTS.glob("*/steps"))) or "none"
         raise MissingInputError(f"{shown(run)}: no run here (no steps/ folder). Runs in results/: {there}.")
     return run
+
+
+def seed_path(name: str) -> Path:
+    """A seed file by name (one that the kit carries) or by path."""
+    return SEED_DATA / f"{name}.jsonl" if re.fullmatch(r"\w+", name) else resolve(name)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a source of seed data is ``owner/name`` or ``owner/name:split`` of the hub, and no file."""
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", name) and not name.endswith((".jsonl", ".jsonl.gz"))
+    return bool(is_id) and not resolve(name).exists()
+
+
+def rubric_path(name: str) -> Path:
+    """A rubric by name (a template of the kit) or by path."""
+    return PROMPTS / f"{name}.jinja" if re.fullmatch(r"\w+", name) else resolve(name)

@@ -10,12 +10,23 @@ from pathlib import Path
 
 from srlm_utils.artefacts import is_there, read_json, sha256
 from srlm_utils.errors import DataError, ParamError
-from srlm_utils.params import PLACE, STAGES, Experiment, is_draft, model_names, stage_key
-from srlm_utils.paths import PROMPTS, SEED_DATA, resolve
+from srlm_utils.lineage import (
+    OUTSIDE,
+    draft_of,
+    init_model,
+    is_draft,
+    is_model_name,
+    model_names,
+    models_before,
+    next_model,
+    weights,
+)
+from srlm_utils.params import PLACE, STAGES, Experiment, stage_key
+from srlm_utils.paths import is_hub_id, resolve, rubric_path, seed_path
 
-OUTSIDE = "outside"  # the judge that is no model of a run (outside.py)
 OUTSIDE_LESSONS = ("judge_train", "judge_onpolicy")  # seed files that it alone learns from: written, sampled replies
 VALID = "seed/valid_prompts.jsonl"  # what checkpoints answer
+JUDGED = ("prompts", "candidates", "judgements")  # what a round's pairs are built from
 SEED_FILES = ("ift", "ranked_train", "ranked_eval", "valid_prompts", "test_prompts")
 
 
@@ -31,41 +42,9 @@ class Step:
         return f"{self.stage}@{self.model}"
 
 
-def is_model_name(name: str) -> bool:
-    return name == "SFT" or re.fullmatch(r"M\d+", name) is not None
-
-
-def is_of_run(name: str) -> bool:
-    """Whether a run has a model of this name: one of its own or a draft."""
-    return is_model_name(name) or is_draft(name)
-
-
-def models_before(model: str) -> list[str]:
-    """Models that exist before `model` or its draft does."""
-    return [] if model == "M0" else ["M0"] if model == "SFT" else model_names(int(model[1:]))[:-1]
-
-
-def init_model(model: str) -> str:
-    """The model that `model` is trained from: M0 for SFT and M1 (both supervised), else the previous one."""
-    return "M0" if model in ("SFT", "M1") else f"M{int(model[1:]) - 1}"
-
-
-def draft_of(model: str) -> str:
-    return f"F{model[1:]}"
-
-
 def pairs_for(model: str, future_chosen: bool) -> str:
     """The pairs that `model` learns from: its round's, or those whose chosen answers its draft may have written."""
     return f"{draft_of(model) if future_chosen and not is_draft(model) else init_model(model)}/aift/pairs.jsonl"
-
-
-def next_model(model: str) -> str:
-    return f"M{int(model[1:]) + 1}"
-
-
-def weights(model: str) -> str:
-    """Artefact that stands for a model: a pointer for M0, a folder for the others."""
-    return "M0/model.json" if model == "M0" else f"{model}/model"
 
 
 WIN_MODES = ("score", "pairwise", "api", "human")
@@ -110,98 +89,116 @@ def _training_step(stage: str, model: str, params: dict, data: tuple[str, ...]) 
     reads, writes = [weights(init_model(model)), *data], [f"{model}/model", f"{model}/training_log.csv"]
     if params.get("select_steps"):
         judge, _ = select_judge(stage, model, params)
-        reads += [VALID, *([weights(judge)] if is_model_name(judge) else [])]
+        reads += [VALID, *_weights_of(judge)]
         writes += [f"{model}/selection.csv", f"{model}/selection_answers.jsonl"]
     return Step(stage, model, tuple(dict.fromkeys(reads)), tuple(writes))
 
 
+def _seed_data(stage: str, m: str, params: dict) -> Step:
+    return Step(stage, m, (), ("M0/model.json", *(f"seed/{f}.jsonl" for f in SEED_FILES)))
+
+
+def _sft(stage: str, m: str, params: dict) -> Step:
+    return _training_step(stage, m, params, sft_files(m, params.get("use_eft", True)))
+
+
+def _build_eft(stage: str, m: str, params: dict) -> Step:
+    return Step(stage, m, (weights(m), "seed/ranked_train.jsonl"), (f"{m}/eft/train.jsonl", f"{m}/eft/yield.json"))
+
+
+def _self_instruct(stage: str, m: str, params: dict) -> Step:
+    models = _weights_of(m, params.get("prompt_model", ""), params.get("anchor_model", ""))
+    reads = (*sorted(models), *(f"seed/{f}.jsonl" for f in SEED_FILES))
+    return Step(stage, m, reads, _of_round(m, "attempts", "prompts", "candidates"))
+
+
+def _judge(stage: str, m: str, params: dict) -> Step:
+    reference = params.get("implicit_reference")
+    models = _weights_of(params.get("judge_model") or m, *((m, reference) if reference else ()))
+    reads = (*models, *_of_round(m, "prompts", "candidates"))
+    return Step(stage, m, reads, _of_round(m, "judgements", *(["judge_pairs"] if params.get("meta_judge") else ())))
+
+
+def _build_pairs(stage: str, m: str, params: dict) -> Step:
+    rows = _of_round(m, params.get("learn_from", "pairs"))
+    return Step(stage, m, _of_round(m, *JUDGED), (*rows, f"{m}/aift/health.json"))
+
+
+def _dpo(stage: str, m: str, params: dict) -> Step:
+    start, future = init_model(m), params.get("future_chosen", False)
+    data = [pairs_for(m, future)]
+    if params.get("replay"):
+        data += [pairs_for(f"M{i}", future) for i in range(int(start[1:]), 1, -1)]  # the newest first
+    if params.get("judge_share"):
+        data += _of_round(start, "judge_pairs")
+    return _training_step(stage, m, params, tuple(data))
+
+
+def _future(stage: str, m: str, params: dict) -> Step:
+    start = init_model(m)
+    judge = _weights_of(params.get("judge_model") or start)
+    return Step(stage, m, (weights(m), *judge, *_of_round(start, *JUDGED)), _of_round(m, *JUDGED))
+
+
+def _evaluate(stage: str, m: str, params: dict) -> Step:
+    judges = {parse_win_judge(j)[0] for j in params.get("win_judges", [])}
+    before = [f"{o}/eval/{f}.jsonl" for o in models_before(m) for f in ("answers", "answer_scores", "judgements")]
+    reads = (*_weights_of(m, *sorted(judges)), "seed/ranked_eval.jsonl", "seed/test_prompts.jsonl", *before)
+    writes = ["judgements.jsonl", "answers.jsonl", "answer_scores.jsonl", "metrics.json"]
+    writes += [f"verdicts/{m}_vs_{o}.jsonl" for o in models_before(m)]
+    return Step(stage, m, reads, tuple(f"{m}/eval/{f}" for f in writes))
+
+
+def _benchmarks(stage: str, m: str, params: dict) -> Step:
+    writes = ["metrics.json"]
+    writes += ["alpaca_eval/model_outputs.json"] if params["alpaca_eval_file"] else []
+    writes += [f"mt_bench/{f}.jsonl" for f in ("model_answer", "grades")] if params["mt_bench_file"] else []
+    writes += ["lm_eval/results.json"] if params["lm_eval_tasks"] else []
+    reads = _weights_of(m, params["mt_bench_judge"])
+    return Step(stage, m, reads, tuple(f"{m}/benchmarks/{f}" for f in writes))
+
+
+def _report(stage: str, m: str, params: dict) -> Step:
+    names = model_names(params["iterations"])
+    reads = ["seed/test_prompts.jsonl"]
+    reads += [f"{n}/eval/{f}" for n in names for f in ("metrics.json", "answers.jsonl")]
+    reads += [f"{n}/eval/verdicts/{n}_vs_{o}.jsonl" for n in names for o in models_before(n)]
+    for n in names[2:-1]:
+        reads += [*_of_round(n, "attempts", *JUDGED), f"{n}/aift/health.json"]
+    reads += [f"{n}/aift/health.json" for n in params["drafts"]]
+    reads += [f"{n}/training_log.csv" for n in names[1:]]
+    reads += [f"{n}/benchmarks/metrics.json" for n in params["benchmarked"]]
+    return Step(stage, m, tuple(reads), ("report",))
+
+
+def _weights_of(*models: str) -> tuple[str, ...]:
+    """Weights of those that are models of a run, each once."""
+    return tuple(weights(name) for name in dict.fromkeys(models) if is_model_name(name))
+
+
+def _of_round(model: str, *names: str) -> tuple[str, ...]:
+    """Files of the round in which `model` writes and judges."""
+    return tuple(f"{model}/aift/{name}.jsonl" for name in names)
+
+
+_DECLARED = {
+    "seed_data": _seed_data,
+    "sft": _sft,
+    "build_eft": _build_eft,
+    "self_instruct": _self_instruct,
+    "judge": _judge,
+    "build_pairs": _build_pairs,
+    "dpo": _dpo,
+    "future": _future,
+    "evaluate": _evaluate,
+    "benchmarks": _benchmarks,
+    "report": _report,
+}
+
+
 def make_step(stage: str, model: str, params: dict) -> Step:
     """The declaration of one step; `params` are its flat parameters."""
-    m, key = model, stage_key(stage)
-    if key == "seed_data":
-        return Step(stage, m, (), ("M0/model.json", *(f"seed/{f}.jsonl" for f in SEED_FILES)))
-    if key == "sft":
-        return _training_step(stage, m, params, sft_files(m, params.get("use_eft", True)))
-    if key == "build_eft":
-        return Step(stage, m, (weights(m), "seed/ranked_train.jsonl"), (f"{m}/eft/train.jsonl", f"{m}/eft/yield.json"))
-    if key == "self_instruct":
-        others = (params.get("prompt_model", ""), params.get("anchor_model", ""))
-        reads = {weights(name) for name in (m, *others) if is_model_name(name)}
-        return Step(
-            stage,
-            m,
-            (*sorted(reads), *(f"seed/{f}.jsonl" for f in SEED_FILES)),
-            (f"{m}/aift/attempts.jsonl", f"{m}/aift/prompts.jsonl", f"{m}/aift/candidates.jsonl"),
-        )
-    if key == "judge":
-        reference = params.get("implicit_reference")
-        models = dict.fromkeys((params.get("judge_model") or m, *((m, reference) if reference else ())))
-        return Step(
-            stage,
-            m,
-            (
-                *(weights(name) for name in models if is_model_name(name)),
-                *(f"{m}/aift/{f}.jsonl" for f in ("prompts", "candidates")),
-            ),
-            (f"{m}/aift/judgements.jsonl", *([f"{m}/aift/judge_pairs.jsonl"] if params.get("meta_judge") else ())),
-        )
-    if key == "build_pairs":
-        return Step(
-            stage,
-            m,
-            tuple(f"{m}/aift/{f}.jsonl" for f in ("prompts", "candidates", "judgements")),
-            (f"{m}/aift/{params.get('learn_from', 'pairs')}.jsonl", f"{m}/aift/health.json"),
-        )
-    if key == "dpo":
-        start, future = init_model(m), params.get("future_chosen", False)
-        pairs = [pairs_for(m, future)]
-        if params.get("replay"):
-            pairs += [pairs_for(f"M{i}", future) for i in range(int(start[1:]), 1, -1)]  # the newest first
-        judging = [f"{start}/aift/judge_pairs.jsonl"] if params.get("judge_share") else []
-        return _training_step(stage, m, params, (*pairs, *judging))
-    if key == "future":
-        start = init_model(m)
-        judge, names = params.get("judge_model") or start, ("prompts", "candidates", "judgements")
-        reads = [weights(m), *([weights(judge)] if is_model_name(judge) else [])]
-        reads += [f"{start}/aift/{name}.jsonl" for name in names]
-        return Step(stage, m, tuple(reads), tuple(f"{m}/aift/{name}.jsonl" for name in names))
-    if key == "evaluate":
-        judges = {parse_win_judge(j)[0] for j in params.get("win_judges", [])}
-        reads = dict.fromkeys(
-            [
-                weights(m),
-                *(weights(j) for j in sorted(judges) if is_model_name(j)),
-                "seed/ranked_eval.jsonl",
-                "seed/test_prompts.jsonl",
-                *(f"{o}/eval/{f}.jsonl" for o in models_before(m) for f in ("answers", "answer_scores", "judgements")),
-            ]
-        )
-        writes = ["judgements.jsonl", "answers.jsonl", "answer_scores.jsonl", "metrics.json"]
-        writes += [f"verdicts/{m}_vs_{o}.jsonl" for o in models_before(m)]
-        return Step(stage, m, tuple(reads), tuple(f"{m}/eval/{f}" for f in writes))
-    if key == "report":
-        names = model_names(params["iterations"])
-        reads = ["seed/test_prompts.jsonl"]
-        reads += [f"{n}/eval/{f}" for n in names for f in ("metrics.json", "answers.jsonl")]
-        reads += [f"{n}/eval/verdicts/{n}_vs_{o}.jsonl" for n in names for o in models_before(n)]
-        for n in names[2:-1]:
-            reads += [
-                f"{n}/aift/{f}"
-                for f in ("attempts.jsonl", "prompts.jsonl", "candidates.jsonl", "judgements.jsonl", "health.json")
-            ]
-        reads += [f"{n}/aift/health.json" for n in params["drafts"]]
-        reads += [f"{n}/training_log.csv" for n in names[1:]]
-        reads += [f"{n}/benchmarks/metrics.json" for n in params["benchmarked"]]
-        return Step(stage, m, tuple(reads), ("report",))
-    if key == "benchmarks":
-        judge = params["mt_bench_judge"]
-        reads = dict.fromkeys([weights(m), *([weights(judge)] if is_model_name(judge) else [])])
-        writes = ["metrics.json"]
-        writes += ["alpaca_eval/model_outputs.json"] if params["alpaca_eval_file"] else []
-        writes += [f"mt_bench/{f}.jsonl" for f in ("model_answer", "grades")] if params["mt_bench_file"] else []
-        writes += ["lm_eval/results.json"] if params["lm_eval_tasks"] else []
-        return Step(stage, m, tuple(reads), tuple(f"{m}/benchmarks/{f}" for f in writes))
-    raise ParamError(f"unknown stage {stage!r}")
+    return _DECLARED[stage_key(stage)](stage, model, params)
 
 
 def list_steps(experiment: Experiment) -> list[Step]:
@@ -342,6 +339,26 @@ def _check_round(experiment: Experiment, model: str) -> None:
         )
 
 
+def idle_sections(experiment: Experiment) -> list[str]:
+    """Sections of `by_model` that belong to no step, one line each.
+
+    They are no error: fewer iterations than a file was written for leave some.
+    """
+    try:
+        steps = list_steps(experiment)
+    except ParamError:  # a command that needs the steps says it
+        return []
+    found = []
+    for model, stages in experiment.tree.get("by_model", {}).items():
+        for section in stages:
+            runs = [s.model for s in steps if stage_key(s.stage) == section and not is_draft(s.model)]
+            if model not in runs:
+                known = "once a run" if runs == ["run"] else f"for {', '.join(runs) or 'no model'}"
+                where = f"by_model.{model}.{section}"
+                found.append(f"{where}: no such step; {section} runs {known}: it changes nothing")
+    return found
+
+
 def external_inputs(params: dict) -> dict[str, Path]:
     """Files outside the run folder that a step depends on: seed files, the judge's rubric, folders of models,
     benchmarks and their tasks. A data set of the hub is none: its name stands among the parameters."""
@@ -378,22 +395,6 @@ def external_models(params: dict) -> list[tuple[str, str]]:
     found = [(name, params.get(name, "")) for name in ("seed_model", "judge_model", "prompt_model", "mt_bench_judge")]
     found += [(name, judge) for name, judge, mode in judges if mode not in ("api", "human")]
     return [(n, m) for n, m in found if m not in ("", OUTSIDE) and not is_model_name(m) and not m.endswith(":api")]
-
-
-def seed_path(name: str) -> Path:
-    """A seed file by name (one that the kit carries) or by path."""
-    return SEED_DATA / f"{name}.jsonl" if re.fullmatch(r"\w+", name) else resolve(name)
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a source of seed data is ``owner/name`` or ``owner/name:split`` of the hub, and no file."""
-    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", name) and not name.endswith((".jsonl", ".jsonl.gz"))
-    return bool(is_id) and not resolve(name).exists()
-
-
-def rubric_path(name: str) -> Path:
-    """A rubric by name (a template of the kit) or by path."""
-    return PROMPTS / f"{name}.jinja" if re.fullmatch(r"\w+", name) else resolve(name)
 
 
 def fingerprint(step: Step, params: dict, run: Path) -> dict:

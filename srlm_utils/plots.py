@@ -13,8 +13,8 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from srlm_utils import rendered
+from srlm_utils.lineage import is_of_run
 from srlm_utils.metrics import MIN_PAIRS
-from srlm_utils.plan import is_of_run
 from srlm_utils.verdicts import judge_label
 
 _COLORS = ["#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442"]  # M1, M2, M3, ...

@@ -7,9 +7,9 @@ import pandas as pd
 from srlm_utils import metrics, pages, winrates
 from srlm_utils.artefacts import read_json, write_text
 from srlm_utils.errors import DataError, MissingInputError
+from srlm_utils.lineage import draft_of, model_names, models_before, next_model
 from srlm_utils.pairs import by_the_model
 from srlm_utils.paths import EXAMPLE, shown
-from srlm_utils.plan import draft_of, model_names, models_before, next_model
 from srlm_utils.printable import printable
 from srlm_utils.verdicts import judge_label
 

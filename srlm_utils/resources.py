@@ -206,7 +206,7 @@ def check(name: str, stage: str, params: dict, run: Path, model: Path | None) ->
 def weight_bytes(dtype: str, on_cpu: bool) -> int:
     """Bytes of one weight of a model in a step's `dtype`. On a CPU "auto" is what that computes in."""
     if dtype == "auto" and on_cpu:
-        from srlm_utils.engine import pick_dtype  # and torch, which a step with a model needs anyway
+        from srlm_utils.devices import pick_dtype  # and torch, which a step with a model needs anyway
 
         dtype = pick_dtype(dtype, "cpu")
     return 4 if dtype == "float32" else 2

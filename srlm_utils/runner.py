@@ -19,7 +19,7 @@ from srlm_utils.paths import NOTEBOOKS, PROJ_ROOT, shown
 from srlm_utils.plan import Step, list_steps, maker_of, plan, status
 from srlm_utils.seeds import load_seeds
 from srlm_utils.step import BATCH, check_external, check_means, drop_lock, lock_owner, sign_lock
-from srlm_utils.tokens import step_cost
+from srlm_utils.tokens import step_work
 
 
 def execute(
@@ -74,7 +74,7 @@ def _execute(experiment, run, command, steps, start, only, force) -> None:
     write_text(run / "params.yaml", _yaml(experiment.tree))
     for step, params, *_ in planned:
         write_text(run / "params" / f"{step.name}.yaml", _yaml(params | {"run_dir": shown(run)}))
-    line = ProgressLine([(s.name, step_cost(s, experiment)) for s, _ in todo])
+    line = ProgressLine([(s.name, step_work(s, experiment)) for s, _ in todo])
     has_run = False
     for i, (step, params) in enumerate(todo):
         # what a step before it made anew may have come out the same
@@ -203,7 +203,7 @@ def _make_shareable(notebook: Path) -> None:
 class ProgressLine:
     """One line for the whole run: step, rows within it, time so far, and an estimate of what is left.
 
-    The estimate scales each step's expected cost (`tokens.step_cost`) by what the steps of this run
+    The estimate scales each step's expected cost (`tokens.step_work`) by what the steps of this run
     really took; before a fiftieth of the whole is done it says nothing, since the first steps are mostly start-up.
     """
 

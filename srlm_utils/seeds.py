@@ -7,7 +7,7 @@ from pathlib import Path
 
 from srlm_utils import metrics, sources
 from srlm_utils.errors import DataError, ParamError
-from srlm_utils.plan import is_hub_id, seed_path
+from srlm_utils.paths import is_hub_id, seed_path
 from srlm_utils.rows import PromptRow, load_rows
 from srlm_utils.self_instruct import Pool
 

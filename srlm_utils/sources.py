@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from srlm_utils.artefacts import is_there, iter_jsonl
 from srlm_utils.errors import DataError, MissingInputError, first_line
-from srlm_utils.plan import is_hub_id, seed_path
+from srlm_utils.paths import is_hub_id, seed_path
 from srlm_utils.rows import IftRow, RankedRow, check_rows, first_fault, load_rows
 
 FORMATS = (

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl.trainer import dpo_trainer as trl_dpo
 
-from srlm_utils import ranks, train, trainings
+from srlm_utils import ranks, train, training_params
 from srlm_utils.artefacts import read_json, write_json
 from srlm_utils.errors import StepFailed
 from srlm_utils.pair_forward import share_prompts
@@ -121,7 +121,7 @@ def trainer(
     """
     ids, rows, lengths = train.unnamed(rows, params)
     order = train.batch_order(lengths, params.train_batch_size, params.epochs, params.seed)
-    micro, accumulation = trainings.batch_sizes(vars(params))
+    micro, accumulation = training_params.batch_sizes(vars(params))
     batches = [order[i : i + micro] for i in range(0, len(order), micro)]
     batches, weights = ranks.spread(batches, accumulation, world)
     how = train.common_args(

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 
 from filelock import FileLock, Timeout
 
-from srlm_utils import resources, seed_model, serve, tracking, trainings
+from srlm_utils import resources, seed_model, serve, tracking, training_params
 from srlm_utils.artefacts import (
     RowLog,
     describe,
@@ -38,19 +38,10 @@ from srlm_utils.artefacts import (
     write_text,
 )
 from srlm_utils.errors import DataError, LockedError, MissingInputError, ParamError
+from srlm_utils.lineage import OUTSIDE, is_of_run, weights
 from srlm_utils.params import STAGES, Experiment, check, stage_key
 from srlm_utils.paths import EXAMPLE, PROJ_ROOT, resolve, shown
-from srlm_utils.plan import (
-    OUTSIDE,
-    external_inputs,
-    external_models,
-    fingerprint,
-    is_of_run,
-    list_steps,
-    make_step,
-    maker_of,
-    weights,
-)
+from srlm_utils.plan import external_inputs, external_models, fingerprint, list_steps, make_step, maker_of
 
 BATCH = "SRLM_BATCH"  # set by the runner: no progress bars in saved notebooks
 _held: dict[str, FileLock] = {}  # locks of this kernel, so that a cell can be run again
@@ -339,7 +330,7 @@ class Progress:
 def check_means(params: dict) -> None:
     """Raise `ParamError` where what a step's parameters name cannot be had: a tracker, a launcher, an engine."""
     tracking.check(params.get("report_to", "none"))
-    trainings.check(params)
+    training_params.check(params)
     serve.check(params)
 
 

@@ -23,7 +23,7 @@ from srlm_utils.paths import PARAMS, RESULTS, shown
 from srlm_utils.plan import fingerprint, list_steps, plan, status
 from srlm_utils.printable import printable, without_secrets
 from srlm_utils.seeds import load_seeds
-from srlm_utils.tokens import step_cost
+from srlm_utils.tokens import step_work
 
 
 def experiments(base: Experiment, variants: list[str], n_seeds: int) -> dict[tuple[str, int], Experiment]:
@@ -103,7 +103,7 @@ def _run(
             shared = adopt(queue[key], folder, sorted(p for p in work.iterdir() if p.is_dir() and p != folder))
             if shared:
                 print(f"  taken over from other cells: {', '.join(shared)}", flush=True)
-            cost = sum(step_cost(s, queue[key]) for s, _, done, _ in plan(queue[key], folder) if not done)
+            cost = sum(step_work(s, queue[key]) for s, _, done, _ in plan(queue[key], folder) if not done)
             execute(queue[key], folder, command)
             cells.write(cells.from_run(folder), kept / folder.name)
             spent, made = spent + time.monotonic() - started, made + cost
@@ -193,7 +193,7 @@ def _take(source: Path, target: Path) -> None:
 
 
 def new_costs(queue: dict, todo: list[tuple[str, int]], work: Path) -> dict[tuple[str, int], float]:
-    """What each cell of `todo` still has to make itself, in the units of `tokens.step_cost`: neither done nor shared
+    """What each cell of `todo` still has to make itself, in the units of `tokens.step_work`: neither done nor shared
     with a cell before it."""
     seen: set[str] = set()
     for key, experiment in queue.items():
@@ -202,7 +202,7 @@ def new_costs(queue: dict, todo: list[tuple[str, int]], work: Path) -> dict[tupl
     costs = {}
     for key in todo:
         made = recipes(queue[key])
-        costs[key] = sum(step_cost(s, queue[key]) for s in list_steps(queue[key]) if made[s.name] not in seen)
+        costs[key] = sum(step_work(s, queue[key]) for s in list_steps(queue[key]) if made[s.name] not in seen)
         seen |= {*made.values()}
     return costs
 

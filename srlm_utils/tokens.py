@@ -7,8 +7,9 @@ report. A step's cost adds its tokens, weighted by how long each kind took relat
 
 import math
 
+from srlm_utils.lineage import init_model, models_before
 from srlm_utils.params import Experiment, stage_key
-from srlm_utils.plan import Step, init_model, list_steps, models_before, parse_win_judge
+from srlm_utils.plan import Step, list_steps, parse_win_judge
 
 # relative to one sampled token on two CPU cores (LOG.md has the rates)
 COST = {"generated": 1.0, "judged": 0.2, "trained": 1.1}
@@ -42,76 +43,106 @@ def _rows(experiment: Experiment, name: str) -> int:
 
 def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
     """{"generated", "judged" (read in one pass), "trained" (rows x epochs)} of one step."""
-    p = experiment.flat(step.stage, step.model, "")
-    key, n = stage_key(step.stage), {"generated": 0.0, "judged": 0.0, "trained": 0.0}
-    judge_frame = CHAT + PROMPT + RUBRIC.get(p.get("rubric", ""), 200)  # all but the answer that is judged
-    if key == "sft":
-        n_rows = _rows(experiment, "ift")
-        answers, judgements = n_rows * (CHAT + PROMPT + ANSWER), 0.0
-        if "SFT/eft/train.jsonl" in step.reads:
-            eft = experiment.flat("03_build_eft", "SFT", "")
-            shared = CHAT + PROMPT + RUBRIC.get(eft["rubric"], 200) - TAIL  # read once for a prompt's judgements
-            n_formats, size = len({*eft["formats"]}), min(p["micro_batch_size"], p["train_batch_size"])
-            parts = math.ceil(REPLIES * n_formats / size)  # sequences a prompt's judgements are packed into
-            own = REPLY * (1 if size >= n_formats else n_formats) + TAIL * n_formats
-            own += JUSTIFICATION * ("justify_first" in eft["formats"])
-            judgements = _rows(experiment, "ranked_train") * (parts * shared + REPLIES * own)
-            n_rows += _rows(experiment, "ranked_train") * REPLIES * n_formats
-        for path in step.reads:
-            if path.endswith("/aift/positives.jsonl"):
-                source = experiment.flat("04_self_instruct", path.partition("/")[0], "")
-                answer = min(ANSWER, _written(source))  # it has ended
-                answers += source["n_prompts"] * (CHAT + PROMPT + answer)
-                n_rows += source["n_prompts"]
-        n["trained"] = (answers + judgements) * p["epochs"] + answers * p["ift_epochs"]
-        _add_selection(n, p, n_rows, _rows(experiment, "valid"))
-    elif key == "self_instruct":
-        # about every second attempt is kept, and each reads eight demonstrations
-        n["generated"] = p["n_prompts"] * (2 * 20 + _candidates(p) * _written(p))
-        n["judged"] = p["n_prompts"] * 2 * 8 * 25
-    elif key == "judge":
-        source = experiment.flat("04_self_instruct", step.model, "")
-        items = source["n_prompts"] * _candidates(source)
-        n["judged"] = items * (judge_frame + _written(source))
-        if p["implicit_reference"]:
-            n["judged"] += items * 2 * (CHAT + PROMPT + _written(source))
-        written = _add_judgements(n, p, items, p["max_new_tokens"])
-        if p["meta_judge"]:  # every two judgements of one candidate a prompt, both orders
-            asked = source["n_prompts"] * p["n_samples"] * (p["n_samples"] - 1)
-            n["judged"] += asked * (judge_frame + _written(source) + 2 * written)
-    elif key == "future":
-        items = experiment.flat("04_self_instruct", init_model(step.model), "")["n_prompts"] * p["n_candidates"]
-        n["generated"], n["judged"] = items * _written(p), items * (judge_frame + _written(p))
-        _add_judgements(n, p, items, p["judge_max_new_tokens"])
-    elif key == "dpo":
-        tokens, new = 0, int(step.model[1:]) - 1
-        for i in range(1 if p["replay"] else new, new + 1):
-            source = experiment.flat("04_self_instruct", f"M{i}", "")
-            share = 1 if i == new else p["replay"]
-            ended = experiment.flat("06_build_pairs", f"M{i}", "")["chosen_ended"]
-            chosen = min(ANSWER, _written(source)) if ended else _written(source)
-            pair = CHAT + PROMPT + chosen + _written(source)  # the prompt is read once
-            tokens += share * source["n_prompts"] * pair
-        tokens /= 1 - p["judge_share"]
-        n["trained"], n["judged"] = tokens * p["epochs"], tokens  # the reference reads every pair once
-        _add_selection(n, p, source["n_prompts"], _rows(experiment, "valid"))
-    elif key == "evaluate":
-        replies, tests = _rows(experiment, "ranked_eval") * REPLIES, _rows(experiment, "test")
-        n["judged"] = len(p["judge_modes"]) * replies * (judge_frame + REPLY)
-        if {*p["judge_modes"]} - {"expected"}:
-            n["generated"] = replies * p["n_samples"] * min(p["judge_max_new_tokens"], JUSTIFICATION + 15)
-        safety = SEED_ROWS.get(p["safety_file"], 100 if p["safety_file"] else 0)
-        n["generated"] += (tests + safety) * _written(p)
-        n["judged"] += tests * (CHAT + PROMPT + ANSWER)  # how likely the reference answers are
-        for mode in (parse_win_judge(judge)[1] for judge in p["win_judges"]):
-            if mode == "pairwise":
-                n["judged"] += tests * 2 * len(models_before(step.model)) * (judge_frame + 2 * _written(p))
-            if mode == "score":
-                n["judged"] += tests * (judge_frame + _written(p))
-    elif key == "benchmarks":
-        texts = [BENCHMARK_TEXTS[name] for name in BENCHMARK_TEXTS if p[name]]
-        n["generated"] = sum(min(p["max_rows"] or n_texts, n_texts) for n_texts in texts) * _written(p)
+    n = {"generated": 0.0, "judged": 0.0, "trained": 0.0}
+    if count := _COUNTED.get(stage_key(step.stage)):
+        count(n, step, experiment, experiment.flat(step.stage, step.model, ""))
     return {k: int(v) for k, v in n.items()}
+
+
+def _sft(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
+    n_rows = _rows(experiment, "ift")
+    answers, judgements = n_rows * (CHAT + PROMPT + ANSWER), 0.0
+    if "SFT/eft/train.jsonl" in step.reads:
+        eft = experiment.flat("03_build_eft", "SFT", "")
+        shared = _frame(eft["rubric"]) - TAIL  # read once for a prompt's judgements
+        n_formats, size = len({*eft["formats"]}), min(p["micro_batch_size"], p["train_batch_size"])
+        parts = math.ceil(REPLIES * n_formats / size)  # sequences a prompt's judgements are packed into
+        own = REPLY * (1 if size >= n_formats else n_formats) + TAIL * n_formats
+        own += JUSTIFICATION * ("justify_first" in eft["formats"])
+        judgements = _rows(experiment, "ranked_train") * (parts * shared + REPLIES * own)
+        n_rows += _rows(experiment, "ranked_train") * REPLIES * n_formats
+    for path in step.reads:
+        if path.endswith("/aift/positives.jsonl"):
+            source = experiment.flat("04_self_instruct", path.partition("/")[0], "")
+            answer = min(ANSWER, _written(source))  # it has ended
+            answers += source["n_prompts"] * (CHAT + PROMPT + answer)
+            n_rows += source["n_prompts"]
+    n["trained"] = (answers + judgements) * p["epochs"] + answers * p["ift_epochs"]
+    _add_selection(n, p, n_rows, _rows(experiment, "valid"))
+
+
+def _self_instruct(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
+    # about every second attempt is kept, and each reads eight demonstrations
+    n["generated"] = p["n_prompts"] * (2 * 20 + _candidates(p) * _written(p))
+    n["judged"] = p["n_prompts"] * 2 * 8 * 25
+
+
+def _judge(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
+    source = experiment.flat("04_self_instruct", step.model, "")
+    items = source["n_prompts"] * _candidates(source)
+    n["judged"] = items * (_frame(p["rubric"]) + _written(source))
+    if p["implicit_reference"]:
+        n["judged"] += items * 2 * (CHAT + PROMPT + _written(source))
+    written = _add_judgements(n, p, items, p["max_new_tokens"])
+    if p["meta_judge"]:  # every two judgements of one candidate a prompt, both orders
+        asked = source["n_prompts"] * p["n_samples"] * (p["n_samples"] - 1)
+        n["judged"] += asked * (_frame(p["rubric"]) + _written(source) + 2 * written)
+
+
+def _future(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
+    items = experiment.flat("04_self_instruct", init_model(step.model), "")["n_prompts"] * p["n_candidates"]
+    n["generated"], n["judged"] = items * _written(p), items * (_frame(p["rubric"]) + _written(p))
+    _add_judgements(n, p, items, p["judge_max_new_tokens"])
+
+
+def _dpo(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
+    tokens, new = 0, int(step.model[1:]) - 1
+    for i in range(1 if p["replay"] else new, new + 1):
+        source = experiment.flat("04_self_instruct", f"M{i}", "")
+        share = 1 if i == new else p["replay"]
+        ended = experiment.flat("06_build_pairs", f"M{i}", "")["chosen_ended"]
+        chosen = min(ANSWER, _written(source)) if ended else _written(source)
+        pair = CHAT + PROMPT + chosen + _written(source)  # the prompt is read once
+        tokens += share * source["n_prompts"] * pair
+    tokens /= 1 - p["judge_share"]
+    n["trained"], n["judged"] = tokens * p["epochs"], tokens  # the reference reads every pair once
+    _add_selection(n, p, source["n_prompts"], _rows(experiment, "valid"))
+
+
+def _evaluate(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
+    frame, replies, tests = _frame(p["rubric"]), _rows(experiment, "ranked_eval") * REPLIES, _rows(experiment, "test")
+    n["judged"] = len(p["judge_modes"]) * replies * (frame + REPLY)
+    if {*p["judge_modes"]} - {"expected"}:
+        n["generated"] = replies * p["n_samples"] * min(p["judge_max_new_tokens"], JUSTIFICATION + 15)
+    safety = SEED_ROWS.get(p["safety_file"], 100 if p["safety_file"] else 0)
+    n["generated"] += (tests + safety) * _written(p)
+    n["judged"] += tests * (CHAT + PROMPT + ANSWER)  # how likely the reference answers are
+    for mode in (parse_win_judge(judge)[1] for judge in p["win_judges"]):
+        if mode == "pairwise":
+            n["judged"] += tests * 2 * len(models_before(step.model)) * (frame + 2 * _written(p))
+        if mode == "score":
+            n["judged"] += tests * (frame + _written(p))
+
+
+def _benchmarks(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
+    texts = [BENCHMARK_TEXTS[name] for name in BENCHMARK_TEXTS if p[name]]
+    n["generated"] = sum(min(p["max_rows"] or n_texts, n_texts) for n_texts in texts) * _written(p)
+
+
+_COUNTED = {  # what a stage adds to the counts of a step; the others run no model
+    "sft": _sft,
+    "self_instruct": _self_instruct,
+    "judge": _judge,
+    "future": _future,
+    "dpo": _dpo,
+    "evaluate": _evaluate,
+    "benchmarks": _benchmarks,
+}
+
+
+def _frame(rubric: str) -> int:
+    """All that a judge reads but the answer."""
+    return CHAT + PROMPT + RUBRIC.get(rubric, 200)
 
 
 def _candidates(params: dict) -> int:
@@ -138,8 +169,7 @@ def _add_selection(n: dict, p: dict, n_rows: float, n_valid: int) -> None:
     written, mode = min(p["select_max_new_tokens"], 300), parse_win_judge(p["select_judge"])[1]
     n["generated"] += (1 + checkpoints) * prompts * written  # the first are the starting model's
     if mode == "score":
-        frame = CHAT + PROMPT + RUBRIC.get(p["select_rubric"], 200)
-        n["judged"] += (1 + checkpoints) * prompts * (frame + written)
+        n["judged"] += (1 + checkpoints) * prompts * (_frame(p["select_rubric"]) + written)
     if mode == "pairwise":
         n["judged"] += 2 * checkpoints * prompts * (CHAT + PROMPT + 200 + 2 * written)
 
@@ -149,7 +179,7 @@ def _written(params: dict) -> int:
     return min(params["max_new_tokens"], 300)
 
 
-def step_cost(step: Step, experiment: Experiment) -> float:
+def step_work(step: Step, experiment: Experiment) -> float:
     """Expected duration of a step in units of one sampled token."""
     return STEP_OVERHEAD + sum(COST[k] * v for k, v in step_tokens(step, experiment).items())
 

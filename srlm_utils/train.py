@@ -29,9 +29,20 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 from transformers.pytorch_utils import Conv1D
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from srlm_utils import attention, chat, context, frozen, judge, packing, ranks, tracking, trainings, vocabulary
+from srlm_utils import (
+    attention,
+    chat,
+    context,
+    frozen,
+    judge,
+    packing,
+    ranks,
+    tracking,
+    training_params,
+    vocabulary,
+)
 from srlm_utils.artefacts import CARD, replace_folder, write_text
-from srlm_utils.engine import keep_memory, pick_device, pick_dtype
+from srlm_utils.devices import keep_memory, pick_device, pick_dtype
 from srlm_utils.errors import DataError, ModelError, ParamError, ResourceError, StepFailed, first_line
 from srlm_utils.pair_forward import share_prompts
 from srlm_utils.resources import check_weights, out_of_memory, too_large
@@ -227,7 +238,7 @@ def less_memory(params, least: int, longest: int) -> str:
     It is not lowered unasked, as it is in sampling: the loss of a micro-batch is a mean over its tokens, and over the
     pairs of replies that it holds for the ranking loss, so smaller ones would train another model.
     """
-    micro, _ = trainings.batch_sizes(vars(params))
+    micro, _ = training_params.batch_sizes(vars(params))
     smaller = next((m for m in range(micro // 2, least - 1, -1) if not params.train_batch_size % m), 0)
     ways = [f"lower micro_batch_size from {micro} to {smaller}"] if smaller else []
     ways.append(f"lower max_length from {params.max_length} to {longest * 3 // 4}, which drops longer rows")
@@ -417,7 +428,7 @@ def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path, world: i
     """
     some_rows(rows, params)
     share = attention.plain(model.config, params.max_length)
-    micro, accumulation = trainings.batch_sizes(vars(params))
+    micro, accumulation = training_params.batch_sizes(vars(params))
     if params.rank_weight:
         _check_ranking(rows, micro, share, params.rank_weight)
     packed = packing.sequences(rows, micro, share=share)
@@ -540,7 +551,7 @@ def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path, consiste
     ids, rows, lengths = unnamed(rows, params)
     n_tokens = sum(len(ids) for r in rows for ids in r.values())
     order = batch_order(lengths, params.train_batch_size, params.epochs, params.seed)
-    micro, accumulation = trainings.batch_sizes(vars(params))
+    micro, accumulation = training_params.batch_sizes(vars(params))
     how = common_args(params, work, per_device=micro, accumulation=accumulation, n_items=len(order))
     trainer = TokenisedDPOTrainer(
         train_dataset=Dataset.from_list(rows),
@@ -622,9 +633,7 @@ def train(trainer, step, selection=None) -> pd.DataFrame:
     with step.progress(total, "steps") as progress:
         trainer.add_callback(report := _Report(progress, trainer.row_ids))
         if selection:
-            from srlm_utils import checkpoints
-
-            trainer.add_callback(checkpoints.AtSteps(selection, trainer))
+            selection.watch(trainer)
         ran_out = False
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -635,7 +644,7 @@ def train(trainer, step, selection=None) -> pd.DataFrame:
             now = report.under_way(trainer.args, trainer.state)
             raise _ran_out(f"at step {trainer.state.global_step + 1}, on", now, trainer)
     if selection:
-        selection.restore(checkpoints.plain_model(trainer))
+        selection.restore(trainer)
     return pd.DataFrame([r for r in trainer.state.log_history if "loss" in r])
 
 

@@ -12,7 +12,6 @@ step's work folder as ever, so running the cell again continues.
 """
 
 import contextlib
-import importlib.util
 import os
 import re
 import shutil
@@ -24,78 +23,16 @@ from pathlib import Path
 
 import pandas as pd
 import psutil
-import yaml
 
-from srlm_utils import errors
+from srlm_utils import errors, train
 from srlm_utils.artefacts import link_or_copy, read_json, write_json, write_jsonl
-from srlm_utils.errors import ParamError, SrlmError, StepFailed
+from srlm_utils.engine import Engine
+from srlm_utils.errors import SrlmError, StepFailed
 from srlm_utils.paths import PROJ_ROOT, resolve, shown
+from srlm_utils.training_params import read_config
 
 TAIL = 12  # lines of a process's log in an error
 REFERENCE = ["ref_chosen_logps", "ref_rejected_logps"]  # trl's names
-
-
-def read_config(path: str) -> dict:
-    """An accelerate config. Raises `ParamError` if it is none, or one that this kit cannot train with."""
-    file = resolve(path)
-    if not file.is_file():
-        raise ParamError(f"launch = {path!r}: no such file. Expected an accelerate config, as in params/accelerate/.")
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-        n = config["num_processes"]
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as e:
-        raise ParamError(f"{path}: not an accelerate config with num_processes ({e}).") from e
-    if not isinstance(n, int) or n < 1:
-        raise ParamError(f"{path}: num_processes = {n!r}, expected a whole number of processes on all machines.")
-    if config.get("distributed_type") == "FSDP" and config.get("fsdp_config", {}).get("fsdp_version") != 2:
-        raise ParamError(f"{path}: fsdp_version must be 2: whole weights are gathered by FSDP2 alone.")
-    return config
-
-
-def batch_sizes(params: dict) -> tuple[int, int]:
-    """(rows a micro-batch, micro-batches an optimizer step); `ParamError` where the one does not divide the other."""
-    whole, micro = params["train_batch_size"], min(params["micro_batch_size"], params["train_batch_size"])
-    if whole % micro:
-        raise ParamError(
-            f"train_batch_size = {whole} is no multiple of micro_batch_size = {micro}: an optimizer step is made of "
-            "whole micro-batches. Change one of them."
-        )
-    return micro, whole // micro
-
-
-def check(params: dict) -> None:
-    """Raise `ParamError` where parameters of a training cannot go together, before anything heavy is imported."""
-    if "lora_r" in params and params["dtype"] == "float16":
-        raise ParamError(
-            "dtype = 'float16' is for writing and judging: gradients would underflow in it. Set sft.dtype and "
-            "dpo.dtype to bfloat16, or to float32 where the hardware has none; auto picks."
-        )
-    if params.get("load_in_4bit") and not params["lora_r"]:
-        raise ParamError("load_in_4bit = True trains adapters on a frozen base: set lora_r, 16 for example.")
-    if params.get("keep_adapters") and not params["lora_r"]:
-        raise ParamError("keep_adapters = True, but lora_r = 0 trains all weights: there are no adapters to keep.")
-    if "train_batch_size" not in params:  # no training
-        return
-    _, step = batch_sizes(params)
-    if not params["launch"]:
-        return
-    config = read_config(params["launch"])
-    if config.get("distributed_type") == "DEEPSPEED" and params["load_in_4bit"]:
-        raise ParamError(
-            f"load_in_4bit = True with launch = {params['launch']!r}: DeepSpeed cannot divide weights in 4 bits. "
-            "Take an fsdp2 config, or load_in_4bit: false."
-        )
-    if config.get("distributed_type") == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
-        raise ParamError(
-            f"launch = {params['launch']!r}: the package deepspeed is not installed. .venv/bin/pip install "
-            "-c constraints.txt -e '.[deepspeed]' brings it; the fsdp2 configs need nothing more."
-        )
-    n = config["num_processes"]
-    if step % n:
-        raise ParamError(
-            f"{params['launch']} starts {n} processes, which cannot share the {step} micro-batches of a step evenly "
-            f"(train_batch_size / micro_batch_size): make train_batch_size a multiple of {n} times micro_batch_size."
-        )
 
 
 def begin(kind: str, step, source: dict, tokenizer, rows: list[dict], consistency: float = 1.0):
@@ -110,8 +47,6 @@ class Here:
     """A training in this process."""
 
     def __init__(self, kind: str, step, source: dict, tokenizer, rows: list[dict], consistency: float):
-        from srlm_utils import train
-
         p, self.step, self.source, self.tokenizer = step.params, step, source, tokenizer
         model, _ = train.load(params=p, **source, four_bit=p.load_in_4bit)
         if kind == "sft":
@@ -125,14 +60,10 @@ class Here:
 
     def run(self, selection=None) -> pd.DataFrame:
         """Train, or go on from the last checkpoint; the log, one row an optimizer step (`train.train`)."""
-        from srlm_utils import train
-
         return train.train(self.trainer, self.step, selection)
 
     def save(self, folder: Path, card: str) -> None:
         """Write the model that was trained; `folder` appears whole."""
-        from srlm_utils import train
-
         p = self.step.params
         if p.load_in_4bit:  # the adapters are added to the weights that were quantised, not to what became of them
             tmp = folder.with_name(f".{folder.name}.tmp")
@@ -188,8 +119,6 @@ class Launched:
 
     def _compare(self, selection, n: int) -> None:
         """As `checkpoints.AtSteps`, but when all is trained: the devices are free then."""
-        from srlm_utils.engine import Engine
-
         if any(r["step"] == n for r in selection.rows):
             return
         p = self.step.params
@@ -199,8 +128,6 @@ class Launched:
 
     def save(self, folder: Path, card: str) -> None:
         """As `Here.save`: the processes wrote the weights."""
-        from srlm_utils import train
-
         tmp = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(tmp, ignore_errors=True)
         # the step's work folder goes when the step is done
@@ -289,8 +216,6 @@ class Launched:
             path = self.folder / "ranks" / f"{rank}.log"
             log = path.read_text(encoding="utf-8", errors="replace") if path.exists() else said
         tail = "\n".join(f"  | {line}" for line in log.rstrip().splitlines()[-TAIL:])
-        from srlm_utils import train
-
         last = train.last_checkpoint(self.step.work / "checkpoints")
         again = "from the beginning: no checkpoint was written"
         if last:

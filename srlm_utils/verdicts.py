@@ -10,8 +10,8 @@ from srlm_utils import chat
 from srlm_utils.artefacts import read_jsonl
 from srlm_utils.errors import DataError, ModelError, short
 from srlm_utils.judge import inert, load_template
+from srlm_utils.lineage import OUTSIDE, is_model_name
 from srlm_utils.paths import PROMPTS
-from srlm_utils.plan import OUTSIDE, is_model_name
 
 
 def judge_label(judge: str, mode: str = "") -> str:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from srlm_utils.artefacts import describe, find_jsonl, is_there, read_json, read_jsonl, stored
 from srlm_utils.errors import DataError
+from srlm_utils.lineage import init_model, is_draft, is_of_run
 from srlm_utils.pairs import by_the_model
-from srlm_utils.params import is_draft
 from srlm_utils.paths import run_folder
-from srlm_utils.plan import SEED_FILES, VALID, init_model, is_of_run
+from srlm_utils.plan import SEED_FILES, VALID
 from srlm_utils.seeds import HELD_OUT
 from srlm_utils.selection import best
 from srlm_utils.self_instruct import Pool

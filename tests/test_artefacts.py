@@ -11,8 +11,8 @@ from srlm_utils import artefacts, example
 from srlm_utils.artefacts import describe, find_jsonl, is_there, read_jsonl, sha256, write_jsonl
 from srlm_utils.errors import DataError, MissingInputError, ParamError, StorageError
 from srlm_utils.params import BuildPairs, Experiment, stage_key
-from srlm_utils.paths import EXAMPLE
-from srlm_utils.plan import external_inputs, list_steps, make_step, parse_win_judge, seed_path, status
+from srlm_utils.paths import EXAMPLE, seed_path
+from srlm_utils.plan import external_inputs, list_steps, make_step, parse_win_judge, status
 from srlm_utils.rows import IftRow, RankedRow, load_rows
 from srlm_utils.step import begin_step
 

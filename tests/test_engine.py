@@ -8,7 +8,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from srlm_utils import attention, chat, judge, verdicts, vllm_engine, vocabulary
-from srlm_utils.engine import Engine, _Texts, pick_dtype
+from srlm_utils.devices import pick_dtype
+from srlm_utils.engine import Engine, _Texts
 from srlm_utils.errors import ModelError, StepFailed
 
 PROMPTS = [

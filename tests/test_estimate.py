@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from srlm_utils import cli, engine, estimate, resources
+from srlm_utils import cli, devices, estimate, resources
 from srlm_utils.artefacts import read_json
 from srlm_utils.errors import ParamError
 from srlm_utils.estimate import A100, CPU, DEVICES, H100, SIZES
@@ -24,7 +24,7 @@ def costs(tree: dict, n: int = 1, device=H100):
 def test_the_quickstart_takes_what_it_took(monkeypatch):
     """Within 25 % in all. Single steps are further off: DPO took 0.6 of its estimate (prompts without a pair, answers
     that ended early), evaluation in one mode up to 1.45 times; and short ones are start-up alone."""
-    monkeypatch.setattr(engine, "cpu_features", lambda: {"avx512_bf16": True})  # as where it was run
+    monkeypatch.setattr(devices, "cpu_features", lambda: {"avx512_bf16": True})  # as where it was run
     took = {m["step"]: m["seconds"] for m in map(read_json, (EXAMPLE / "steps").glob("*.json"))}
     found, _ = estimate.estimate(Experiment.load([EXAMPLE / "params.yaml"]), 1, CPU)
     assert {c.step.name for c in found} == took.keys()
@@ -53,7 +53,7 @@ def test_headers_say_what_is_estimated(path):
 
 def test_prose_says_the_minutes_that_are_estimated(monkeypatch):
     def minutes(preset: str, bfloat16: bool) -> str:
-        monkeypatch.setattr(engine, "cpu_features", lambda: {"avx512_bf16": bfloat16})
+        monkeypatch.setattr(devices, "cpu_features", lambda: {"avx512_bf16": bfloat16})
         found, _ = estimate.estimate(Experiment.load([PROJ_ROOT / f"params/{preset}.yaml"]), 1, CPU)
         return f"{sum(c.seconds for c in found) / 60:.0f}"
 
@@ -107,7 +107,7 @@ def test_all_weights_take_16_bytes_each_and_devices_share_them():
 def test_on_a_processor_without_bfloat16_auto_is_float32(monkeypatch):
     both = []
     for bfloat16 in (True, False):
-        monkeypatch.setattr(engine, "cpu_features", lambda has=bfloat16: {"avx512_bf16": has})
+        monkeypatch.setattr(devices, "cpu_features", lambda has=bfloat16: {"avx512_bf16": has})
         both.append(costs({"common": {"seed_model": "meta-llama/Llama-3.1-8B"}}, 1, CPU)[0]["05_judge@M1"])
     # weights and keys are twice as large; Python, and logits in float32, are not
     as_large = resources.PYTHON + estimate.TEXTS * 16 * 128_256

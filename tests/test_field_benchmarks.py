@@ -14,7 +14,8 @@ from srlm_utils.api import Api
 from srlm_utils.artefacts import read_json, read_jsonl, write_json, write_jsonl
 from srlm_utils.errors import DataError, MissingInputError, ParamError, StepFailed
 from srlm_utils.params import Experiment
-from srlm_utils.plan import list_steps, seed_path, status
+from srlm_utils.paths import seed_path
+from srlm_utils.plan import list_steps, status
 from srlm_utils.report import benchmark_table
 from srlm_utils.runner import execute
 from srlm_utils.seed_model import fetch, write_pointer

@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from srlm_utils import chat, launched, ranks, train, trainings
+from srlm_utils import chat, launched, ranks, train, training_params, trainings
 from srlm_utils.artefacts import read_json
 from srlm_utils.errors import ParamError, StepFailed
 from srlm_utils.params import Experiment
@@ -78,7 +78,7 @@ def test_accelerate_reads_every_config(path):
 
     config = load_config_from_file(str(path))
     assert config.num_processes == config.num_machines * (2 if path.stem.startswith("cpu") else 8)
-    assert trainings.read_config(str(path))["num_processes"] == config.num_processes
+    assert training_params.read_config(str(path))["num_processes"] == config.num_processes
     known = {a.dest for a in launch_command_parser()._actions}
     named = {**config.fsdp_config, **config.deepspeed_config}
     assert not set(named) - known, "options that accelerate launch does not have"
@@ -108,24 +108,24 @@ def test_what_cannot_be_launched_is_refused_before_anything_runs(values, says):
     for stage, model in (("02_sft", "M1"), ("07_dpo", "M2")):
         flat = Experiment({"common": values}).flat(stage, model, "run")
         with pytest.raises(ParamError, match=says):
-            trainings.check(flat)
-    trainings.check(Experiment({}).flat("02_sft", "M1", "run"))
-    trainings.check(Experiment({}).flat("01_seed_data", "run", "run"))
-    trainings.check(Experiment({"common": {"dtype": "float16"}}).flat("05_judge", "M1", "run"))
+            training_params.check(flat)
+    training_params.check(Experiment({}).flat("02_sft", "M1", "run"))
+    training_params.check(Experiment({}).flat("01_seed_data", "run", "run"))
+    training_params.check(Experiment({"common": {"dtype": "float16"}}).flat("05_judge", "M1", "run"))
 
 
 def test_what_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(trainings.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(training_params.importlib.util, "find_spec", lambda name: None)
     launch = {"launch": "params/accelerate/deepspeed_zero3_8gpu.yaml", "train_batch_size": 8, "micro_batch_size": 1}
     with pytest.raises(ParamError, match=r"deepspeed is not installed.*\[deepspeed\]"):
-        trainings.check(Experiment({"common": launch}).flat("02_sft", "M1", "run"))
+        training_params.check(Experiment({"common": launch}).flat("02_sft", "M1", "run"))
 
 
 def test_fsdp1_is_refused(tmp_path):
     path = tmp_path / "one.yaml"
     path.write_text("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 1}\n")
     with pytest.raises(ParamError, match="fsdp_version must be 2"):
-        trainings.read_config(str(path))
+        training_params.read_config(str(path))
 
 
 def test_qlora_is_refused_without_cuda(tiny):

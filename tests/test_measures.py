@@ -5,7 +5,7 @@ from srlm_utils import chat, measures
 from srlm_utils.errors import DataError
 from srlm_utils.instructions import INSTRUCTIONS, count_sentences, followed
 from srlm_utils.metrics import METRICS
-from srlm_utils.plan import seed_path
+from srlm_utils.paths import seed_path
 from srlm_utils.rows import PromptRow, check_rows, load_rows
 from srlm_utils.self_instruct import rouge_l, words
 

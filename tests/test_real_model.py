@@ -6,10 +6,11 @@ import torch
 from scipy import stats
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-from srlm_utils import chat, evaluate, judge, sampling, vocabulary
+from srlm_utils import chat, judge, rankings, sampling, vocabulary
 from srlm_utils.artefacts import read_jsonl
-from srlm_utils.engine import Engine, pick_dtype
-from srlm_utils.plan import seed_path
+from srlm_utils.devices import pick_dtype
+from srlm_utils.engine import Engine
+from srlm_utils.paths import seed_path
 from srlm_utils.seed_model import fetch
 
 pytestmark = pytest.mark.slow
@@ -44,7 +45,7 @@ def plain_scores(engine, items):
 
 @pytest.fixture(scope="module")
 def items():
-    return evaluate.ranked_items(read_jsonl(seed_path("onpolicy_eval"))[:10])
+    return rankings.items(read_jsonl(seed_path("onpolicy_eval"))[:10])
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from srlm_utils import cli, engine, estimate, resources, seed_model, train, warm
+from srlm_utils import cli, devices, engine, estimate, resources, seed_model, train, warm
 from srlm_utils.artefacts import read_json, write_json
 from srlm_utils.engine import Engine
 from srlm_utils.errors import ModelError, ResourceError
@@ -40,7 +40,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(resources, "free_memory", lambda: memory)
         monkeypatch.setattr(resources, "free_disk", lambda folder: disk)
         monkeypatch.setattr(resources, "has_gpu", lambda: False)
-        monkeypatch.setattr(engine, "cpu_features", lambda: {"avx512_bf16": bfloat16})
+        monkeypatch.setattr(devices, "cpu_features", lambda: {"avx512_bf16": bfloat16})
 
     return free
 

@@ -9,7 +9,7 @@ import nbformat
 import papermill as pm
 import pytest
 
-from srlm_utils import warm
+from srlm_utils import rankings, warm
 from srlm_utils.artefacts import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +73,7 @@ def test_human_rankings_of_open_assistant_can_be_judged(tmp_path):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     ranked = [r for r in load_rows(path, RankedRow) if sum(len(x["text"]) for x in r["replies"]) < 3000][:8]
     engine = Engine(fetch("smollm2-135m-instruct")["path"], device="cpu", batch_size=4)
-    judged = [r for b in judge.expected_scores(engine, judge.Rubric("short"), evaluate.ranked_items(ranked)) for r in b]
+    judged = [r for b in judge.expected_scores(engine, judge.Rubric("short"), rankings.items(ranked)) for r in b]
     figures = {r["metric"]: r for r in evaluate.agreement_rows("M0", ranked, judged, "expected", "oasst")}
     assert figures["tie_rate"]["value"] < 0.05
     assert 0 <= figures["pairwise_accuracy"]["value"] <= 1 and figures["pairwise_accuracy"]["n"] >= 8

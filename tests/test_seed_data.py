@@ -13,8 +13,7 @@ from srlm_utils.errors import DataError, ParamError
 from srlm_utils.instructions import followed
 from srlm_utils.params import Experiment, SeedData
 from srlm_utils.paths import PROJ_ROOT as ROOT
-from srlm_utils.paths import SEED_DATA
-from srlm_utils.plan import seed_path
+from srlm_utils.paths import SEED_DATA, seed_path
 from srlm_utils.rows import IftRow, PromptRow, RankedRow, load_rows
 from srlm_utils.seeds import drop_leaks, load_seeds, pairs_won_by_longer
 from srlm_utils.self_instruct import Pool

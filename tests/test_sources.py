@@ -12,7 +12,8 @@ import pytest
 from srlm_utils import seeds, sources
 from srlm_utils.errors import DataError, MissingInputError, ParamError
 from srlm_utils.params import SeedData
-from srlm_utils.plan import external_inputs, is_hub_id
+from srlm_utils.paths import is_hub_id
+from srlm_utils.plan import external_inputs
 from srlm_utils.rows import RankedRow
 
 
