@@ -141,97 +141,119 @@ def build_pairs(
     are dropped as rewards_disagree. "weigh" gives every pair the round's mean `consistency`, by which `train` weighs
     what it teaches (Wang et al. 2024).
     """
-    by_prompt = scored_candidates(candidates, judgements)
-    pairs, drops = [], dict.fromkeys(("few_scored", "tie", "small_margin", "same_text", "empty_chosen"), 0)
     if implicit_rule and all(j.get("implicit") is None for j in judgements):
         raise DataError(
             "the judgements hold no implicit rewards, which implicit_rule needs: set judge.implicit_reference to an "
             "earlier model such as M0 and run 05_judge again."
         )
-    if rule in ("longer", "shorter"):
-        drops["same_length"] = 0
-    if chosen_ended:
-        drops["none_ended"] = 0
-    if same_form:
-        drops["other_form"] = 0
-    if implicit_rule == "agree":
-        drops["rewards_disagree"] = 0
+    asked = {
+        "same_length": rule in ("longer", "shorter"),
+        "none_ended": chosen_ended,
+        "other_form": same_form,
+        "rewards_disagree": implicit_rule == "agree",
+    }
+    pairs, drops = [], dict.fromkeys(("few_scored", "tie", "small_margin", "same_text", "empty_chosen"), 0)
+    drops |= {reason: 0 for reason, on in asked.items() if on}
 
     def order(c: dict) -> str:
         return _tie_key(seed, c["cand_id"])
 
+    by_prompt = scored_candidates(candidates, judgements)
     for p in prompts:
-        valid = [c for c in by_prompt[p["prompt_id"]] if c["score"] is not None and (c["text"] or c["ended"])]
-        if len(valid) < 2 or not by_the_model(valid):
-            drops["few_scored"] += 1
-            continue
-        able = [c for c in valid if not c.get("author") or by_a_draft(c)]
-        good = [c for c in able if c["ended"] or not chosen_ended]
+        of_prompt = by_prompt[p["prompt_id"]]
+        picked = _pick(of_prompt, order, rule, length_rho, min_margin, chosen_ended, same_form)
+        if implicit_rule == "agree" and not isinstance(picked, str) and not _rewards_agree(*picked):
+            picked = "rewards_disagree"
+        if isinstance(picked, str):
+            drops[picked] += 1
+        else:
+            pairs.append(_row(p, *picked))
+    if implicit_rule == "weigh" and pairs:
+        weight = _mean_consistency(by_prompt)
+        pairs = [p | {"consistency": weight} for p in pairs]
+    return pairs, drops
+
+
+def _pick(
+    candidates: list[dict],
+    order,
+    rule: str,
+    length_rho: float,
+    min_margin: float,
+    chosen_ended: bool,
+    same_form: bool,
+) -> tuple[dict, dict] | str:
+    """(chosen, rejected) of one prompt's candidates, or the reason why they make no pair."""
+    valid = [c for c in candidates if c["score"] is not None and (c["text"] or c["ended"])]
+    if len(valid) < 2 or not by_the_model(valid):
+        return "few_scored"
+    able = [c for c in valid if not c.get("author") or by_a_draft(c)]
+    good = [c for c in able if c["ended"] or not chosen_ended]
+    bad = [c for c in valid if not by_a_draft(c)]
+    if not good:
+        return "none_ended"
+    chosen, rejected = _best_and_worst(good, bad, order, length_rho)
+    margin = chosen["score"] - rejected["score"]
+    if margin <= 0 and max(c["score"] for c in able) > rejected["score"]:
+        return "none_ended"
+    if margin == 0:
+        return "tie"
+    if margin < min_margin:
+        return "small_margin"
+    if same_form:
+        good, bad = _of_one_form(good, bad)
         if not good:
-            drops["none_ended"] += 1
-            continue
-        bad = [c for c in valid if not by_a_draft(c)]
+            return "other_form"
         chosen, rejected = _best_and_worst(good, bad, order, length_rho)
         margin = chosen["score"] - rejected["score"]
-        whole = margin
-        if same_form and margin > 0 and margin >= min_margin:
-            good, bad = _of_one_form(good, bad)
-            if good:
-                chosen, rejected = _best_and_worst(good, bad, order, length_rho)
-            margin = chosen["score"] - rejected["score"] if good else 0.0
-        reason = (
-            "other_form"
-            if margin <= 0 < whole
-            else "none_ended"
-            if margin <= 0 and max(c["score"] for c in able) > rejected["score"]
-            else "tie"
-            if margin == 0
-            else "small_margin"
-            if margin < min_margin
-            else "same_text"
-            if chosen["text"] == rejected["text"]
-            else "empty_chosen"
-            if not chosen["text"]
-            else None
+        if margin <= 0:
+            return "other_form"
+        if margin < min_margin:
+            return "small_margin"
+    if chosen["text"] == rejected["text"]:
+        return "same_text"
+    if not chosen["text"]:
+        return "empty_chosen"
+    chosen, rejected = RULES[rule](good, bad, order, length_rho)
+    longer = len(chosen["text"]) - len(rejected["text"])
+    # the other way round where only a draft's answer may be chosen and only the model's own be rejected
+    if rule == "longer" and longer <= 0 or rule == "shorter" and longer >= 0:
+        return "same_length"
+    return "same_text" if chosen["text"] == rejected["text"] else (chosen, rejected)
+
+
+def _rewards_agree(chosen: dict, rejected: dict) -> bool:
+    """Whether the implicit reward prefers the chosen one, too; without one it does not."""
+    implicit = [c["implicit"] for c in (chosen, rejected)]
+    return None not in implicit and implicit[0] > implicit[1]
+
+
+def _mean_consistency(by_prompt: dict[str, list[dict]]) -> float:
+    """A round's mean `consistency` of the model's own answers; `DataError` where no prompt has one."""
+    found = [consistency(by_the_model(of_prompt)) for of_prompt in by_prompt.values()]
+    found = [c for c in found if c is not None]
+    if not found:
+        raise DataError(
+            "implicit_rule weigh asks how far two rewards order the model's own answers to a prompt alike, and no "
+            "prompt has two that both score: raise self_instruct.n_candidates and run 04_self_instruct again."
         )
-        if not reason:
-            chosen, rejected = RULES[rule](good, bad, order, length_rho)
-            longer = len(chosen["text"]) - len(rejected["text"])
-            # the other way round where only a draft's answer may be chosen and only the model's own be rejected
-            if rule == "longer" and longer <= 0 or rule == "shorter" and longer >= 0:
-                reason = "same_length"
-            elif chosen["text"] == rejected["text"]:
-                reason = "same_text"
-        if not reason and implicit_rule == "agree":
-            implicit = [c["implicit"] for c in (chosen, rejected)]
-            reason = "rewards_disagree" if None in implicit or implicit[0] <= implicit[1] else None
-        if reason:
-            drops[reason] += 1
-            continue
-        pairs.append(
-            {
-                "prompt_id": p["prompt_id"],
-                "prompt": p["prompt"],
-                "chosen_id": chosen["cand_id"],
-                "rejected_id": rejected["cand_id"],
-                "chosen": chosen["text"],
-                "rejected": rejected["text"],
-                "chosen_score": chosen["score"],
-                "rejected_score": rejected["score"],
-                "chosen_ended": chosen["ended"],
-                "rejected_ended": rejected["ended"],
-            }
-        )
-    if implicit_rule == "weigh":
-        found = [consistency(by_the_model(of_prompt)) for of_prompt in by_prompt.values()]
-        found = [c for c in found if c is not None]
-        if pairs and not found:
-            raise DataError(
-                "implicit_rule weigh asks how far two rewards order the model's own answers to a prompt alike, and no "
-                "prompt has two that both score: raise self_instruct.n_candidates and run 04_self_instruct again."
-            )
-        pairs = [p | {"consistency": sum(found) / len(found)} for p in pairs]
-    return pairs, drops
+    return sum(found) / len(found)
+
+
+def _row(prompt: dict, chosen: dict, rejected: dict) -> dict:
+    """A row of pairs.jsonl."""
+    return {
+        "prompt_id": prompt["prompt_id"],
+        "prompt": prompt["prompt"],
+        "chosen_id": chosen["cand_id"],
+        "rejected_id": rejected["cand_id"],
+        "chosen": chosen["text"],
+        "rejected": rejected["text"],
+        "chosen_score": chosen["score"],
+        "rejected_score": rejected["score"],
+        "chosen_ended": chosen["ended"],
+        "rejected_ended": rejected["ended"],
+    }
 
 
 ADVICE = {

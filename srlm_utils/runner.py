@@ -1,5 +1,6 @@
 """Runs the notebooks of an experiment one after the other through papermill."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,6 +21,15 @@ from srlm_utils.plan import Step, list_steps, maker_of, plan, status
 from srlm_utils.seeds import load_seeds
 from srlm_utils.step import BATCH, check_external, check_means, drop_lock, lock_owner, sign_lock
 from srlm_utils.tokens import step_work
+
+KERNEL = {  # variables of a notebook that nobody watches
+    BATCH: "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 
 
 def execute(
@@ -107,6 +117,21 @@ def _yaml(value) -> str:
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
 
 
+@contextlib.contextmanager
+def _environment(values: dict[str, str]):
+    """These variables in the environment, for as long as this lasts."""
+    saved = {k: os.environ.get(k) for k in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for k, v in saved.items():
+            if v is None:
+                del os.environ[k]
+            else:
+                os.environ[k] = v
+
+
 def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
     """One papermill execution in a kernel of its own; the executed notebook is kept, failed or not."""
     import logging
@@ -130,28 +155,19 @@ def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
             f"{sorted(set(params) - known)}; names must equal srlm_utils/params.py."
         )
     resume = f"continue with: {command}"
-    env = {
-        BATCH: "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TQDM_DISABLE": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
-    saved = {k: os.environ.get(k) for k in env}
-    os.environ.update(env)
     try:
-        pm.execute_notebook(
-            str(source),
-            str(out),
-            parameters=params,
-            kernel_name="python3",
-            progress_bar=False,
-            cwd=str(PROJ_ROOT),
-            request_save_on_cell_execute=False,
-            extra_arguments=["--log-level=CRITICAL"],  # a kernel that is told to end says so with a traceback
-            **warm.kernels(),
-        )
+        with _environment(KERNEL):
+            pm.execute_notebook(
+                str(source),
+                str(out),
+                parameters=params,
+                kernel_name="python3",
+                progress_bar=False,
+                cwd=str(PROJ_ROOT),
+                request_save_on_cell_execute=False,
+                extra_arguments=["--log-level=CRITICAL"],  # a kernel that is told to end says so with a traceback
+                **warm.kernels(),
+            )
     except PapermillExecutionError as e:
         where = f"{shown(out)}, cell {e.exec_count}"
         kind = getattr(errors, e.ename, None)
@@ -168,11 +184,6 @@ def _run_notebook(step: Step, params: dict, run: Path, command: str) -> None:
     except Exception as e:
         raise StepFailed(f"{step.name} failed in {shown(out)}: {type(e).__name__}: {e}\n  {resume}") from None
     finally:
-        for k, v in saved.items():
-            if v is None:
-                del os.environ[k]
-            else:
-                os.environ[k] = v
         _make_shareable(out)
     if not (run / "steps" / f"{step.name}.json").is_file():
         raise StepFailed(

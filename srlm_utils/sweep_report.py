@@ -195,6 +195,11 @@ def figures_table(table: pd.DataFrame, metric_names: list[str]) -> pd.DataFrame:
     return rows.pivot_table(index=index, columns="column", values="cell", aggfunc="first", sort=False)[order].fillna("")
 
 
+def _side(table: pd.DataFrame, inside: bool) -> pd.DataFrame:
+    """Comparisons with M1 of the same run (`inside`), or with another variant."""
+    return table[(table.variant == table.against) == inside]
+
+
 def _whom(row: dict) -> str:
     return (
         f"its own {row['opponent']}" if row["against"] == row["variant"] else f"{row['opponent']} of {row['against']}"
@@ -217,7 +222,7 @@ def _panel(row: dict) -> str:
 
 def drawn(table: pd.DataFrame, metric_names: list[str], *, inside: bool):
     """`plots.variants` of some metrics: against M1 of the same run (`inside`), or another variant; None for no row."""
-    rows = table[table.metric.isin(metric_names) & ((table.variant == table.against) == inside)]
+    rows = _side(table[table.metric.isin(metric_names)], inside)
     if not len(rows):
         return None
     if not inside:  # the default's control against the default is what the default against its control is
@@ -293,6 +298,47 @@ READERS = (
 )
 
 
+QUESTIONS = [  # title, text, name of the figures, metrics
+    (
+        "Who wins",
+        "The win rate with half ties, by the judge above each panel; grey dots are single seeds. M1 made the data "
+        "that the models learned from: its word shows what was optimised. Between two variants only scores by a "
+        "judge of the same weights count.",
+        "win_rates",
+        ["win_rate"],
+    ),
+    (
+        "What are the answers like",
+        "Differences to the opponent's answers to the same prompts; length as a multiple of its mean.",
+        "answers",
+        ["instruction_strict_accuracy", "ended_rate", "repeated_4grams", "list_rate", "answer_chars"],
+    ),
+    (
+        "Does it judge better",
+        "Reply pairs ordered as ranked, half credit for ties, minus the opponent's on the same pairs.",
+        "agreement",
+        ["agreement_gain"],
+    ),
+]
+
+
+def _questions(sweep: Path, table: pd.DataFrame) -> list[dict]:
+    """Sections of the report, two a question, with figures, which are saved in the sweep's folder."""
+    sections = []
+    for title, text, name, names in QUESTIONS:
+        for inside, where in ((True, "against M1"), (False, "against another variant")):
+            if figure := drawn(table, names, inside=inside):
+                file = f"{name}_{'m1' if inside else 'control'}"
+                plots.save(*figure, sweep / "figures", file)
+                plots.plt.close(figure[0])
+                shown = {
+                    "figure": sweep / "figures" / f"{file}.png",
+                    "table": figures_table(_side(table, inside), names),
+                }
+                sections.append({"title": f"{title}, {where}?", "text": text} | shown)
+    return sections
+
+
 def write(sweep: Path) -> Path:
     """comparison.csv, figures/ and report.html of all cells of a sweep's folder; the report's path."""
     found, votes = cells.read_all(sweep), readers.read(sweep)
@@ -302,37 +348,7 @@ def write(sweep: Path) -> Path:
     everything = pd.concat([table, climbed], ignore_index=True).drop_duplicates()
     write_text(sweep / "comparison.csv", everything.to_csv(index=False, lineterminator="\n"))
     sections.append({"title": "Verdicts", "text": METHOD, "table": verdicts_table(table)})
-    for title, text, name, names in (
-        (
-            "Who wins?",
-            "The win rate with half ties, by the judge above each panel; grey dots are single seeds. M1 made the data "
-            "that the models learned from: its word shows what was optimised. Between two variants only scores by a "
-            "judge of the same weights count.",
-            "win_rates",
-            ["win_rate"],
-        ),
-        (
-            "What are the answers like?",
-            "Differences to the opponent's answers to the same prompts; length as a multiple of its mean.",
-            "answers",
-            ["instruction_strict_accuracy", "ended_rate", "repeated_4grams", "list_rate", "answer_chars"],
-        ),
-        (
-            "Does it judge better?",
-            "Reply pairs ordered as ranked, half credit for ties, minus the opponent's on the same pairs.",
-            "agreement",
-            ["agreement_gain"],
-        ),
-    ):
-        facts = figures_table(table, names)
-        for inside, where in ((True, "against M1"), (False, "against another variant")):
-            if figure := drawn(table, names, inside=inside):
-                file = f"{name}_{'m1' if inside else 'control'}"
-                plots.save(*figure, sweep / "figures", file)
-                plots.plt.close(figure[0])
-                path = sweep / "figures" / f"{file}.png"
-                kind = facts[facts.index.get_level_values("whom").str.startswith("its own ") == inside]
-                sections.append({"title": f"{title[:-1]}, {where}?", "text": text, "figure": path, "table": kind})
+    sections += _questions(sweep, table)
     text = "Each model against the one before it, and the last one against those that the loop began with."
     sections.append({"title": "Round by round", "text": text, "table": verdicts_table(climbed)})
     if len(votes):
