@@ -1,8 +1,9 @@
 """What does not load a model, at the size of a cluster's round: rows, pairs, health, metrics and the report's tables.
 
 ``python -m benchmarks.scale 20000`` makes that many prompts of synthetic rows, 7 candidates each with 11 written
-judgements of a hundred words (Wu et al. 2024 have 20,000 x 7 x 11), as many ranked prompts and test answers, and prints
-seconds of this process and its peak memory. ``python -m benchmarks scale`` does so for several sizes.
+judgements of a hundred words (Wu et al. 2024 have 20,000 x 7 x 11 in four rounds), as many ranked prompts and test
+answers, and prints seconds of this process and its peak memory. ``python -m benchmarks scale`` does so for several
+sizes.
 """
 
 import json

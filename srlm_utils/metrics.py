@@ -44,7 +44,7 @@ METRICS = {
     "first_position_rate": ("share", "verdicts for the answer shown first; 0.5 is a judge without position bias"),
     "unread_rate": ("share", "prompts left out because a reply of the judge names neither answer (api)"),
     "order_disagreement": ("share", "prompts on which the two orders gave opposite verdicts"),
-    "win_rate_length_controlled": ("share", "win rate with the effect of length taken out (Dubois et al. 2024)"),
+    "win_rate_length_controlled": ("share", "win rate with the effect of length taken out (after Dubois et al. 2024)"),
     "win_rate_similar_length": ("share", "win rate over answers whose lengths differ by 20 % at most"),
     "sign_test": ("p", "two-sided sign test over the prompts that are no tie"),
     "exam_accuracy": ("share", "the outside judge's exam: reply pairs ordered as ranked, half credit for ties"),

@@ -11,7 +11,7 @@ import pandas as pd
 import papermill as pm
 import pytest
 
-from srlm_utils import pairs, plan
+from srlm_utils import lineage, pairs, plan
 from srlm_utils.params import STAGES, Experiment, stage_key
 from srlm_utils.plan import list_steps
 from srlm_utils.tokens import token_table
@@ -112,7 +112,7 @@ def test_a_quick_try_of_dpo_says_what_it_learns_from():
         declared=SimpleNamespace(reads=["M2/aift/pairs.jsonl", "M1/aift/pairs.jsonl", "M2/aift/judge_pairs.jsonl"]),
     )
     step.params = SimpleNamespace(max_rows=3, replay=0.5, judge_share=0.5, seed=0)
-    namespace = {"plan": plan, "model": "M3", "begin_step": lambda *_: step}
+    namespace = {"lineage": lineage, "model": "M3", "begin_step": lambda *_: step}
     namespace |= {"replayed": pairs.replayed, "capped": pairs.capped}
     exec(cell, namespace)
     n_judge = pairs.capped(step.rows(""), 0.5, 6, 0)
