@@ -15,6 +15,8 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 TEMPLATES = {"plain": PLAIN_TEMPLATE}
+# what templates are told: no thinking before an answer (Qwen3), and no date of the day (Llama 3.2; this is 3.1's own)
+SAID = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 _PLAIN_TURN = re.compile(r"^([^\S\n]*(?:User|Assistant)):", re.MULTILINE)
 
 
@@ -75,7 +77,7 @@ def prompt_ids(tokenizer, messages: list[dict], prefill: str = "") -> list[int]:
     """
     messages = [m | {"content": inert(tokenizer, m["content"])} for m in messages]
     ids = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=True
+        messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=True, **SAID
     )["input_ids"]
     return list(ids) + (answer_ids(tokenizer, prefill, ended=False) if prefill else [])
 
@@ -89,15 +91,21 @@ def text_ids(tokenizer, text: str) -> list[int]:
 def end_of_turn(tokenizer) -> int:
     """The token that ends an assistant's turn in the chat template; EOS where the template has none.
 
-    The two differ for some models (Gemma's turns end in ``<end_of_turn>``, not in its EOS).
+    The two differ for some models (Gemma's turns end in ``<end_of_turn>``, not in its EOS). Raises `ModelError` where
+    an answer does not stand right behind the generation prompt: models that always think first, or name a channel.
     """
-    turn = user("x")
-    start = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
-    whole = tokenizer.apply_chat_template([*turn, {"role": "assistant", "content": "ok"}], return_dict=True)[
-        "input_ids"
-    ]
-    control = tokenizer.added_tokens_decoder
-    return next((i for i in whole[len(start) :] if i in control), tokenizer.eos_token_id)
+    turn, answer = user("x"), {"role": "assistant", "content": "ok"}
+    start = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False, **SAID)
+    whole = tokenizer.apply_chat_template([*turn, answer], tokenize=False, **SAID)
+    before, said, tail = whole.removeprefix(start).partition("ok")
+    if not whole.startswith(start) or not said or before.strip():
+        raise ModelError(
+            f"the chat template of this model asks for an answer with {start[-40:]!r} and shows one as "
+            f"{whole[-60:]!r}: answers to train on would not be those that it writes. Take a model that answers "
+            "without thinking first, or set common.chat_template: plain for a base model."
+        )
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    return next((i for i in ids if i in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)
 
 
 def answer_ids(tokenizer, text: str, *, ended: bool = True) -> list[int]:

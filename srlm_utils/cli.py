@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from srlm_utils.errors import SrlmError, StepFailed
+from srlm_utils.errors import ParamError, SrlmError, StepFailed
 from srlm_utils.params import Experiment, JudgeMode
 from srlm_utils.paths import RESULTS, run_folder, shown
-from srlm_utils.plan import idle_sections
+from srlm_utils.plan import idle_sections, plan
 from srlm_utils.printable import printable, without_secrets
 
 
@@ -95,8 +95,6 @@ def _run_dir(args) -> Path:
     name = args.run_name or args.params[0].stem
     folder = (RESULTS / name).resolve()
     if folder.parent != RESULTS.resolve() or name.startswith("."):
-        from srlm_utils.errors import ParamError
-
         raise ParamError(f"run name {name!r}: expected a plain folder name below results/.")
     return folder
 
@@ -162,7 +160,6 @@ def _sweep(args) -> int:
 
 
 def _plan(args) -> int:
-    from srlm_utils.plan import plan
     from srlm_utils.tokens import token_table
 
     experiment = _experiment(args)

@@ -7,6 +7,7 @@ of what a model wrote the judge sees as much as fits (`judge.prompts`), and that
 import json
 from pathlib import Path
 
+from srlm_utils import chat
 from srlm_utils.errors import DataError
 
 KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
@@ -41,8 +42,6 @@ def check(source: dict, rows: list[dict], n_new: int, lower: str = "") -> None:
     long = [row for row in rows if most and n_bytes(row) + FRAME > most]
     if not long:
         return
-    from srlm_utils import chat
-
     tokenizer = chat.load_tokenizer(**source)
     found = []
     for row in long:

@@ -224,16 +224,16 @@ def disk(experiment: Experiment, costs: list[Cost]) -> float:
             models += 1
             kept = 0.0 if p["lora_r"] or not p["save_steps"] else 12 * size.parameters * 2  # the new one beside the old
             if p["select_steps"]:
-                named.append(_weights_of(p["select_judge"]))
+                named.append(_loaded_for(p["select_judge"]))
                 kept += (COMPARED if p.get("launch") else 1) * item
             checkpoints = max(checkpoints, kept)
-        named += [_weights_of(judge) for judge in p.get("win_judges", [])]
+        named += [_loaded_for(judge) for judge in p.get("win_judges", [])]
         outside |= {n for n in named if n and not is_model_name(n) and n != OUTSIDE}
     rows = sum(sum(cost.tokens.values()) for cost in costs) * ROW
     return models * item + checkpoints + len(outside) * item + rows
 
 
-def _weights_of(judge: str) -> str:
+def _loaded_for(judge: str) -> str:
     """The model of a win judge that is loaded here; "" for an endpoint, people and the bundled judge."""
     name, mode = parse_win_judge(judge)
     return name if mode in ("score", "pairwise") else ""

@@ -41,7 +41,7 @@ def round_metrics(
 
 
 def _of_judgements(judged: list[list[dict]]) -> dict[str, dict]:
-    """How much of what the judge wrote or read is worth: `judged` has the judgements of each prompt."""
+    """How much of it could be read, was cut, or lay on the six scores: `judged` has the judgements of each prompt."""
     parsed = [[s["score"] is not None for j in js for s in j.get("samples", [j])] for js in judged]
     masses = [[j["mass"] for j in js if j.get("mass") is not None] for js in judged]
     figures = {

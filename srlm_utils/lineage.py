@@ -14,6 +14,7 @@ def model_names(iterations: int) -> list[str]:
 
 
 def is_model_name(name: str) -> bool:
+    """Whether a name is M0, SFT, M1 ...; a draft's is none."""
     return name == "SFT" or re.fullmatch(r"M\d+", name) is not None
 
 

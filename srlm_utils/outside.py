@@ -153,7 +153,6 @@ def exam(step, engine) -> dict[str, dict]:
 
 def examine(engine, ranked: list[dict], progress=lambda n: None) -> dict[str, dict]:
     """How a scoring judge orders ranked replies: figures by name (`metrics.METRICS`); n is pairs."""
-
     judged, items = [], rankings.items(ranked)
     for batch in judge.expected_scores(engine, rubric(), items, max_response_tokens=MAX_RESPONSE_TOKENS):
         judged += batch

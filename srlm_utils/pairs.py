@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Callable
 from itertools import combinations
 
 from srlm_utils.errors import DataError
@@ -45,8 +46,8 @@ def by_a_draft(candidate: dict) -> bool:
     return is_draft(candidate.get("author", ""))
 
 
-# each takes the candidates that may be chosen, the model's own and a draft's, those that may be rejected, its own and
-# an anchor's, a seeded order among equals, and length_rho
+# `RULES`: each takes the candidates that may be chosen, the model's own and a draft's, those that may be rejected, its
+# own and an anchor's, a seeded order among equals, and length_rho
 
 
 def _best_and_worst(good: list[dict], bad: list[dict], order, _) -> tuple[dict, dict]:
@@ -81,7 +82,7 @@ def _length_controlled(good: list[dict], bad: list[dict], order, rho: float) -> 
 
 
 def _of_one_form(good: list[dict], bad: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Those of both that hold a list, or that do not: whose scores lie further apart. None if no form has both."""
+    """Those of both that hold a list, or that do not: whose scores lie further apart. Empty if no form has both."""
     sides = [[[c for c in side if has_list(c["text"]) == form] for side in (good, bad)] for form in (False, True)]
     sides = [(g, b) for g, b in sides if g and b and len({c["text"] for c in (*g, *b)}) > 1]
     return max(sides, key=lambda s: max(c["score"] for c in s[0]) - min(c["score"] for c in s[1]), default=([], []))
@@ -158,10 +159,12 @@ def build_pairs(
     def order(c: dict) -> str:
         return _tie_key(seed, c["cand_id"])
 
+    how = {"rule": rule, "length_rho": length_rho, "min_margin": min_margin}
+    how |= {"chosen_ended": chosen_ended, "same_form": same_form}
     by_prompt = scored_candidates(candidates, judgements)
     for p in prompts:
         of_prompt = by_prompt[p["prompt_id"]]
-        picked = _pick(of_prompt, order, rule, length_rho, min_margin, chosen_ended, same_form)
+        picked = _pick(of_prompt, order, **how)
         if implicit_rule == "agree" and not isinstance(picked, str) and not _rewards_agree(*picked):
             picked = "rewards_disagree"
         if isinstance(picked, str):
@@ -176,7 +179,8 @@ def build_pairs(
 
 def _pick(
     candidates: list[dict],
-    order,
+    order: Callable[[dict], str],
+    *,
     rule: str,
     length_rho: float,
     min_margin: float,
@@ -194,10 +198,8 @@ def _pick(
         return "none_ended"
     chosen, rejected = _best_and_worst(good, bad, order, length_rho)
     margin = chosen["score"] - rejected["score"]
-    if margin <= 0 and max(c["score"] for c in able) > rejected["score"]:
-        return "none_ended"
-    if margin == 0:
-        return "tie"
+    if margin <= 0:  # an answer that was cut off would have made a pair, or none would
+        return "none_ended" if max(c["score"] for c in able) > rejected["score"] else "tie"
     if margin < min_margin:
         return "small_margin"
     if same_form:

@@ -26,6 +26,7 @@ from srlm_utils.paths import is_hub_id, resolve, rubric_path, seed_path
 
 OUTSIDE_LESSONS = ("judge_train", "judge_onpolicy")  # seed files that it alone learns from: written, sampled replies
 VALID = "seed/valid_prompts.jsonl"  # what checkpoints answer
+WIN_MODES = ("score", "pairwise", "api", "human")
 JUDGED = ("prompts", "candidates", "judgements")  # what a round's pairs are built from
 SEED_FILES = ("ift", "ranked_train", "ranked_eval", "valid_prompts", "test_prompts")
 
@@ -47,13 +48,10 @@ def pairs_for(model: str, future_chosen: bool) -> str:
     return f"{draft_of(model) if future_chosen and not is_draft(model) else init_model(model)}/aift/pairs.jsonl"
 
 
-WIN_MODES = ("score", "pairwise", "api", "human")
-
-
 def parse_win_judge(text: str, where: str = "evaluate.win_judges") -> tuple[str, str]:
     """``"M1:score"`` -> ("M1", "score"); the last colon separates, so paths may hold others."""
     judge, _, mode = text.rpartition(":")
-    several = re.search(r":(score|pairwise|api|human),", text)  # M0:pairwise,M1:score, which is a list elsewhere
+    several = re.search(rf":({'|'.join(WIN_MODES)}),", text)  # M0:pairwise,M1:score, which is a list elsewhere
     if several or not judge or mode not in WIN_MODES or (judge == OUTSIDE and mode != "score"):
         raise ParamError(
             f"{where}: found {text!r}, expected outside:score, <model>:pairwise or <model>:score (a "
@@ -172,7 +170,7 @@ def _report(stage: str, m: str, params: dict) -> Step:
 
 
 def _weights_of(*models: str) -> tuple[str, ...]:
-    """Weights of those that are models of a run, each once."""
+    """Weights of those that are models of a run, each once; drafts and models from outside are left out."""
     return tuple(weights(name) for name in dict.fromkeys(models) if is_model_name(name))
 
 
@@ -321,9 +319,10 @@ def _check_round(experiment: Experiment, model: str) -> None:
             f"judge.meta_judge compares judgements of one answer: found judge.n_samples: {judging['n_samples']}, "
             "expected 2 or more."
         )
-    if experiment.flat("07_dpo", next_model(model), "")["judge_share"] and not judging["meta_judge"]:
+    share = experiment.flat("07_dpo", next_model(model), "")["judge_share"]
+    if share and not judging["meta_judge"]:
         raise ParamError("dpo.judge_share needs judge.meta_judge: without it there are no pairs of judgements.")
-    if experiment.flat("07_dpo", next_model(model), "")["judge_share"] and rule == "weigh":
+    if share and rule == "weigh":
         raise ParamError(
             "dpo.judge_share and build_pairs.implicit_rule: weigh do not go together: how far two rewards agree on "
             "answers would weigh pairs of judgements, too."

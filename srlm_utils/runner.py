@@ -214,7 +214,7 @@ def _make_shareable(notebook: Path) -> None:
 class ProgressLine:
     """One line for the whole run: step, rows within it, time so far, and an estimate of what is left.
 
-    The estimate scales each step's expected cost (`tokens.step_work`) by what the steps of this run
+    The estimate scales each step's expected work (`tokens.step_work`) by what the steps of this run
     really took; before a fiftieth of the whole is done it says nothing, since the first steps are mostly start-up.
     """
 
@@ -262,7 +262,7 @@ class ProgressLine:
     def left(self, i: int) -> float | None:
         """Seconds left from the start of step `i` on, less what this step has used already."""
         done = sum(self.steps[j][1] for j in self.took)
-        if not done or done < sum(cost for _, cost in self.steps) / 50:
+        if not done or done < sum(work for _, work in self.steps) / 50:
             return None
         rate = sum(self.took.values()) / done
         expected = rate * self.steps[i][1]

@@ -53,6 +53,14 @@ class Servers(VllmEngine):
         self.meant, self.names, self.urls, self.command, self.logs = meant, names, urls, command, logs
         self.texts, self.version = batch_size or TEXTS, ""
         self._clients: dict = {}  # by address: they keep connections
+        self._looked = False
+
+    @property
+    def context(self) -> int:
+        """Tokens of a request at most: fewer than the model's where a server was started so (--max-model-len)."""
+        if not self._looked:
+            self._servers()
+        return self._context
 
     def _ask(self, asked):
         if not asked:
@@ -77,6 +85,8 @@ class Servers(VllmEngine):
         for server in servers:
             if not server.up:
                 print(f"not asked: {server.why}")
+        limits = {s.longest for s in servers if s.up and s.longest} | ({self._context} - {0})
+        self._context, self._looked = min(limits, default=0), True
         self.version = self.version or next(s for s in servers if s.up).version()
         return [s for s in servers if not s.other]
 
@@ -101,6 +111,7 @@ class _Server:
             engine._clients[self.url] = OpenAI(api_key=key, base_url=self.url, timeout=TIMEOUT_S, max_retries=0)
         self._client = engine._clients[self.url]
         self.model, self.up, self.other, self.why = "", False, False, ""
+        self.longest = 0  # tokens of a request, 0 if it does not say
         self.sought = False  # a thread waits for it to come back
 
     def look(self) -> bool:
@@ -111,6 +122,7 @@ class _Server:
         try:
             cards = self._client.with_options(timeout=LOOK_S).models.list().data
             served = [(card.id, getattr(card, "root", None) or "") for card in cards]
+            limits = {card.id: getattr(card, "max_model_len", None) for card in cards}
             if not all(isinstance(name, str) for names in served for name in names):
                 raise TypeError
         except openai.OpenAIError as e:
@@ -121,6 +133,7 @@ class _Server:
             return False
         self.model = next((name for name, root in served if self._is_meant(name) or self._is_meant(root)), "")
         self.up, self.other = bool(self.model), not self.model
+        self.longest = limits[self.model] if self.up and isinstance(limits[self.model], int) else 0
         if self.other:
             found = ", ".join(f"{name} ({root})" if root not in ("", name) else name for name, root in served)
             e = self._engine

@@ -88,10 +88,12 @@ class SpreadDPOTrainer(ranks.AcrossRanks, train.TokenisedDPOTrainer):
             else:
                 found = [self._own_reference()]
             of_row = {i: figures for part in found for i, figures in part.items()}
-            if self.is_world_process_zero():
-                write_json(self.file, [of_row[i] for i in range(len(self.rows))])
+            self.reference = [of_row[i] for i in range(len(self.rows))]
+            if self.is_world_process_zero():  # for an attempt that continues; another machine may not see it yet
+                write_json(self.file, self.reference)
             self.accelerator.wait_for_everyone()
-        self.reference = read_json(self.file)
+        else:
+            self.reference = read_json(self.file)
 
     def _own_reference(self) -> dict[int, list[float]]:
         size, world, rank = self.micro, self.args.world_size, self.args.process_index

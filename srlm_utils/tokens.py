@@ -2,7 +2,7 @@
 weights by which the runner estimates the time left.
 
 Lengths are typical ones of the bundled seed with SmolLM2's tokenizer; what a run really did is in its
-report. A step's cost adds its tokens, weighted by how long each kind took relative to a generated one.
+report. The work of a step adds its tokens, weighted by how long each kind took relative to a generated one.
 """
 
 import math
@@ -31,13 +31,16 @@ BENCHMARK_TEXTS = {"alpaca_eval_file": 805, "mt_bench_file": 160}  # answers to 
 TAIL = 25  # of a rubric: what stands behind the reply, once a format
 
 
-def _rows(experiment: Experiment, name: str) -> int:
-    """Rows of a seed set; a file of one's own counts as its limit, or 1,000 rows without one."""
+def _rows(experiment: Experiment, name: str, *, unscored: bool = False) -> int:
+    """Rows of a seed set, or those of its files of one's own (`unscored`: the bundled replies have scores).
+
+    A file of one's own counts as its limit, or 1,000 rows without one.
+    """
     p = experiment.flat("01_seed_data", "run", "")
     limit, n = p[f"n_{name}"], 0
     for file in p[f"{name}_files"] if f"{name}_files" in p else [p[f"{name}_file"]]:
         has = SEED_ROWS.get(file, limit or 1000)
-        n += min(limit or has, has)
+        n += 0 if unscored and file in SEED_ROWS else min(limit or has, has)
     return n
 
 
@@ -71,6 +74,13 @@ def _sft(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
     _add_selection(n, p, n_rows, _rows(experiment, "valid"))
 
 
+def _build_eft(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
+    if p["scores_from"] == "judge":
+        items = _rows(experiment, "ranked_train", unscored=True) * REPLIES
+        n["judged"] = items * (_frame(p["rubric"]) + REPLY)
+        n["generated"] = items * p["n_samples"] * min(p["max_new_tokens"], JUSTIFICATION + 15)
+
+
 def _self_instruct(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
     # about every second attempt is kept, and each reads eight demonstrations
     n["generated"] = p["n_prompts"] * (2 * 20 + _candidates(p) * _written(p))
@@ -96,7 +106,7 @@ def _future(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
 
 
 def _dpo(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
-    tokens, new = 0, int(step.model[1:]) - 1
+    tokens, n_rows, new = 0, 0, int(step.model[1:]) - 1
     for i in range(1 if p["replay"] else new, new + 1):
         source = experiment.flat("04_self_instruct", f"M{i}", "")
         share = 1 if i == new else p["replay"]
@@ -104,9 +114,10 @@ def _dpo(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
         chosen = min(ANSWER, _written(source)) if ended else _written(source)
         pair = CHAT + PROMPT + chosen + _written(source)  # the prompt is read once
         tokens += share * source["n_prompts"] * pair
-    tokens /= 1 - p["judge_share"]
+        n_rows += share * source["n_prompts"]
+    tokens, n_rows = tokens / (1 - p["judge_share"]), n_rows / (1 - p["judge_share"])
     n["trained"], n["judged"] = tokens * p["epochs"], tokens  # the reference reads every pair once
-    _add_selection(n, p, source["n_prompts"], _rows(experiment, "valid"))
+    _add_selection(n, p, n_rows, _rows(experiment, "valid"))
 
 
 def _evaluate(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
@@ -131,6 +142,7 @@ def _benchmarks(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
 
 _COUNTED = {  # what a stage adds to the counts of a step; the others run no model
     "sft": _sft,
+    "build_eft": _build_eft,
     "self_instruct": _self_instruct,
     "judge": _judge,
     "future": _future,
@@ -171,7 +183,7 @@ def _add_selection(n: dict, p: dict, n_rows: float, n_valid: int) -> None:
     if mode == "score":
         n["judged"] += (1 + checkpoints) * prompts * (_frame(p["select_rubric"]) + written)
     if mode == "pairwise":
-        n["judged"] += 2 * checkpoints * prompts * (CHAT + PROMPT + 200 + 2 * written)
+        n["judged"] += 2 * checkpoints * prompts * (_frame("") + 2 * written)
 
 
 def _written(params: dict) -> int:

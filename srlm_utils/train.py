@@ -11,6 +11,7 @@ import copy
 import importlib.util
 import json
 import math
+import os
 import random
 import shutil
 import warnings
@@ -247,6 +248,11 @@ def less_memory(params, least: int, longest: int) -> str:
     return "; or ".join(ways)
 
 
+def in_parts() -> bool:
+    """Whether the accelerate config that launched this process divides weights among processes by FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
 def common_args(params, work: Path, *, per_device: int, accumulation: int, n_items: int, world: int = 1) -> dict:
     """`accumulation` counts the micro-batches of a step on all `world` processes."""
     device = pick_device(params.device)
@@ -272,6 +278,8 @@ def common_args(params, work: Path, *, per_device: int, accumulation: int, n_ite
         save_total_limit=1,
         logging_steps=1,
         logging_nan_inf_filter=False,  # or a loss that is no number would be logged as the mean of those before it
+        # else each card keeps whole gradients, in float32, from a step's first micro-batch to its last
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if in_parts() else None,
         **tracking.arguments(params, work),
         disable_tqdm=True,
         seed=params.seed,

@@ -20,7 +20,7 @@ def read_config(path: str) -> dict:
         raise ParamError(f"{path}: not an accelerate config with num_processes ({e}).") from e
     if not isinstance(n, int) or n < 1:
         raise ParamError(f"{path}: num_processes = {n!r}, expected a whole number of processes on all machines.")
-    if config.get("distributed_type") == "FSDP" and config.get("fsdp_config", {}).get("fsdp_version") != 2:
+    if config.get("distributed_type") == "FSDP" and (config.get("fsdp_config") or {}).get("fsdp_version") != 2:
         raise ParamError(f"{path}: fsdp_version must be 2: whole weights are gathered by FSDP2 alone.")
     return config
 
@@ -49,9 +49,14 @@ def check(params: dict) -> None:
         raise ParamError("keep_adapters = True, but lora_r = 0 trains all weights: there are no adapters to keep.")
     if "train_batch_size" not in params:  # no training
         return
-    _, step = batch_sizes(params)
+    _, accumulation = batch_sizes(params)
     if not params["launch"]:
         return
+    if params["load_in_4bit"] and params["dtype"] == "float32":
+        raise ParamError(
+            "load_in_4bit = True with launch and dtype = 'float32': the parts of a base in 4 bits travel in bfloat16. "
+            "Set sft.dtype and dpo.dtype to auto or bfloat16."
+        )
     config = read_config(params["launch"])
     if config.get("distributed_type") == "DEEPSPEED" and params["load_in_4bit"]:
         raise ParamError(
@@ -64,8 +69,9 @@ def check(params: dict) -> None:
             "-c constraints.txt -e '.[deepspeed]' brings it; the fsdp2 configs need nothing more."
         )
     n = config["num_processes"]
-    if step % n:
+    if accumulation % n:
         raise ParamError(
-            f"{params['launch']} starts {n} processes, which cannot share the {step} micro-batches of a step evenly "
-            f"(train_batch_size / micro_batch_size): make train_batch_size a multiple of {n} times micro_batch_size."
+            f"{params['launch']} starts {n} processes, which cannot share the {accumulation} micro-batches of a step "
+            f"evenly (train_batch_size / micro_batch_size): make train_batch_size a multiple of {n} times "
+            "micro_batch_size."
         )

@@ -24,8 +24,9 @@ from pathlib import Path
 import pandas as pd
 import psutil
 
-from srlm_utils import errors, train
+from srlm_utils import errors, ranks, train
 from srlm_utils.artefacts import link_or_copy, read_json, write_json, write_jsonl
+from srlm_utils.devices import pick_device, pick_dtype
 from srlm_utils.engine import Engine
 from srlm_utils.errors import SrlmError, StepFailed
 from srlm_utils.paths import PROJ_ROOT, resolve, shown
@@ -68,7 +69,7 @@ class Here:
         if p.load_in_4bit:  # the adapters are added to the weights that were quantised, not to what became of them
             tmp = folder.with_name(f".{folder.name}.tmp")
             shutil.rmtree(tmp, ignore_errors=True)
-            weights = train.ranks.trained_weights(self.trainer)
+            weights = ranks.trained_weights(self.trainer)
             train.save_weights(train.whole(self.source, p, weights), tmp, p, base_name(self.source, p))
             return train.add_card(tmp, folder, self.tokenizer, card)
         train.save(self.trainer, self.tokenizer, folder, p, card, base_name(self.source, p))
@@ -94,10 +95,13 @@ class Launched:
         _end_orphans(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_jsonl(self.folder / "rows.jsonl", rows)
+        # the type that the step asks for; a config has its own
+        bf16 = pick_dtype(step.params.dtype, pick_device(step.params.device)) == "bfloat16"
+        self.precision = "bf16" if bf16 else "no"
         me = psutil.Process()
-        job = {"kind": kind, "params": vars(step.params), "source": source, "consistency": consistency}
-        job |= {"kernel": {"pid": me.pid, "host": os.uname().nodename, "created": me.create_time()}}
-        write_json(self.folder / "job.json", job)
+        self.job = {"kind": kind, "params": vars(step.params), "source": source, "consistency": consistency}
+        self.job |= {"kernel": {"pid": me.pid, "host": os.uname().nodename, "created": me.create_time()}}
+        self.job |= {"mixed_precision": self.precision}
 
     def reference(self) -> pd.DataFrame:
         """As `Here.reference`; known once `run` has begun to train."""
@@ -110,6 +114,7 @@ class Launched:
             for name in ("said.txt", "at.json"):
                 (self.folder / name).unlink(missing_ok=True)
             shutil.rmtree(self.folder / "ranks", ignore_errors=True)
+            write_json(self.folder / "job.json", self.job)  # last: other machines join when it is there
             self._launch()
         written = sorted(int(path.name) for path in (self.folder / "models").iterdir())
         for n in (0, *written) if selection else ():
@@ -142,7 +147,7 @@ class Launched:
         if several and os.environ.get("MASTER_ADDR"):
             where += ["--main_process_ip", os.environ["MASTER_ADDR"]]
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
-        return [*launcher, *where, "-m", "srlm_utils.launched", job]
+        return [*launcher, "--mixed_precision", self.precision, *where, "-m", "srlm_utils.launched", job]
 
     # ---- while it runs
 

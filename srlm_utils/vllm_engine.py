@@ -43,8 +43,13 @@ class VllmEngine:
         self.folder, self.trust = folder, trust_remote_code
         check_weights(folder)
         self.tokenizer = chat.load_tokenizer(folder, chat_template=chat_template, trust_remote_code=trust_remote_code)
-        self.context = context.of_folder(folder)
+        self._context = context.of_folder(folder)
         self._ends = {self.tokenizer.eos_token_id, chat.end_of_turn(self.tokenizer), *_eos(folder, trust_remote_code)}
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model attends to, 0 if nobody knows."""
+        return self._context
 
     def generate(
         self,

@@ -160,7 +160,7 @@ def test_a_node_joins_each_launched_training_once(cluster):
 
     def launch(config: str) -> None:
         where.mkdir(parents=True, exist_ok=True)
-        (where / "job.json").write_text(json.dumps({"params": {"launch": config}}))
+        (where / "job.json").write_text(json.dumps({"params": {"launch": config}, "mixed_precision": "bf16"}))
 
     launch("left.yaml")  # of a job before: the kernel that continues it has not come so far
     more = {"SRLM_BIN": str(folder / "bin"), "MASTER_ADDR": "n0", "JOIN_SECONDS": "0.2", "SLURM_PROCID": "1"}
@@ -178,6 +178,7 @@ def test_a_node_joins_each_launched_training_once(cluster):
     finally:
         job.kill()
     words = (
-        "-m accelerate.commands.launch --config_file {} --machine_rank 2 --main_process_ip n0 -m srlm_utils.launched {}"
+        "-m accelerate.commands.launch --config_file {} --mixed_precision bf16 --machine_rank 2 --main_process_ip n0 "
+        "-m srlm_utils.launched {}"
     )
     assert called(folder) == [words.format(config, where / "job.json") for config in ("first.yaml", "again.yaml")]

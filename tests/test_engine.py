@@ -1,9 +1,11 @@
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import trl
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -187,6 +189,31 @@ def test_answers_end_with_the_turn_only_if_they_did(engine):
     tok = engine.tokenizer
     assert chat.answer_ids(tok, "ok")[-1] == chat.end_of_turn(tok) == tok.convert_tokens_to_ids("<|im_end|>")
     assert chat.answer_ids(tok, "ok", ended=False) == chat.answer_ids(tok, "ok")[:-1]
+
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "qwen2_5", "llama3_2", "gemma3", "phi3"])
+def test_an_answer_to_learn_is_the_one_that_would_be_written(tiny, name):
+    """Templates of models that may think first (Qwen3) too: what is trained on ends the turn as sampling does."""
+    tok = chat.load_tokenizer(tiny)
+    tok.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
+    tok.add_tokens(["<think>", "</think>", "<start_of_turn>", "<end_of_turn>", "<|eot_id|>", "<|end|>"])
+    ends = {"llama3_2": "<|eot_id|>", "gemma3": "<end_of_turn>", "phi3": "<|end|>"}
+    assert tok.convert_ids_to_tokens(chat.end_of_turn(tok)) == ends.get(name, "<|im_end|>")
+    conversation = [*chat.user("hello"), {"role": "assistant", "content": "fine, thanks"}]
+    shown = tok.apply_chat_template(conversation, tokenize=False, **chat.SAID)
+    written = tok.decode([*chat.prompt_ids(tok, chat.user("hello")), *chat.answer_ids(tok, "fine, thanks")])
+    assert shown.startswith(written) and "<think>" not in written.replace("<think>\n\n</think>\n\n", "")
+
+
+@pytest.mark.parametrize("name", ["gptoss", "deepseek_r1_distill"])
+def test_a_template_whose_answers_stand_elsewhere_is_refused(tiny, name):
+    tok = chat.load_tokenizer(tiny)
+    tok.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
+    with pytest.raises(ModelError, match="answers to train on would not be those that it writes.*chat_template: plain"):
+        chat.end_of_turn(tok)
 
 
 def test_a_character_that_the_budget_cuts_in_two_is_left_out(engine):

@@ -11,6 +11,8 @@ from srlm_utils.errors import ParamError
 from srlm_utils.estimate import A100, CPU, DEVICES, H100, SIZES
 from srlm_utils.params import Experiment
 from srlm_utils.paths import EXAMPLE, PROJ_ROOT
+from srlm_utils.plan import list_steps
+from srlm_utils.tokens import step_tokens
 
 PRESETS = sorted((PROJ_ROOT / "params").glob("*.yaml"))
 BIG = {"common": {"seed_model": "meta-llama/Llama-3.1-8B", "device": "cuda"}}
@@ -64,6 +66,18 @@ def test_prose_says_the_minutes_that_are_estimated(monkeypatch):
     assert says("docs/scale.md", f" and {minutes('standard', True)} for a standard run that took")
     assert says("README.md", f"({minutes('quickstart', False)} minutes, by `srlm estimate`)")
     assert says("params/quickstart.yaml", f"AVX512-BF16 ({minutes('quickstart', False)} without)")
+
+
+def test_ranked_replies_without_scores_are_judged_and_bundled_ones_are_not():
+    def tokens_of(seed_data, **build_eft):
+        experiment = Experiment({"seed_data": seed_data, "build_eft": build_eft})
+        return step_tokens({s.name: s for s in list_steps(experiment)}["03_build_eft@SFT"], experiment)
+
+    assert tokens_of({}) == {"generated": 0, "judged": 0, "trained": 0}
+    own = {"ranked_train_files": ["ranked_train", "mine.jsonl"], "n_ranked_train": 100}
+    once, twice = (tokens_of(own, n_samples=n)["generated"] for n in (1, 2))
+    assert twice == 2 * once > 100 * 3 * 30
+    assert tokens_of(own, scores_from="ranks", formats=["score_first"])["generated"] == 0
 
 
 def test_what_the_papers_preset_takes_without_comparing_checkpoints():

@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from srlm_utils import chat, launched, ranks, train, training_params, trainings
+from srlm_utils import chat, launched, ranks, spread_dpo, train, training_params, trainings
 from srlm_utils.artefacts import read_json
 from srlm_utils.errors import ParamError, StepFailed
 from srlm_utils.params import Experiment
@@ -102,6 +102,11 @@ def test_accelerate_reads_every_config(path):
             {"launch": "params/accelerate/deepspeed_zero3_8gpu.yaml", "load_in_4bit": True, "micro_batch_size": 1},
             "DeepSpeed cannot divide weights in 4 bits. Take an fsdp2 config",
         ),
+        (
+            {"launch": "params/accelerate/fsdp2_8gpu.yaml", "load_in_4bit": True, "dtype": "float32"}
+            | {"train_batch_size": 8, "micro_batch_size": 1},
+            "the parts of a base in 4 bits travel in bfloat16",
+        ),
     ],
 )
 def test_what_cannot_be_launched_is_refused_before_anything_runs(values, says):
@@ -121,9 +126,10 @@ def test_what_is_not_installed_is_named(monkeypatch):
         training_params.check(Experiment({"common": launch}).flat("02_sft", "M1", "run"))
 
 
-def test_fsdp1_is_refused(tmp_path):
+@pytest.mark.parametrize("said", ["{fsdp_version: 1}", ""])
+def test_fsdp1_is_refused(tmp_path, said):
     path = tmp_path / "one.yaml"
-    path.write_text("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 1}\n")
+    path.write_text(f"distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {said}\n")
     with pytest.raises(ParamError, match="fsdp_version must be 2"):
         training_params.read_config(str(path))
 
@@ -178,6 +184,56 @@ def test_other_machines_are_told_what_to_start(tiny, tmp_path, monkeypatch):
     assert made.command(1)[-5:] == ["--machine_rank", "1", "-m", "srlm_utils.launched", str(made.folder / "job.json")]
     monkeypatch.setenv("MASTER_ADDR", "node7")
     assert made.command(0)[-5:-3] == ["--main_process_ip", "node7"]
+
+
+@pytest.mark.parametrize("dtype,said", [("float32", "no"), ("bfloat16", "bf16")])
+def test_the_steps_dtype_counts_and_not_the_configs(tiny, tmp_path, dtype, said):
+    step = step_of(tmp_path, launch="params/accelerate/fsdp2_8gpu.yaml", dtype=dtype)  # which has bf16
+    words = trainings.Launched("sft", step, source_of(tiny), None, [], 1.0).command()
+    assert words[words.index("--mixed_precision") + 1] == said
+
+
+def test_other_machines_join_behind_what_an_earlier_attempt_left(tiny, tmp_path, monkeypatch):
+    step = step_of(tmp_path, launch="params/accelerate/fsdp2_2x8gpu.yaml")
+    made = trainings.Launched("sft", step, source_of(tiny), None, [], 1.0)
+    job, old = made.folder / "job.json", made.folder / "ranks/8.log"
+    old.parent.mkdir()
+    old.write_text("of an attempt before")
+    assert not job.exists()
+
+    class Begun(Exception):
+        pass
+
+    def launch():
+        assert job.exists() and not old.exists()
+        raise Begun
+
+    monkeypatch.setattr(made, "_launch", launch)
+    with pytest.raises(Begun):
+        made.run()
+    assert read_json(job)["mixed_precision"] in ("bf16", "no")
+
+
+def test_gradients_are_divided_after_each_micro_batch_where_weights_are(tmp_path, monkeypatch):
+    how = {"per_device": 1, "accumulation": 4, "n_items": 8}
+    assert train.common_args(params(), tmp_path, **how)["accelerator_config"] is None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    args = train.common_args(params(), tmp_path, **how)["accelerator_config"]
+    assert args["gradient_accumulation_kwargs"] == {"sync_each_batch": True}
+
+
+def test_a_reference_that_another_machine_wrote_is_not_waited_for(tmp_path):
+    here = SimpleNamespace(file=tmp_path / "reference.json", state=SimpleNamespace(global_step=0), rows=[1, 2])
+    here.args, here.accelerator = SimpleNamespace(world_size=1), SimpleNamespace(wait_for_everyone=lambda: None)
+    here._own_reference = lambda: {1: [-3.0, -4.0], 0: [-1.0, -2.0]}
+    here.is_world_process_zero = lambda: False
+    spread_dpo.SpreadDPOTrainer.read_reference(here)
+    assert here.reference == [[-1.0, -2.0], [-3.0, -4.0]]
+    here.is_world_process_zero = lambda: True
+    spread_dpo.SpreadDPOTrainer.read_reference(here)
+    kept, here.state.global_step, here.reference = here.reference, 5, None
+    spread_dpo.SpreadDPOTrainer.read_reference(here)  # an attempt that continues
+    assert here.reference == kept
 
 
 def step_of(folder, **kw):

@@ -48,6 +48,14 @@ def test_drops_are_counted_with_their_reason(scores, texts, reason):
     assert made == [] and drops[reason] == 1 and sum(drops.values()) == 1
 
 
+def test_a_draft_below_answers_that_are_all_equal_makes_a_tie():
+    prompts, cands, judged = case([2.0, 3.0, 3.0], ["aa", "bb", "cc"])
+    cands[0]["author"] = "F2"
+    cands[1]["ended"] = cands[2]["ended"] = False
+    made, drops = pairs.build_pairs(prompts, cands, judged, chosen_ended=True)
+    assert made == [] and drops["tie"] == 1 and drops["small_margin"] == 0
+
+
 @pytest.mark.parametrize("rule,own", [("longer", "ccc"), ("shorter", "c")])
 def test_a_rule_of_length_is_not_turned_round_where_a_drafts_answer_alone_may_be_chosen(rule, own):
     prompts, cands, judged = case([3.0, 2.0], ["bb", own])

@@ -21,7 +21,7 @@ import pytest
 from srlm_utils import judge, retry, serve, servers
 from srlm_utils.answers import write_answers
 from srlm_utils.artefacts import RowLog, read_json, read_jsonl, sha256
-from srlm_utils.errors import ModelError, ParamError
+from srlm_utils.errors import DataError, ModelError, ParamError
 from srlm_utils.params import PLACE, Experiment
 from srlm_utils.plan import fingerprint, make_step
 from srlm_utils.servers import Servers
@@ -207,6 +207,18 @@ def test_a_request_that_is_refused_is_not_asked_again(tiny, engine, served):
     with pytest.raises(ModelError, match="refuses a request of .*maximum context length"):
         generate(behind(tiny, server), requests(engine)[:1])
     assert len(server.bodies) == 1
+
+
+def test_a_server_that_was_started_with_less_context_is_asked_for_no_more(tiny, engine, served):
+    server = served()
+    server.pages["/v1/models"]["data"][0]["max_model_len"] = 60
+    servers = behind(tiny, server)
+    short, long = requests(engine, ["Hi."]), requests(engine, ["tea and cake " * 40])
+    how = {"max_new_tokens": 8, "temperature": 0, "top_p": 1.0, "seed": 0}
+    assert servers.context == 60 < engine.context
+    with pytest.raises(DataError, match="60"):
+        list(servers.generate(long, **how))
+    assert len(list(servers.generate(short, **how))) == 1
 
 
 def test_a_server_without_token_ids_is_refused(tiny, engine, served):

@@ -17,9 +17,10 @@ while true; do
         seen[$now]=1
         folder=$(dirname "$job")
         if [ -z "$started" ] || [ -e "$folder/log.json" ]; then continue; fi
-        config=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["params"]["launch"])' "$job")
+        asks='import json, sys; job = json.load(open(sys.argv[1])); print(job["params"]["launch"], job["mixed_precision"])'
+        read -r config precision <<< "$("$python" -c "$asks" "$job")"
         echo "machine $rank joins $folder"
-        "$python" -m accelerate.commands.launch --config_file "$config" --machine_rank "$rank" \
+        "$python" -m accelerate.commands.launch --config_file "$config" --mixed_precision "$precision" --machine_rank "$rank" \
             --main_process_ip "$MASTER_ADDR" -m srlm_utils.launched "$PWD/$job" ||
             echo "machine $rank: its part of $folder ended with $?"
     done
