@@ -84,7 +84,19 @@ def test_what_the_papers_preset_takes_without_comparing_checkpoints():
     path = PROJ_ROOT / "params/paper_llama2_70b.yaml"
     found, disk = estimate.estimate(Experiment.load([path], ["common.select_steps=0"]), 16, H100)
     assert f"#           {estimate.headline(found, disk, 16, H100)}\n" in path.read_text()
+    assert max(c.memory for c in found) > H100.memory  # as docs/scale.md has it
+    found, _ = estimate.estimate(
+        Experiment.load([path], ["common.select_steps=0", "common.train_batch_size=32"]), 32, H100
+    )
     assert max(c.memory for c in found) < H100.memory
+
+
+def test_what_is_gathered_of_a_layer_counts_where_weights_are_divided():
+    tree = BIG | {"sft": {"lora_r": 0, "micro_batch_size": 1, "gradient_checkpointing": True}}
+    tree["sft"] |= {"train_batch_size": 8, "launch": "params/accelerate/fsdp2_8gpu.yaml"}
+    alone, of_eight = (costs(tree, n)[0]["02_sft@M1"].memory for n in (1, 8))
+    layer, head = (8.03e9 - 2 * 4096 * 128_256) / 32, 4096 * 128_256
+    assert of_eight - (alone - 16 * 8.03e9) - 16 * 8.03e9 / 8 == pytest.approx(10 * layer + 2 * head, rel=0.05)
 
 
 def test_sizes_are_known_said_or_read(tiny):
@@ -115,7 +127,8 @@ def test_all_weights_take_16_bytes_each_and_devices_share_them():
     assert 2 * 8.03e9 < adapters.memory < 24e9
     size, p = SIZES["meta-llama/Llama-3.1-8B"], Experiment(tree).flat("02_sft", "M1", "")
     eight = estimate._training_memory(size, p, 8, 2)
-    assert eight == pytest.approx(one.memory - estimate.CUDA - 14 * 8.03e9, rel=0.01)
+    gathered = estimate._gathered(size, 2)
+    assert eight == pytest.approx(one.memory - estimate.CUDA - 14 * 8.03e9 + gathered, rel=0.01)
 
 
 def test_on_a_processor_without_bfloat16_auto_is_float32(monkeypatch):
