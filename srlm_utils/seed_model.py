@@ -11,6 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from srlm_utils import chat
 from srlm_utils.artefacts import model_sha256, read_json, sha256, write_json
 from srlm_utils.errors import ModelError, first_line
 from srlm_utils.paths import SEED_DATA, cache_dir, resolve
@@ -301,6 +302,18 @@ def _make_tiny(to: Path) -> None:
     )  # wide, so that random scores and samples differ visibly
     model.to(torch.bfloat16).save_pretrained(to)
     fast.save_pretrained(to)
+
+
+def check_trainable(source: dict) -> None:
+    """Raise `ModelError` for a model (arguments of `chat.load_tokenizer`) that the kit cannot train as it is: one that
+    also sees or hears, or one whose answers do not continue its prompt (`chat.end_of_turn`)."""
+    config = read_json(Path(source["folder"]) / "config.json")
+    if senses := [name for name in ("vision_config", "audio_config") if config.get(name)]:
+        raise ModelError(
+            f"{source['folder']}: its config.json has {senses[0]}, and the kit trains and saves what reads text alone. "
+            "Take a model without it; Gemma 3's of 270M and 1B have none."
+        )
+    chat.end_of_turn(chat.load_tokenizer(**source))
 
 
 def write_pointer(path: Path, info: dict, chat_template: str = "") -> None:

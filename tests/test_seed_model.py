@@ -1,11 +1,14 @@
 """Where M0 comes from, and what is said when it cannot be had."""
 
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import trl
 
 from srlm_utils import agree, chat, engine, paths, seed_model, train
+from srlm_utils.artefacts import read_json, write_json
 from srlm_utils.errors import ModelError
 from srlm_utils.params import Sft
 
@@ -18,6 +21,27 @@ def test_a_local_folder_is_used_in_place(tiny, tmp_path):
     seed_model.write_pointer(tmp_path / "model.json", info, "plain")
     again = seed_model.read_pointer(tmp_path / "model.json")
     assert (again["path"], again["chat_template"]) == (str(folder), "plain")
+
+
+@pytest.mark.parametrize(
+    "of_config,of_template,says",
+    [
+        ({"vision_config": {"hidden_size": 8}}, "", "vision_config.*reads text alone"),
+        ({}, "deepseek_r1_distill", "without thinking first"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_as_it_is_is_refused(tiny, tmp_path, of_config, of_template, says):
+    folder = tmp_path / "mine"
+    shutil.copytree(tiny, folder)
+    seed_model.check_trainable({"folder": str(folder)})
+    write_json(folder / "config.json", read_json(folder / "config.json") | of_config)
+    if of_template:
+        template = Path(trl.__file__).parent / f"chat_templates/{of_template}.jinja"
+        (folder / "chat_template.jinja").write_text(template.read_text())
+    with pytest.raises(ModelError, match=says):
+        seed_model.check_trainable({"folder": str(folder)})
+    if of_template:  # as the error says
+        seed_model.check_trainable({"folder": str(folder), "chat_template": "plain"})
 
 
 def test_a_folder_that_was_trained_anew_is_another_model(tiny, tmp_path):
