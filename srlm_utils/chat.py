@@ -15,7 +15,8 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 TEMPLATES = {"plain": PLAIN_TEMPLATE}
-# what templates are told: no thinking before an answer (Qwen3), and no date of the day (Llama 3.2; this is 3.1's own)
+# what templates are told: no thinking before an answer (Qwen3), and a date that is no day's (Llama 3.2; this is 3.1's
+# own). Templates that ask for the day by `strftime_now` alone have another prompt every day
 SAID = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 _PLAIN_TURN = re.compile(r"^([^\S\n]*(?:User|Assistant)):", re.MULTILINE)
 
@@ -101,8 +102,8 @@ def end_of_turn(tokenizer) -> int:
     if not whole.startswith(start) or not said or before.strip():
         raise ModelError(
             f"the chat template of this model asks for an answer with {start[-40:]!r} and shows one as "
-            f"{whole[-60:]!r}: answers to train on would not be those that it writes. Take a model that answers "
-            "without thinking first, or set common.chat_template: plain for a base model."
+            f"{whole[-60:]!r}: what it writes first is no answer, so it can neither be trained nor asked to judge. "
+            "Take a model that answers without thinking first; for a base model set common.chat_template: plain."
         )
     ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
     return next((i for i in ids if i in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)

@@ -205,15 +205,18 @@ def _training_memory(size: Size, p: dict, n_devices: int, item: int) -> float:
     else:
         kept = 16 * size.parameters  # float32 weights, their gradients, and the two averages of AdamW
     return (
-        kept / n_devices + resources.activation_bytes(size, p, item) + (_gathered(size, item) if n_devices > 1 else 0)
+        kept / n_devices
+        + resources.activation_bytes(size, p, item)
+        + (_gathered(size, p, item) if n_devices > 1 else 0)
     )
 
 
-def _gathered(size: Size, item: int) -> float:
-    """Bytes a device of what FSDP2 holds whole, the head and at most two layers: weights, and in bfloat16 and float32
-    the gradients of one that are about to be divided."""
+def _gathered(size: Size, p: dict, item: int) -> float:
+    """Bytes a device of what FSDP2 holds whole, the head and at most two layers: weights, and where they learn the
+    gradients of one that are about to be divided, in their own type and in float32."""
     layer = 2 * size.width**2 + size.kept * size.width + 3 * size.width * size.inner
-    return layer * (2 * item + item + 4) + item * size.width * size.vocabulary
+    weight = 0.55 if p.get("load_in_4bit") else item
+    return layer * (2 * weight + (0 if p["lora_r"] else item + 4)) + item * size.width * size.vocabulary
 
 
 def _sampling_memory(size: Size, p: dict, n_devices: int, item: int) -> float:

@@ -183,8 +183,10 @@ def expected_scores(engine, rubric: Rubric, items: list[dict], *, max_response_t
     Row: {"id", "judge_mode", "cut", "score" (mean, 0 to 5), "probs" (six, sum 1), "mass" (what the six held of
     the whole distribution)}; `cut` says whether the judge saw a part of the response alone (`prompts`).
     """
+    if not items:  # no server is started for nothing
+        return
     start, choices = score_tokens(engine.tokenizer)
-    room = _room(engine, len(start))
+    room = _room(engine, len(start) + 1)  # and the digit, which vLLM has to write
     requests, cut = prompts(engine.tokenizer, rubric, items, "score_first", max_response_tokens, room)
     for batch in engine.choice_probs([(key, ids + start) for key, ids in requests], choices):
         yield [
@@ -220,6 +222,8 @@ def sampled_scores(
     `read_digits` is the mode sampled_expected: a valid judgement's score is the mean of the digits' probabilities where
     it wrote its score, and "written" what it wrote.
     """
+    if not items:
+        return
     room = _room(engine, max_new_tokens + SCORE_LINE)
     requests, cut = prompts(engine.tokenizer, rubric, items, "justify_first", max_response_tokens, room)
     asked, choices = dict(requests), score_tokens(engine.tokenizer)[1] if read_digits else []

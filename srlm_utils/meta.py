@@ -63,7 +63,7 @@ def compare(step, engine, tasks: dict[str, str], judgements: dict[str, list[str]
                     for i, j in todo[key]
                 ]
                 ids = [chat.prompt_ids(engine.tokenizer, question) for question in questions]
-                if engine.context and max(map(len, ids)) > engine.context:
+                if engine.context and max(map(len, ids)) >= engine.context:
                     n_too_long += 1
                     bar.update(len(ids))
                     continue

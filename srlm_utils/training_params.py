@@ -52,11 +52,6 @@ def check(params: dict) -> None:
     _, accumulation = batch_sizes(params)
     if not params["launch"]:
         return
-    if params["load_in_4bit"] and params["dtype"] == "float32":
-        raise ParamError(
-            "load_in_4bit = True with launch and dtype = 'float32': the parts of a base in 4 bits travel in bfloat16. "
-            "Set sft.dtype and dpo.dtype to auto or bfloat16."
-        )
     config = read_config(params["launch"])
     if config.get("distributed_type") == "DEEPSPEED" and params["load_in_4bit"]:
         raise ParamError(

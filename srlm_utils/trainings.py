@@ -26,7 +26,6 @@ import psutil
 
 from srlm_utils import errors, ranks, train
 from srlm_utils.artefacts import link_or_copy, read_json, write_json, write_jsonl
-from srlm_utils.devices import pick_device, pick_dtype
 from srlm_utils.engine import Engine
 from srlm_utils.errors import SrlmError, StepFailed
 from srlm_utils.paths import PROJ_ROOT, resolve, shown
@@ -95,13 +94,14 @@ class Launched:
         _end_orphans(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_jsonl(self.folder / "rows.jsonl", rows)
-        # the type that the step asks for; a config has its own
-        bf16 = pick_dtype(step.params.dtype, pick_device(step.params.device)) == "bfloat16"
-        self.precision = "bf16" if bf16 else "no"
+        # the type that the step asks for, whatever the config says; auto is what the card can do, and the config's
+        precision = {"float32": "no", "bfloat16": "bf16"}.get(step.params.dtype)
+        self.launcher = ["--config_file", shown(resolve(step.params.launch))]
+        self.launcher += ["--mixed_precision", precision] if precision else []
         me = psutil.Process()
         self.job = {"kind": kind, "params": vars(step.params), "source": source, "consistency": consistency}
         self.job |= {"kernel": {"pid": me.pid, "host": os.uname().nodename, "created": me.create_time()}}
-        self.job |= {"mixed_precision": self.precision}
+        self.job |= {"launcher": self.launcher}
 
     def reference(self) -> pd.DataFrame:
         """As `Here.reference`; known once `run` has begun to train."""
@@ -141,13 +141,12 @@ class Launched:
 
     def command(self, machine: int = 0) -> list[str]:
         """What starts the processes of a machine; all machines see the same files."""
-        config, job = str(resolve(self.step.params.launch)), str(self.folder / "job.json")
         several = self.config.get("num_machines", 1) > 1
         where = ["--machine_rank", str(machine)] if several else []
         if several and os.environ.get("MASTER_ADDR"):
             where += ["--main_process_ip", os.environ["MASTER_ADDR"]]
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
-        return [*launcher, "--mixed_precision", self.precision, *where, "-m", "srlm_utils.launched", job]
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", *self.launcher, *where]
+        return [*launcher, "-m", "srlm_utils.launched", str(self.folder / "job.json")]
 
     # ---- while it runs
 

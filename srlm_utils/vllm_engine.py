@@ -10,10 +10,11 @@ import gc
 import hashlib
 import itertools
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from srlm_utils import chat, context
+from srlm_utils import chat, context, serve
 from srlm_utils.engine import Sample, no_numbers
 from srlm_utils.errors import ParamError, StepFailed
 from srlm_utils.resources import check_weights
@@ -64,6 +65,8 @@ class VllmEngine:
         on_token=None,
     ) -> Iterator[list[Sample]]:
         """As `engine.Engine.generate`; the texts of a request are one request here, too, whose prompt is read once."""
+        if not requests:
+            return
         context.check_requests({key: len(ids) + max_new_tokens for key, ids in requests}, self.context)
         stops = {*stop_ids} - self._ends
         how = PLAIN | {
@@ -97,7 +100,9 @@ class VllmEngine:
         """As `engine.Engine.choice_probs`, of `CHOICES` choices at most; vLLM has rounded their logits to its dtype."""
         if len(choices) > CHOICES:
             raise ParamError(f"{len(choices)} choices; vLLM tells the probabilities of {CHOICES} at most.")
-        context.check_requests({key: len(ids) for key, ids in requests}, self.context)
+        if not requests:
+            return
+        context.check_requests({key: len(ids) + 1 for key, ids in requests}, self.context)  # it writes one
         how = PLAIN | {"max_tokens": 1, "temperature": 0.0, "logprob_token_ids": choices}
         for key, reply in self._ask([(key, ids, how) for key, ids in sorted(requests, key=lambda r: r[1])]):
             if missing := [c for c in choices if c not in reply.first]:
@@ -113,7 +118,9 @@ class VllmEngine:
         self, requests: list[tuple[str, list[int], list[int]]]
     ) -> Iterator[list[tuple[str, list[float]]]]:
         """As `engine.Engine.target_logprobs`: the text is read as a part of the prompt."""
-        context.check_requests({key: len(prompt) + len(text) for key, prompt, text in requests}, self.context)
+        if not requests:
+            return
+        context.check_requests({key: len(prompt) + len(text) + 1 for key, prompt, text in requests}, self.context)
         n_tokens = {key: len(text) for key, _, text in requests}
         how = PLAIN | {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
         for key, reply in self._ask([(key, prompt + text, how) for key, prompt, text in requests]):
@@ -146,6 +153,8 @@ class Vllm(VllmEngine):
         **source,
     ):
         super().__init__(folder, **source)
+        for name, value in serve.STOPS.items():  # vLLM reads it where a request is made
+            os.environ.setdefault(name, value)
         self._how = {
             "model": folder,
             "dtype": dtype,

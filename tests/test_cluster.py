@@ -160,7 +160,9 @@ def test_a_node_joins_each_launched_training_once(cluster):
 
     def launch(config: str) -> None:
         where.mkdir(parents=True, exist_ok=True)
-        (where / "job.json").write_text(json.dumps({"params": {"launch": config}, "mixed_precision": "bf16"}))
+        (where / "job.json").write_text(
+            json.dumps({"launcher": ["--config_file", config, "--mixed_precision", "bf16"]})
+        )
 
     launch("left.yaml")  # of a job before: the kernel that continues it has not come so far
     more = {"SRLM_BIN": str(folder / "bin"), "MASTER_ADDR": "n0", "JOIN_SECONDS": "0.2", "SLURM_PROCID": "1"}

@@ -212,7 +212,7 @@ def test_an_answer_to_learn_is_the_one_that_would_be_written(tiny, name):
 def test_a_template_whose_answers_stand_elsewhere_is_refused(tiny, name):
     tok = chat.load_tokenizer(tiny)
     tok.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
-    with pytest.raises(ModelError, match="answers to train on would not be those that it writes.*chat_template: plain"):
+    with pytest.raises(ModelError, match="what it writes first is no answer.*chat_template: plain"):
         chat.end_of_turn(tok)
 
 

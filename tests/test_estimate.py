@@ -127,7 +127,7 @@ def test_all_weights_take_16_bytes_each_and_devices_share_them():
     assert 2 * 8.03e9 < adapters.memory < 24e9
     size, p = SIZES["meta-llama/Llama-3.1-8B"], Experiment(tree).flat("02_sft", "M1", "")
     eight = estimate._training_memory(size, p, 8, 2)
-    gathered = estimate._gathered(size, 2)
+    gathered = estimate._gathered(size, p, 2)
     assert eight == pytest.approx(one.memory - estimate.CUDA - 14 * 8.03e9 + gathered, rel=0.01)
 
 

@@ -313,5 +313,13 @@ def test_overlays_reach_what_they_name(overlay):
 
 
 def test_the_command_line_warns_of_it(capsys):
-    assert main(["plan", str(PARAMS / "quickstart.yaml"), "--set", "sft.rank_weight=0", "--run-name", "none"]) == 0
-    assert "WARNING: sft.rank_weight = 0.0 does not change by_model.M1" in capsys.readouterr().err
+    assert (
+        main(
+            ["plan", str(PARAMS / "quickstart.yaml"), "--set", "sft.rank_weight=0", "--run-name", "none"]
+            + ["--set", "by_model.M1.dpo.beta=0.9"]
+        )
+        == 0
+    )
+    said = capsys.readouterr().err
+    assert "WARNING: sft.rank_weight = 0.0 does not change by_model.M1" in said
+    assert "WARNING: by_model.M1.dpo: no such step" in said

@@ -30,6 +30,7 @@ from srlm_utils.verify import verify
 from tests import vllm_server
 from tests.conftest import ROOT, srlm
 from tests.test_engine import PROMPTS, generate, requests
+from tests.test_judge_modes import SAMPLING
 
 MORE = [f"{p} ({i})" for i in range(4) for p in PROMPTS]
 
@@ -219,6 +220,40 @@ def test_a_server_that_was_started_with_less_context_is_asked_for_no_more(tiny, 
     with pytest.raises(DataError, match="60"):
         list(servers.generate(long, **how))
     assert len(list(servers.generate(short, **how))) == 1
+
+
+def test_a_judge_prompt_is_cut_to_what_the_server_takes(tiny, engine, served):
+    server, rubric = served(), judge.Rubric("short")
+    items = [{"id": str(n), "prompt": "Hi.", "response": "tea and cake " * n} for n in (1, 40, 41, 42, 43)]
+    (_, shortest), *_ = judge.prompts(engine.tokenizer, rubric, items[:1], "score_first", 0)[0]
+    server.pages["/v1/models"]["data"][0]["max_model_len"] = limit = len(shortest) + 40
+    rows = [r for batch in judge.expected_scores(behind(tiny, server), rubric, items) for r in batch]
+    assert {r["id"]: r["cut"] for r in rows} == {str(n): n > 1 for n in (1, 40, 41, 42, 43)}
+    texts = [("a", [5] * (limit - 50), [6] * 49), ("b", [5] * (limit - 50), [6] * 50)]
+    assert len(list(behind(tiny, server).target_logprobs(texts[:1]))) == 1
+    with pytest.raises(DataError):
+        list(behind(tiny, server).target_logprobs(texts))
+
+
+def test_where_nothing_is_left_to_ask_nobody_is_asked(tiny):
+    nowhere = behind(tiny, "http://127.0.0.1:1/v1")
+    how = {"max_new_tokens": 8, "temperature": 0, "top_p": 1.0, "seed": 0}
+    assert [*nowhere.generate([], **how), *nowhere.choice_probs([], [1]), *nowhere.target_logprobs([])] == []
+    for mode in ("expected", "sampled_expected"):
+        how = SAMPLING if mode != "expected" else {}
+        assert [*judge.scores(nowhere, judge.Rubric("short"), [], mode, **how)] == []
+    with pytest.raises(ModelError, match="does not answer"):
+        list(nowhere.target_logprobs([("a", [1], [2])]))
+
+
+def test_servers_are_told_that_many_tokens_may_end_a_prompt(tmp_path, monkeypatch):
+    say = f"import os; open({str(tmp_path / 'said')!r}, 'w').write(os.environ['VLLM_MAX_STOP_TOKEN_IDS'])"
+    for own in ("", "7"):
+        if own:
+            monkeypatch.setenv("VLLM_MAX_STOP_TOKEN_IDS", own)
+        process = serve.Process([sys.executable, "-c", say], "http://127.0.0.1:1/v1", tmp_path / "log")
+        process._guard.wait(30)
+        assert (tmp_path / "said").read_text() == (own or serve.STOPS["VLLM_MAX_STOP_TOKEN_IDS"])
 
 
 def test_a_server_without_token_ids_is_refused(tiny, engine, served):

@@ -35,6 +35,9 @@ class VllmServer(Endpoint):
     @torch.inference_mode()
     def completion(self, body):
         assert body["return_token_ids"] and body.items() >= PLAIN.items(), body
+        limit = self.pages["/v1/models"]["data"][0].get("max_model_len")
+        if limit and len(body["prompt"]) + body["max_tokens"] > limit:
+            return 400, {}, f"at most {limit} tokens"
         ids, how = body["prompt"], {"temperature": body["temperature"], "top_p": body.get("top_p", 1.0)}
         assert body["temperature"] or body.get("n", 1) == 1  # as vLLM has it
         choices = []

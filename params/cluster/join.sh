@@ -17,10 +17,10 @@ while true; do
         seen[$now]=1
         folder=$(dirname "$job")
         if [ -z "$started" ] || [ -e "$folder/log.json" ]; then continue; fi
-        asks='import json, sys; job = json.load(open(sys.argv[1])); print(job["params"]["launch"], job["mixed_precision"])'
-        read -r config precision <<< "$("$python" -c "$asks" "$job")"
+        mapfile -t words < <("$python" -c 'import json, sys; print(*json.load(open(sys.argv[1]))["launcher"], sep="\n")' "$job")
+        if [ "${#words[@]}" = 0 ]; then continue; fi
         echo "machine $rank joins $folder"
-        "$python" -m accelerate.commands.launch --config_file "$config" --mixed_precision "$precision" --machine_rank "$rank" \
+        "$python" -m accelerate.commands.launch "${words[@]}" --machine_rank "$rank" \
             --main_process_ip "$MASTER_ADDR" -m srlm_utils.launched "$PWD/$job" ||
             echo "machine $rank: its part of $folder ended with $?"
     done
