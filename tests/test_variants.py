@@ -204,10 +204,10 @@ def test_replay_reads_the_pairs_of_all_rounds_before():
     assert found["07_dpo@M4"].reads == ("M3/model", *(f"M{i}/aift/pairs.jsonl" for i in (3, 2, 1)))
     costs = [step_tokens(found[f"07_dpo@M{i}"], Experiment(tree))["trained"] for i in (2, 3, 4)]
     assert costs == [costs[0], 1.5 * costs[0], 2 * costs[0]]
-    tree["dpo"] |= {"select_steps": 5, "select_judge": "M0:score"}  # as many more checkpoints are compared
+    tree["dpo"] |= {"select_steps": 2, "select_judge": "M0:score"}  # and more checkpoints are compared
     found = steps(tree)
     written = [step_tokens(found[f"07_dpo@M{i}"], Experiment(tree))["generated"] for i in (2, 3, 4)]
-    assert written[1] > 1.3 * written[0] and written[2] > 1.2 * written[1]
+    assert written[0] < written[1] < written[2]
 
 
 def test_a_share_of_old_pairs_is_picked_by_the_seed():
