@@ -200,8 +200,7 @@ def _training_memory(size: Size, p: dict, n_devices: int, item: int) -> float:
     if p["lora_r"]:
         layers = min(p["lora_layers"] or size.layers, size.layers)
         adapters = layers * p["lora_r"] * (8 * size.width + 3 * (size.width + size.inner))  # seven of them a layer
-        frozen = 0.55 if p.get("load_in_4bit") else item  # QLoRA: 4 bits and their scales
-        kept = frozen * size.parameters + 16 * adapters
+        kept = _base_weight(p, item) * size.parameters + 16 * adapters
     else:
         kept = 16 * size.parameters  # float32 weights, their gradients, and the two averages of AdamW
     return (
@@ -211,12 +210,16 @@ def _training_memory(size: Size, p: dict, n_devices: int, item: int) -> float:
     )
 
 
+def _base_weight(p: dict, item: int) -> float:
+    """Bytes of a weight of the model that a training starts from; QLoRA's are 4 bits and their scales."""
+    return 0.55 if p.get("load_in_4bit") else item
+
+
 def _gathered(size: Size, p: dict, item: int) -> float:
     """Bytes a device of what FSDP2 holds whole, the head and at most two layers: weights, and where they learn the
     gradients of one that are about to be divided, in their own type and in float32."""
     layer = 2 * size.width**2 + size.kept * size.width + 3 * size.width * size.inner
-    weight = 0.55 if p.get("load_in_4bit") else item
-    return layer * (2 * weight + (0 if p["lora_r"] else item + 4)) + item * size.width * size.vocabulary
+    return layer * (2 * _base_weight(p, item) + (0 if p["lora_r"] else item + 4)) + item * size.width * size.vocabulary
 
 
 def _sampling_memory(size: Size, p: dict, n_devices: int, item: int) -> float:

@@ -155,9 +155,12 @@ def prompts(tokenizer, rubric: Rubric, items: list[dict], format: str, max_respo
     return requests, cut
 
 
-def _room(engine, n_new: int) -> int:
-    """Tokens that a judge prompt may have for `engine` to write `n_new` behind it; 0 is any number."""
-    return max(engine.context - n_new, 1) if engine.context else 0
+def _room(engine, items: list[dict], n_new: int) -> int:
+    """Tokens that a judge prompt of `items` may have for `engine` to write `n_new` behind it; 0 is any number.
+
+    Without items the engine is not asked: servers would be started for that.
+    """
+    return max(engine.context - n_new, 1) if items and engine.context else 0
 
 
 def surely_fits(response: str, max_tokens: int) -> bool:
@@ -183,10 +186,8 @@ def expected_scores(engine, rubric: Rubric, items: list[dict], *, max_response_t
     Row: {"id", "judge_mode", "cut", "score" (mean, 0 to 5), "probs" (six, sum 1), "mass" (what the six held of
     the whole distribution)}; `cut` says whether the judge saw a part of the response alone (`prompts`).
     """
-    if not items:  # no server is started for nothing
-        return
     start, choices = score_tokens(engine.tokenizer)
-    room = _room(engine, len(start) + 1)  # and the digit, which vLLM has to write
+    room = _room(engine, items, len(start) + 1)  # and the digit, which vLLM has to write
     requests, cut = prompts(engine.tokenizer, rubric, items, "score_first", max_response_tokens, room)
     for batch in engine.choice_probs([(key, ids + start) for key, ids in requests], choices):
         yield [
@@ -222,9 +223,7 @@ def sampled_scores(
     `read_digits` is the mode sampled_expected: a valid judgement's score is the mean of the digits' probabilities where
     it wrote its score, and "written" what it wrote.
     """
-    if not items:
-        return
-    room = _room(engine, max_new_tokens + SCORE_LINE)
+    room = _room(engine, items, max_new_tokens + SCORE_LINE)
     requests, cut = prompts(engine.tokenizer, rubric, items, "justify_first", max_response_tokens, room)
     asked, choices = dict(requests), score_tokens(engine.tokenizer)[1] if read_digits else []
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}

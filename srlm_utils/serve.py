@@ -15,8 +15,8 @@ from srlm_utils.params import refuse_keys
 from srlm_utils.paths import shown
 
 GUARD = Path(__file__).with_name("guard.py")
-STOPS = {"VLLM_MAX_STOP_TOKEN_IDS": "100000"}  # a prompt ends at any token with a line break: SmolLM2 has 129, and
-# vLLM after 0.32 is to take 128 at most unless told
+# a prompt ends at any token with a line break: SmolLM2 has 129, and vLLM after 0.32 is to take 128 at most unless told
+STOPS = {"VLLM_MAX_STOP_TOKEN_IDS": "100000"}
 TALK = re.compile("WARN|INFO|DEBUG")  # a line of these may name an error that was dealt with
 LOG_LINES = 15  # of a server that ended, in the message
 ERROR = re.compile(r"(?:^|\s)(\w[\w.]*(?:Error|Exception)(?:: .+|$))")

@@ -63,8 +63,6 @@ class Servers(VllmEngine):
         return self._context
 
     def _ask(self, asked):
-        if not asked:
-            return
         servers = self._servers()
         n = max(how.get("n", 1) for *_, how in asked)
         yield from _Share(servers, asked, max(1, min(CONNECTIONS, self.texts // n))).replies()

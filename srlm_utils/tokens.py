@@ -78,7 +78,7 @@ def _build_eft(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
     if p["scores_from"] == "judge":
         items = _rows(experiment, "ranked_train", unscored=True) * REPLIES
         n["judged"] = items * (_frame(p["rubric"]) + REPLY)
-        n["generated"] = items * p["n_samples"] * min(p["max_new_tokens"], JUSTIFICATION + 15)
+        n["generated"] = items * p["n_samples"] * _judgement(p["max_new_tokens"])
 
 
 def _self_instruct(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
@@ -124,7 +124,7 @@ def _evaluate(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
     frame, replies, tests = _frame(p["rubric"]), _rows(experiment, "ranked_eval") * REPLIES, _rows(experiment, "test")
     n["judged"] = len(p["judge_modes"]) * replies * (frame + REPLY)
     if {*p["judge_modes"]} - {"expected"}:
-        n["generated"] = replies * p["n_samples"] * min(p["judge_max_new_tokens"], JUSTIFICATION + 15)
+        n["generated"] = replies * p["n_samples"] * _judgement(p["judge_max_new_tokens"])
     safety = SEED_ROWS.get(p["safety_file"], 100 if p["safety_file"] else 0)
     n["generated"] += (tests + safety) * _written(p)
     n["judged"] += tests * (CHAT + PROMPT + ANSWER)  # how likely the reference answers are
@@ -157,6 +157,11 @@ def _frame(rubric: str) -> int:
     return CHAT + PROMPT + RUBRIC.get(rubric, 200)
 
 
+def _judgement(max_new_tokens: int) -> int:
+    """Tokens of a written judgement."""
+    return min(max_new_tokens, JUSTIFICATION + 15)
+
+
 def _candidates(params: dict) -> int:
     """Candidates of a prompt: the model's own, and as many of an anchor."""
     return params["n_candidates"] * (1 + bool(params["anchor_model"]))
@@ -164,7 +169,7 @@ def _candidates(params: dict) -> int:
 
 def _add_judgements(n: dict, p: dict, items: int, max_new_tokens: int) -> int:
     """Add what a judge of `items` answers writes, and reads again for digits' probabilities; a judgement's tokens."""
-    written = min(max_new_tokens, JUSTIFICATION + 15)
+    written = _judgement(max_new_tokens)
     if p["judge_mode"] != "expected":
         n["generated"] += items * p["n_samples"] * written
     if p["judge_mode"] == "sampled_expected":
