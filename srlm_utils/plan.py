@@ -366,17 +366,14 @@ def external_inputs(params: dict) -> dict[str, Path]:
         if name.endswith(("_file", "_files")):
             sources = value if isinstance(value, list) else [value]
             files |= {f"{name}:{v}": seed_path(v) for v in sources if v and not is_hub_id(v)}
-    for judge, mode in map(parse_win_judge, params.get("win_judges", [])):
+    for where, named in judges_of_answers(params):
+        judge, mode = parse_win_judge(named)
         if mode == "human":
-            files[f"win_judges:{judge}"] = resolve(judge)
+            files[f"{where}:{judge}"] = resolve(judge)
         if judge == OUTSIDE:
-            files |= {f"win_judges:outside:{name}": seed_path(name) for name in OUTSIDE_LESSONS}
-    if params.get("select_steps"):
-        judge, mode = parse_win_judge(params["select_judge"])
-        if mode == "score" and judge != OUTSIDE:
+            files |= {f"{where}:outside:{name}": seed_path(name) for name in OUTSIDE_LESSONS}
+        elif where == "select_judge" and mode == "score":
             files[f"select_rubric:{params['select_rubric']}"] = rubric_path(params["select_rubric"])
-        if judge == OUTSIDE:
-            files |= {f"select_judge:outside:{name}": seed_path(name) for name in OUTSIDE_LESSONS}
     for name, model in external_models(params):  # a folder may be trained anew under its name
         if resolve(model).is_dir():
             files[f"{name}:{model}"] = resolve(model)
@@ -387,12 +384,17 @@ def external_inputs(params: dict) -> dict[str, Path]:
     return files
 
 
+def judges_of_answers(params: dict) -> list[tuple[str, str]]:
+    """(parameter, ``judge:mode``) of each judge that compares answers: for win rates, or to choose a checkpoint."""
+    select = [params["select_judge"]] if params.get("select_steps") else []
+    return [("win_judges", j) for j in params.get("win_judges", [])] + [("select_judge", j) for j in select]
+
+
 def external_models(params: dict) -> list[tuple[str, str]]:
     """(parameter, name) of each model from outside the run that a step loads."""
-    judges = [("win_judges", *parse_win_judge(judge)) for judge in params.get("win_judges", [])]
-    judges += [("select_judge", *parse_win_judge(params["select_judge"]))] if params.get("select_steps") else []
     found = [(name, params.get(name, "")) for name in ("seed_model", "judge_model", "prompt_model", "mt_bench_judge")]
-    found += [(name, judge) for name, judge, mode in judges if mode not in ("api", "human")]
+    judges = [(where, *parse_win_judge(named)) for where, named in judges_of_answers(params)]
+    found += [(where, judge) for where, judge, mode in judges if mode not in ("api", "human")]
     return [(n, m) for n, m in found if m not in ("", OUTSIDE) and not is_model_name(m) and not m.endswith(":api")]
 
 

@@ -17,7 +17,7 @@ from srlm_utils.artefacts import is_there, named_faults, read_json, write_text
 from srlm_utils.errors import DataError, Interrupted, LockedError, MissingInputError, ParamError, SrlmError, StepFailed
 from srlm_utils.params import Experiment, yaml_section
 from srlm_utils.paths import NOTEBOOKS, PROJ_ROOT, shown
-from srlm_utils.plan import Step, list_steps, maker_of, plan, status
+from srlm_utils.plan import Step, judges_of_answers, list_steps, maker_of, plan, status
 from srlm_utils.seeds import load_seeds
 from srlm_utils.step import BATCH, check_external, check_means, drop_lock, lock_owner, sign_lock
 from srlm_utils.tokens import step_work
@@ -79,8 +79,7 @@ def _execute(experiment, run, command, steps, start, only, force) -> None:
             todo.append((step, params))
     for step, params in todo:  # the last of them may be hours away
         check_external(step.stage, params)
-        judges = [*params.get("win_judges", []), *([params["select_judge"]] if params.get("select_steps") else [])]
-        evaluate.check_judges(judges, SimpleNamespace(**params))
+        evaluate.check_judges([judge for _, judge in judges_of_answers(params)], SimpleNamespace(**params))
     write_text(run / "params.yaml", _yaml(experiment.tree))
     for step, params, *_ in planned:
         write_text(run / "params" / f"{step.name}.yaml", _yaml(params | {"run_dir": shown(run)}))

@@ -146,6 +146,23 @@ def test_figures_over_some_of_the_prompts_have_no_paired_interval():
         assert (paired, figure["low"], figure["n"]) == ("not the same prompts", None, None)
 
 
+def test_wins_ties_and_losses_of_two_runs_by_hand(tmp_path):
+    """The first run wins one prompt, ties one, loses one; the second wins two and loses one: none of them is a tie."""
+    for name, first in (("a", [1.0, 0.5, 0.0]), ("b", [1.0, 1.0, 0.0])):
+        who = {"model_a": "M3", "model_b": "M1", "judge": "M1", "judge_rev": "x", "judge_mode": "score"}
+        rows = [who | {"prompt_id": f"p{i}", "order": "none", "p_first": p} for i, p in enumerate(first)]
+        write_jsonl(tmp_path / name / "M3/eval/verdicts/M3_vs_M1.jsonl", rows)
+        write_jsonl(tmp_path / name / "M1/eval/answers.jsonl", [{"prompt_id": "p0", "prompt": "q", "text": "same"}])
+    a, b = (compare._verdict_rows(tmp_path / name, "M3") for name in "ab")
+    where = "test_prompts", "M1", "score", "M3", "M1"
+    means = {"win_rate": (1.5 / 3, 2 / 3), "win": (1 / 3, 2 / 3), "tie": (1 / 3, 0), "loss": (1 / 3, 1 / 3)}
+    for metric, values in means.items():
+        for side, value in zip((a, b), values, strict=True):
+            assert side[metric, *where].value == pytest.approx(value)
+        figure, paired = compare._difference(a[metric, *where], b[metric, *where], *values)
+        assert (figure["n"], paired) == (3, "yes") and figure["value"] == pytest.approx(values[1] - values[0])
+
+
 def test_pairing_narrows_the_interval():
     rng = np.random.default_rng(0)
     hard = rng.normal(size=200)

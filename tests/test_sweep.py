@@ -641,3 +641,17 @@ def test_each_round_is_set_against_the_one_before(tmp_path):
     cell.answers[:] = [a for a in cell.answers if a["model"] in ("M1", "M3")]  # as `cells.write` leaves a large one
     again = sweep_report.ladder([cell])
     assert [*again[again.metric == "win_rate"].verdict] == [*won.verdict]
+
+
+def test_what_stands_in_two_tables_of_the_report_is_one_row_of_its_file(tmp_path):
+    """Of a run of one round M2 against M1 is both the whole loop and its only round."""
+    cell = planted("default", 0, params={"common": {"variant": "default", "seed": 0, "iterations": 2}})
+    cell.answers[:] = [a for a in cell.answers if a["model"] != "M3"]
+    cell.verdicts[:] = [v | {"model_a": "M2"} for v in cell.verdicts]
+    cells.write(cell, tmp_path / "default-0")
+    sweep_report.write(tmp_path)
+    kept = pd.read_csv(tmp_path / "comparison.csv", keep_default_na=False)
+    won = kept[kept.metric == "win_rate"]
+    assert [*zip(won.model, won.opponent, strict=True)] == [("M2", "M1")]
+    for table in (sweep_report.compare([cell]), sweep_report.ladder([cell])):
+        assert [*table[table.metric == "win_rate"].model] == ["M2"]
