@@ -398,15 +398,6 @@ def parse_choice(text: str) -> str | None:
 # ---- single grades
 
 
-def grade(api: Api, items: list[tuple[str, list[dict]]]) -> Iterator[list[dict]]:
-    """Grade answers one by one; `items` are (key, messages of the rendered grading prompt).
-
-    Yields rows {"id" (the key), "score" (1 to 10, or None if the reply has no valid ``[[rating]]``), "text"}.
-    """
-    for key, reply in api.ask(items, max_tokens=GRADE_TOKENS):
-        yield [{"id": key, "score": parse_rating(reply["text"]), "text": reply["text"]}]
-
-
 def parse_rating(text: str) -> float | None:
     """The last ``[[rating]]`` of a judgement, from 1 to 10; None if there is none or it is out of range."""
     found = _RATING.findall(text)

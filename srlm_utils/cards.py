@@ -6,7 +6,6 @@ on. `srlm share` and `srlm push` write it again from the run's manifests, with w
 
 from pathlib import Path
 
-import pandas as pd
 import yaml
 
 from srlm_utils import metrics, rendered
@@ -257,9 +256,6 @@ def front(run: Path, model: str) -> str:
     made = training_manifest(run, model)
     measured = run / model / "eval" / "metrics.json"
     rows = read_json(measured) if measured.is_file() else []
-    table = pd.DataFrame(rows)
-    text = f"from {init_model(model)} by {made['step'].partition('@')[0]}"
-    if len(table):
-        judged = table[(table.metric == "pairwise_accuracy") & (table.judge_mode == "expected")]
-        text += "".join(f"; reward agreement on {r['set']} {rate(r)}" for r in judged.to_dict("records"))
-    return text
+    judged = [r for r in rows if r["metric"] == "pairwise_accuracy" and r["judge_mode"] == "expected"]
+    agreement = "".join(f"; reward agreement on {r['set']} {rate(r)}" for r in judged)
+    return f"from {init_model(model)} by {made['step'].partition('@')[0]}{agreement}"

@@ -9,7 +9,6 @@ verdicts.jsonl.gz    head-to-head verdicts of the run
 agreement.jsonl.gz   for each ranked prompt what a model's judging earns (`metrics.credit`), over all its rankings
 """
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from srlm_utils import metrics, rankings
 from srlm_utils.artefacts import (
     model_sha256,
+    new_folder,
     read_json,
     read_jsonl,
-    replace_folder,
     write_json,
     write_jsonl,
     write_text,
@@ -163,22 +162,21 @@ def _agreement(model: str, ranked: list[dict], judged: list[dict]) -> list[dict]
 def write(cell: Cell, folder: Path) -> None:
     """Write a cell; the folder appears whole. Above `MAX_BYTES` answers are left out, and said: first those of the
     models between M1 and the last."""
-    tmp = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    write_text(tmp / "params.yaml", yaml.safe_dump(anywhere(cell.params), sort_keys=False, allow_unicode=True))
-    write_json(tmp / "cell.json", cell.about)
-    cell.metrics.to_csv(tmp / "metrics.csv", index=False, lineterminator="\n")
-    for name in SHAPES:
-        write_jsonl(tmp / f"{name}.jsonl.gz", getattr(cell, name))
-    spare = [m for m in dict.fromkeys(a["model"] for a in cell.answers) if m not in (cell.last, "M1")]
-    answers, left_out = cell.answers, []
-    while spare and sum(p.stat().st_size for p in tmp.iterdir()) > MAX_BYTES:
-        left_out.append(spare.pop())
-        answers = [a for a in answers if a["model"] != left_out[-1]]
-        write_jsonl(tmp / "answers.jsonl.gz", answers)
-    if left_out:
-        print(f"  {shown(folder)}: answers of {', '.join(left_out)} are left out, to stay under {MAX_BYTES:,} bytes")
-    replace_folder(tmp, folder)
+    with new_folder(folder) as tmp:
+        write_text(tmp / "params.yaml", yaml.safe_dump(anywhere(cell.params), sort_keys=False, allow_unicode=True))
+        write_json(tmp / "cell.json", cell.about)
+        cell.metrics.to_csv(tmp / "metrics.csv", index=False, lineterminator="\n")
+        for name in SHAPES:
+            write_jsonl(tmp / f"{name}.jsonl.gz", getattr(cell, name))
+        spare = [m for m in dict.fromkeys(a["model"] for a in cell.answers) if m not in (cell.last, "M1")]
+        answers, left_out = cell.answers, []
+        while spare and sum(p.stat().st_size for p in tmp.iterdir()) > MAX_BYTES:
+            left_out.append(spare.pop())
+            answers = [a for a in answers if a["model"] != left_out[-1]]
+            write_jsonl(tmp / "answers.jsonl.gz", answers)
+        if left_out:
+            left = ", ".join(left_out)
+            print(f"  {shown(folder)}: answers of {left} are left out, to stay under {MAX_BYTES:,} bytes")
 
 
 def read(folder: Path) -> Cell:

@@ -147,13 +147,13 @@ def _run(args) -> int:
 
 
 def _sweep(args) -> int:
-    from srlm_utils import sweep, sweep_report
+    from srlm_utils import sweep
 
     name = _run_dir(args).name
     variants = [v.strip() for v in args.variants.split(",")]
     base = _experiment(args)
     with _resumable(args, variants=args.variants, seeds=str(args.seeds), name=name) as command:
-        failed = sweep.run(base, variants, args.seeds, name, command, report=sweep_report.write)
+        failed = sweep.run(base, variants, args.seeds, name, command)
     if failed:
         raise StepFailed(f"{len(failed)} cells failed: {', '.join(failed)}. The same command tries them again.")
     return 0

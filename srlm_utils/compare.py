@@ -7,14 +7,13 @@ what differs and gives none.
 
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from srlm_utils import measures, metrics, pages, plots, rankings, rendered
-from srlm_utils.artefacts import find_jsonl, is_there, read_json, read_jsonl, read_optional, replace_folder, write_text
+from srlm_utils.artefacts import find_jsonl, is_there, new_folder, read_json, read_jsonl, read_optional, write_text
 from srlm_utils.cards import recorded
 from srlm_utils.errors import DataError
 from srlm_utils.lineage import is_model_name
@@ -63,13 +62,8 @@ def compare(runs: list[Path], out: Path) -> None:
         for run, name in zip(runs, names, strict=True)
     ]
     check_replaceable(out, "srlm compare")
-    tmp = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    try:
+    with new_folder(out) as tmp:
         _write(runs, names, tables, tmp)
-        replace_folder(tmp, out)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def _write(runs: list[Path], names: list[str], tables: list[pd.DataFrame], to: Path) -> None:

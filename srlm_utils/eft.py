@@ -50,35 +50,13 @@ def accept(ranked: list[dict], judged: list[dict], rule: str = "no_reversal") ->
             drops["disagrees" if parsed else "unparsed"] += 1
             continue
         for r, s in zip(row["replies"], good, strict=True):
-            kept.append(
-                {
-                    "prompt_id": row["prompt_id"],
-                    "reply_id": r["reply_id"],
-                    "rank": r["rank"],
-                    "prompt": row["prompt"],
-                    "reply": r["text"],
-                    "score": judge.rounded(s["score"]),
-                    "justification": judge.justification(s["text"]),
-                }
-            )
+            kept.append(_judged(row, r, judge.rounded(s["score"]), judge.justification(s["text"])))
     return kept, drops
 
 
 def from_scored(ranked: list[dict]) -> list[dict]:
     """The same rows from seeds that already carry score and justification."""
-    return [
-        {
-            "prompt_id": row["prompt_id"],
-            "reply_id": r["reply_id"],
-            "rank": r["rank"],
-            "prompt": row["prompt"],
-            "reply": r["text"],
-            "score": r["score"],
-            "justification": r["justification"],
-        }
-        for row in ranked
-        for r in row["replies"]
-    ]
+    return [_judged(row, r, r["score"], r["justification"]) for row in ranked for r in row["replies"]]
 
 
 def from_ranks(ranked: list[dict]) -> list[dict]:
@@ -92,9 +70,13 @@ def from_ranks(ranked: list[dict]) -> list[dict]:
             continue
         for r in row["replies"]:
             place = ranks.index(r["rank"]) / (len(ranks) - 1)
-            one = {"prompt_id": row["prompt_id"], "reply_id": r["reply_id"], "rank": r["rank"], "prompt": row["prompt"]}
-            rows.append(one | {"reply": r["text"], "score": judge.rounded(5 - 4 * place), "justification": ""})
+            rows.append(_judged(row, r, judge.rounded(5 - 4 * place), ""))
     return rows
+
+
+def _judged(row: dict, reply: dict, score: float, justification: str) -> dict:
+    of_reply = {"reply_id": reply["reply_id"], "rank": reply["rank"], "prompt": row["prompt"], "reply": reply["text"]}
+    return {"prompt_id": row["prompt_id"]} | of_reply | {"score": score, "justification": justification}
 
 
 def thin_modal_score(rows: list[dict], max_share: float, seed: int) -> tuple[list[dict], int]:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from srlm_utils import rendered
-from srlm_utils.artefacts import replace_folder, write_text
+from srlm_utils.artefacts import new_folder, write_text
 from srlm_utils.errors import MissingInputError, SrlmError
 from srlm_utils.paths import EXAMPLE, resolve
 
@@ -32,15 +32,13 @@ def render(run: Path) -> None:
     """Replace results/example by `run`; refuses a run whose report is missing."""
     if not (run / "steps" / "09_report@run.json").is_file():
         raise MissingInputError(f"{run}: not a finished run (09_report@run is not done).")
-    tmp = EXAMPLE.with_name(".example.tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    shutil.copytree(run, tmp, ignore=_LEFT_OUT)
-    for path in (tmp / "notebooks").glob("*.ipynb"):
-        write_text(path, rendered.tidy(path.read_text(encoding="utf-8")))
-    for path in tmp.rglob("*.jsonl"):
-        if path.stat().st_size > PLAIN:
-            pack(path)
-    replace_folder(tmp, EXAMPLE)
+    with new_folder(EXAMPLE) as tmp:
+        shutil.copytree(run, tmp, ignore=_LEFT_OUT, dirs_exist_ok=True)
+        for path in (tmp / "notebooks").glob("*.ipynb"):
+            write_text(path, rendered.tidy(path.read_text(encoding="utf-8")))
+        for path in tmp.rglob("*.jsonl"):
+            if path.stat().st_size > PLAIN:
+                pack(path)
     size = sum(p.stat().st_size for p in EXAMPLE.rglob("*") if p.is_file())
     print(f"results/example: {size / 1e6:.1f} MB from {run.name}")
 

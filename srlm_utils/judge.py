@@ -227,16 +227,15 @@ def sampled_scores(
     requests, cut = prompts(engine.tokenizer, rubric, items, "justify_first", max_response_tokens, room)
     asked, choices = dict(requests), score_tokens(engine.tokenizer)[1] if read_digits else []
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    mode = "sampled_expected" if read_digits else "sampled"
     waiting: list[dict] = []  # texts end one by one; their digits are read many at once
-    for batch in engine.generate(requests, n=n_samples, **sampling):
-        for i in range(0, len(batch), n_samples):
-            samples = []
-            for s in batch[i : i + n_samples]:
-                score, status = parse_score(s.text)
-                samples.append({"text": s.text, "score": score, "status": status, "ended": s.ended})
-            key = batch[i].key.rpartition("-")[0]
-            mode = "sampled_expected" if read_digits else "sampled"
-            waiting.append({"id": key, "judge_mode": mode, "cut": key in cut, "samples": samples})
+    for written in engine.generate(requests, n=n_samples, **sampling):  # those of one item
+        samples = []
+        for s in written:
+            score, status = parse_score(s.text)
+            samples.append({"text": s.text, "score": score, "status": status, "ended": s.ended})
+        key = written[0].key.rpartition("-")[0]
+        waiting.append({"id": key, "judge_mode": mode, "cut": key in cut, "samples": samples})
         if not read_digits or len(waiting) >= READ_AT_ONCE:
             yield _scored(engine, asked, waiting, choices)
             waiting = []

@@ -6,7 +6,6 @@ and the first process writes the models there. It ends when the kernel that aske
 
 import atexit
 import os
-import shutil
 import sys
 import threading
 import time
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 import psutil
 from transformers import TrainerCallback
 
-from srlm_utils.artefacts import read_json, read_jsonl, replace_folder, write_json
+from srlm_utils.artefacts import read_json, read_jsonl, write_json
 from srlm_utils.errors import SrlmError
 
 SAID = 20  # lines on the losses of a training, about
@@ -94,13 +93,9 @@ def _run(job: dict, folder: Path) -> None:
                 pass
             return
         say(f"writing the model of step {n}")
-        tmp = folder / ".model.tmp"
-        shutil.rmtree(tmp, ignore_errors=True)
         with ranks.loading_whole(), checkpoints.untouched_randomness():
-            train.save_weights(train.whole(source, p, weights), tmp, p, trainings.base_name(source, p))
-        tokenizer.save_pretrained(tmp)
-        (folder / "models").mkdir(exist_ok=True)
-        replace_folder(tmp, folder / f"models/{n}")
+            model = train.whole(source, p, weights)
+            train.save(model, tokenizer, folder / f"models/{n}", p, adapter_of=trainings.base_name(source, p))
 
     trainer.add_callback(_EachStep(say, write))
     log = train.train(trainer, _Step(folder, first))

@@ -133,7 +133,7 @@ def ratings(endpoint: api.Api, questions: list[dict], answers: dict[str, str]) -
             said = [m | {"content": judge.inert(m["content"])} for m in said]
             reference = "".join(q.get("reference", [])[t - 1 : t])
             items.append((key(q, t), chat.user(template.render(dialogue=said, reference=reference))))
-    return {r["id"]: r["score"] for batch in api.grade(endpoint, items) for r in batch}
+    return {k: api.parse_rating(reply["text"]) for k, reply in endpoint.ask(items, max_tokens=api.GRADE_TOKENS)}
 
 
 def expected(

@@ -97,7 +97,7 @@ def train_judge(step, base: str, ranked: list[dict], work: Path, folder: Path, *
         f"# Outside judge\n\nMade from {BASE} on {len(rows)} scored replies; it decides win rates and answers nothing "
         f"else. {seed_model.EMBEDDED[BASE].license} apply.\n\n```json\n{json.dumps(RECIPE | recipe, indent=1)}\n```\n"
     )
-    train.save(trainer, tokenizer, folder, p, card)
+    train.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder, p, card=card)
 
 
 def coarsened(ranked: list[dict], seed: int) -> list[dict]:

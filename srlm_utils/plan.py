@@ -85,7 +85,7 @@ def sft_files(model: str, use_eft: bool) -> tuple[str, ...]:
 
 def _training_step(stage: str, model: str, params: dict, data: tuple[str, ...]) -> Step:
     reads, writes = [weights(init_model(model)), *data], [f"{model}/model", f"{model}/training_log.csv"]
-    if params.get("select_steps"):
+    if params["select_steps"]:
         judge, _ = select_judge(stage, model, params)
         reads += [VALID, *_weights_of(judge)]
         writes += [f"{model}/selection.csv", f"{model}/selection_answers.jsonl"]
@@ -97,7 +97,7 @@ def _seed_data(stage: str, m: str, params: dict) -> Step:
 
 
 def _sft(stage: str, m: str, params: dict) -> Step:
-    return _training_step(stage, m, params, sft_files(m, params.get("use_eft", True)))
+    return _training_step(stage, m, params, sft_files(m, params["use_eft"]))
 
 
 def _build_eft(stage: str, m: str, params: dict) -> Step:
@@ -105,41 +105,41 @@ def _build_eft(stage: str, m: str, params: dict) -> Step:
 
 
 def _self_instruct(stage: str, m: str, params: dict) -> Step:
-    models = _weights_of(m, params.get("prompt_model", ""), params.get("anchor_model", ""))
+    models = _weights_of(m, params["prompt_model"], params["anchor_model"])
     reads = (*sorted(models), *(f"seed/{f}.jsonl" for f in SEED_FILES))
     return Step(stage, m, reads, _of_round(m, "attempts", "prompts", "candidates"))
 
 
 def _judge(stage: str, m: str, params: dict) -> Step:
-    reference = params.get("implicit_reference")
-    models = _weights_of(params.get("judge_model") or m, *((m, reference) if reference else ()))
+    reference = params["implicit_reference"]
+    models = _weights_of(params["judge_model"] or m, *((m, reference) if reference else ()))
     reads = (*models, *_of_round(m, "prompts", "candidates"))
-    return Step(stage, m, reads, _of_round(m, "judgements", *(["judge_pairs"] if params.get("meta_judge") else ())))
+    return Step(stage, m, reads, _of_round(m, "judgements", *(["judge_pairs"] if params["meta_judge"] else ())))
 
 
 def _build_pairs(stage: str, m: str, params: dict) -> Step:
-    rows = _of_round(m, params.get("learn_from", "pairs"))
+    rows = _of_round(m, params["learn_from"])
     return Step(stage, m, _of_round(m, *JUDGED), (*rows, f"{m}/aift/health.json"))
 
 
 def _dpo(stage: str, m: str, params: dict) -> Step:
-    start, future = init_model(m), params.get("future_chosen", False)
+    start, future = init_model(m), params["future_chosen"]
     data = [pairs_for(m, future)]
-    if params.get("replay"):
+    if params["replay"]:
         data += [pairs_for(f"M{i}", future) for i in range(int(start[1:]), 1, -1)]  # the newest first
-    if params.get("judge_share"):
+    if params["judge_share"]:
         data += _of_round(start, "judge_pairs")
     return _training_step(stage, m, params, tuple(data))
 
 
 def _future(stage: str, m: str, params: dict) -> Step:
     start = init_model(m)
-    judge = _weights_of(params.get("judge_model") or start)
+    judge = _weights_of(params["judge_model"] or start)
     return Step(stage, m, (weights(m), *judge, *_of_round(start, *JUDGED)), _of_round(m, *JUDGED))
 
 
 def _evaluate(stage: str, m: str, params: dict) -> Step:
-    judges = {parse_win_judge(j)[0] for j in params.get("win_judges", [])}
+    judges = {parse_win_judge(j)[0] for j in params["win_judges"]}
     before = [f"{o}/eval/{f}.jsonl" for o in models_before(m) for f in ("answers", "answer_scores", "judgements")]
     reads = (*_weights_of(m, *sorted(judges)), "seed/ranked_eval.jsonl", "seed/test_prompts.jsonl", *before)
     writes = ["judgements.jsonl", "answers.jsonl", "answer_scores.jsonl", "metrics.json"]

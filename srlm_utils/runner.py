@@ -10,16 +10,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from filelock import FileLock, Timeout
-
-from srlm_utils import errors, evaluate, field_benchmarks, rendered
-from srlm_utils.artefacts import is_there, named_faults, read_json, write_text
-from srlm_utils.errors import DataError, Interrupted, LockedError, MissingInputError, ParamError, SrlmError, StepFailed
+from srlm_utils import errors, evaluate, field_benchmarks, locks, rendered
+from srlm_utils.artefacts import is_there, read_json, write_text
+from srlm_utils.errors import DataError, Interrupted, MissingInputError, ParamError, SrlmError, StepFailed
 from srlm_utils.params import Experiment, yaml_section
 from srlm_utils.paths import NOTEBOOKS, PROJ_ROOT, shown
 from srlm_utils.plan import Step, judges_of_answers, list_steps, maker_of, plan, status
 from srlm_utils.seeds import load_seeds
-from srlm_utils.step import BATCH, check_external, check_means, drop_lock, lock_owner, sign_lock
+from srlm_utils.step import BATCH, check_external, check_means
 from srlm_utils.tokens import step_work
 
 KERNEL = {  # variables of a notebook that nobody watches
@@ -53,19 +51,11 @@ def execute(
     for option in (start, only):
         if option and option not in names:
             raise ParamError(f"no step {option!r} in this experiment. Its steps: {', '.join(names)}.")
-    lock = FileLock(run / ".run.lock")
-    try:
-        with named_faults(run):
-            run.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-    except Timeout:
-        who = lock_owner(run / ".run.lock")
-        raise LockedError(f"{shown(run)} is being run by {who}. Wait for it or stop it.") from None
-    sign_lock(run / ".run.lock")
+    lock = locks.take(run / ".run.lock", f"{shown(run)} is being run")
     try:
         _execute(experiment, run, command, steps, start, only, force)
     finally:
-        drop_lock(lock)
+        locks.drop(lock)
 
 
 def _execute(experiment, run, command, steps, start, only, force) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from srlm_utils import cards, pages, rendered
-from srlm_utils.artefacts import read_json, replace_folder, write_text
+from srlm_utils.artefacts import new_folder, read_json, write_text
 from srlm_utils.errors import DataError, MissingInputError, ParamError
 from srlm_utils.params import Experiment, read_yaml
 from srlm_utils.paths import shown
@@ -59,13 +59,8 @@ def share(run: Path, out: Path) -> list[Path]:
     if not notebooks:
         raise MissingInputError(f"{shown(run)}: no executed notebook here. Run the experiment first: srlm run ...")
     check_replaceable(out, "srlm share")
-    tmp = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    try:
+    with new_folder(out) as tmp:
         _write(run, notebooks, tmp)
-        replace_folder(tmp, out)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
     return sorted(p for p in out.rglob("*") if p.is_file())
 
 

@@ -13,7 +13,6 @@ import contextlib
 import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -21,9 +20,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
-from srlm_utils import resources, seed_model, serve, tracking, training_params
+from srlm_utils import locks, resources, seed_model, serve, tracking, training_params
 from srlm_utils.artefacts import (
     RowLog,
     describe,
@@ -35,9 +34,8 @@ from srlm_utils.artefacts import (
     sha256,
     stored,
     write_json,
-    write_text,
 )
-from srlm_utils.errors import DataError, LockedError, MissingInputError, ParamError
+from srlm_utils.errors import DataError, MissingInputError, ParamError
 from srlm_utils.lineage import OUTSIDE, is_of_run, weights
 from srlm_utils.params import STAGES, Experiment, check, stage_key
 from srlm_utils.paths import EXAMPLE, PROJ_ROOT, resolve, shown
@@ -236,18 +234,8 @@ class StepRun:
 
     def _lock(self) -> None:
         path = self.run / "steps" / f"{self.name}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if str(path) in _held:
-            return
-        lock = FileLock(path)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise LockedError(
-                f"{self.name} is being written by {lock_owner(path)}. Wait for it, or stop it and run again."
-            ) from None
-        sign_lock(path)
-        _held[str(path)] = lock
+        if str(path) not in _held:
+            _held[str(path)] = locks.take(path, f"{self.name} is being written")
 
     def progress(self, total: int, unit: str = "rows"):
         """Counter for a long cell: a bar in JupyterLab, a file for the runner's line in a batch run."""
@@ -292,7 +280,7 @@ class StepRun:
         shutil.rmtree(self.work, ignore_errors=True)
         lock = _held.pop(str(self.run / "steps" / f"{self.name}.lock"), None)
         if lock:
-            drop_lock(lock)
+            locks.drop(lock)
         print(f"{self.name} done in {time.time() - self.started:.0f} s")
         return figures
 
@@ -367,24 +355,6 @@ def begin_step(stage: str, namespace: dict) -> StepRun:
     step = StepRun(stage, values)
     step.begin()
     return step
-
-
-def sign_lock(path: Path) -> None:
-    """Say beside a lock file, which this process holds, who that is."""
-    write_text(path.with_suffix(".owner"), f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}")
-
-
-def lock_owner(path: Path) -> str:
-    owner = path.with_suffix(".owner")
-    return owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
-
-
-def drop_lock(lock: FileLock) -> None:
-    """Release a lock and remove its file; while it is still held, so that nobody's new lock is removed."""
-    path = Path(lock.lock_file)
-    path.with_suffix(".owner").unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
-    lock.release()
 
 
 def maker(path: str) -> str:

@@ -9,15 +9,12 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from srlm_utils import cells, runner
+from srlm_utils import cells, locks, runner, sweep_report
 from srlm_utils.artefacts import is_there, link_or_copy, stored
 from srlm_utils.cells import DEFAULT
-from srlm_utils.errors import Interrupted, LockedError, ParamError, SrlmError
+from srlm_utils.errors import Interrupted, ParamError, SrlmError
 from srlm_utils.params import Experiment, merge, read_yaml
 from srlm_utils.paths import PARAMS, RESULTS, shown
 from srlm_utils.plan import fingerprint, list_steps, plan, status
@@ -48,20 +45,10 @@ def _cell(base: Experiment, variant: str, seed: int) -> Experiment:
     return Experiment(tree, f"{base.source}, {variant}")
 
 
-def run(
-    base: Experiment,
-    variants: list[str],
-    n_seeds: int,
-    name: str,
-    command: str,
-    *,
-    report: Callable[[Path], Path],
-    execute: Callable = runner.execute,
-) -> list[str]:
+def run(base: Experiment, variants: list[str], n_seeds: int, name: str, command: str) -> list[str]:
     """Run what is not done of a sweep; the cells that failed, as ``<variant>-<seed>``.
 
-    `report` (`sweep_report.write`) is called after each cell with the folder of those that are done, so that a sweep of
-    days can be read so far; once where all were done before. `execute` is `runner.execute`. Bad input stops it before
+    The report is written after each cell, so that a sweep of days can be read so far. Bad input stops the sweep before
     anything runs; a cell that fails later is said and the rest goes on; the same command tries it again.
     """
     queue = experiments(base, variants, n_seeds)
@@ -77,22 +64,15 @@ def run(
             checked.append(seed)
     print(f"{name}: {len(queue)} cells, {len(queue) - len(todo)} of them done before", flush=True)
     if not todo:
-        print(f"report: {shown(report(kept))}")
-    work.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(work / ".lock")
+        print(f"report: {shown(sweep_report.write(kept))}")
+    lock = locks.take(work / ".lock", f"{shown(work)} is being run")
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise LockedError(f"{shown(work)} is being run by another process. Wait for it or stop it.") from None
-    try:
-        return _run(queue, todo, work, kept, command, report, execute)
+        return _run(queue, todo, work, kept, command)
     finally:
-        lock.release()
+        locks.drop(lock)
 
 
-def _run(
-    queue: dict, todo: list, work: Path, kept: Path, command: str, report: Callable, execute: Callable
-) -> list[str]:
+def _run(queue: dict, todo: list, work: Path, kept: Path, command: str) -> list[str]:
     costs, failed, spent, made = new_costs(queue, todo, work), [], 0.0, 0.0
     for i, key in enumerate(todo):
         left = sum(costs[k] for k in todo[i:])
@@ -104,7 +84,7 @@ def _run(
             if shared:
                 print(f"  taken over from other cells: {', '.join(shared)}", flush=True)
             cost = sum(step_work(s, queue[key]) for s, _, done, _ in plan(queue[key], folder) if not done)
-            execute(queue[key], folder, command)
+            runner.execute(queue[key], folder, command)
             cells.write(cells.from_run(folder), kept / folder.name)
             spent, made = spent + time.monotonic() - started, made + cost
         except Interrupted:
@@ -114,9 +94,7 @@ def _run(
             print(f"  {folder.name} failed: {_said(e)}", flush=True)
             continue
         try:
-            print(f"  report: {shown(report(kept))}", flush=True)
-        except Interrupted:
-            raise
+            print(f"  report: {shown(sweep_report.write(kept))}", flush=True)
         except SrlmError as e:  # the cell is done all the same
             print(f"  report: not written ({_said(e)})", flush=True)
     return failed

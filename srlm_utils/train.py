@@ -13,7 +13,6 @@ import json
 import math
 import os
 import random
-import shutil
 import warnings
 from collections import Counter
 from functools import partial
@@ -42,7 +41,7 @@ from srlm_utils import (
     training_params,
     vocabulary,
 )
-from srlm_utils.artefacts import CARD, replace_folder, write_text
+from srlm_utils.artefacts import CARD, new_folder, write_text
 from srlm_utils.devices import keep_memory, pick_device, pick_dtype
 from srlm_utils.errors import DataError, ModelError, ParamError, ResourceError, StepFailed, first_line
 from srlm_utils.pair_forward import share_prompts
@@ -687,7 +686,7 @@ def round_to_bfloat16(x: torch.Tensor, generator: torch.Generator) -> torch.Tens
     return noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32).bfloat16()
 
 
-def plain(model, dtype: str, seed: int):
+def merged(model, dtype: str, seed: int):
     """`model` without adapters: they are added to the weights in float32, which are then rounded once.
 
     `model` itself is used up: it is moved to main memory, of which this takes four bytes a weight, since a card that
@@ -703,23 +702,20 @@ def plain(model, dtype: str, seed: int):
     return model.to(getattr(torch, dtype))
 
 
-def save(trainer, tokenizer, folder: Path, params, card: str, adapter_of: str = "") -> None:
-    """Write model, tokenizer and model card to `folder`, which appears whole or not at all.
+def save(model, tokenizer, folder: Path, params, *, card: str = "", adapter_of: str = "") -> None:
+    """Write a trained model without adapters, in the dtype of the run, its tokenizer and model card; `folder` appears
+    whole.
 
     Every later use loads just these weights, in the same dtype: sampling, judging, and training the
     next model see the same policy. `adapter_of`, the name of the base, also keeps the adapters (`save_adapter`).
     """
-    tmp = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    save_weights(trainer.accelerator.unwrap_model(trainer.model), tmp, params, adapter_of)
-    add_card(tmp, folder, tokenizer, card)
-
-
-def save_weights(model, folder: Path, params, adapter_of: str = "") -> None:
-    """A trained model as a plain one in the dtype of the run, with `adapter_of` its adapters beside it."""
-    if adapter_of:
-        save_adapter(model, folder / "adapter", adapter_of)
-    plain(model, pick_dtype(params.dtype, params.device), params.seed).save_pretrained(folder)
+    with new_folder(folder) as tmp:
+        if adapter_of:
+            save_adapter(model, tmp / "adapter", adapter_of)
+        merged(model, pick_dtype(params.dtype, params.device), params.seed).save_pretrained(tmp)
+        tokenizer.save_pretrained(tmp)
+        if card:
+            write_text(tmp / CARD, card)
 
 
 def whole(source: dict, params, weights):
@@ -737,13 +733,6 @@ def whole(source: dict, params, weights):
         for name, tensor in weights:
             own[name].copy_(tensor)
     return model
-
-
-def add_card(tmp: Path, folder: Path, tokenizer, card: str) -> None:
-    """Complete the weights in `tmp` with tokenizer and model card, and have them appear as `folder`."""
-    tokenizer.save_pretrained(tmp)
-    write_text(tmp / CARD, card)
-    replace_folder(tmp, folder)
 
 
 def save_adapter(model, folder: Path, base: str) -> None:

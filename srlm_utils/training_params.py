@@ -38,17 +38,17 @@ def batch_sizes(params: dict) -> tuple[int, int]:
 
 def check(params: dict) -> None:
     """Raise `ParamError` where parameters of a training cannot go together, before anything heavy is imported."""
-    if "lora_r" in params and params["dtype"] == "float16":
+    if "train_batch_size" not in params:  # no training
+        return
+    if params["dtype"] == "float16":
         raise ParamError(
             "dtype = 'float16' is for writing and judging: gradients would underflow in it. Set sft.dtype and "
             "dpo.dtype to bfloat16, or to float32 where the hardware has none; auto picks."
         )
-    if params.get("load_in_4bit") and not params["lora_r"]:
+    if params["load_in_4bit"] and not params["lora_r"]:
         raise ParamError("load_in_4bit = True trains adapters on a frozen base: set lora_r, 16 for example.")
-    if params.get("keep_adapters") and not params["lora_r"]:
+    if params["keep_adapters"] and not params["lora_r"]:
         raise ParamError("keep_adapters = True, but lora_r = 0 trains all weights: there are no adapters to keep.")
-    if "train_batch_size" not in params:  # no training
-        return
     _, accumulation = batch_sizes(params)
     if not params["launch"]:
         return

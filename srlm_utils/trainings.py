@@ -25,7 +25,7 @@ import pandas as pd
 import psutil
 
 from srlm_utils import errors, ranks, train
-from srlm_utils.artefacts import link_or_copy, read_json, write_json, write_jsonl
+from srlm_utils.artefacts import CARD, link_or_copy, new_folder, read_json, write_json, write_jsonl, write_text
 from srlm_utils.engine import Engine
 from srlm_utils.errors import SrlmError, StepFailed
 from srlm_utils.paths import PROJ_ROOT, resolve, shown
@@ -66,12 +66,10 @@ class Here:
         """Write the model that was trained; `folder` appears whole."""
         p = self.step.params
         if p.load_in_4bit:  # the adapters are added to the weights that were quantised, not to what became of them
-            tmp = folder.with_name(f".{folder.name}.tmp")
-            shutil.rmtree(tmp, ignore_errors=True)
-            weights = ranks.trained_weights(self.trainer)
-            train.save_weights(train.whole(self.source, p, weights), tmp, p, base_name(self.source, p))
-            return train.add_card(tmp, folder, self.tokenizer, card)
-        train.save(self.trainer, self.tokenizer, folder, p, card, base_name(self.source, p))
+            model = train.whole(self.source, p, ranks.trained_weights(self.trainer))
+        else:
+            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        train.save(model, self.tokenizer, folder, p, card=card, adapter_of=base_name(self.source, p))
 
 
 def base_name(source: dict, params) -> str:
@@ -116,7 +114,7 @@ class Launched:
             shutil.rmtree(self.folder / "ranks", ignore_errors=True)
             write_json(self.folder / "job.json", self.job)  # last: other machines join when it is there
             self._launch()
-        written = sorted(int(path.name) for path in (self.folder / "models").iterdir())
+        written = sorted(int(path.name) for path in (self.folder / "models").glob("[0-9]*"))
         for n in (0, *written) if selection else ():
             self._compare(selection, n)
         self.model = self.folder / f"models/{selection.kept if selection else written[-1]}"
@@ -132,12 +130,11 @@ class Launched:
         selection.compare(n, engine.model, engine.tokenizer, keep=False)
 
     def save(self, folder: Path, card: str) -> None:
-        """As `Here.save`: the processes wrote the weights."""
-        tmp = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(tmp, ignore_errors=True)
-        # the step's work folder goes when the step is done
-        shutil.copytree(self.model, tmp, copy_function=link_or_copy)
-        train.add_card(tmp, folder, self.tokenizer, card)
+        """As `Here.save`: the processes wrote weights and tokenizer."""
+        with new_folder(folder) as tmp:
+            # the step's work folder goes when the step is done
+            shutil.copytree(self.model, tmp, copy_function=link_or_copy, dirs_exist_ok=True)
+            write_text(tmp / CARD, card)
 
     def command(self, machine: int = 0) -> list[str]:
         """What starts the processes of a machine; all machines see the same files."""

@@ -18,8 +18,8 @@ from types import SimpleNamespace
 import pytest
 
 from srlm_utils import api as api_module
-from srlm_utils import chat, evaluate, retry
-from srlm_utils.api import Api, compare, grade, p_first, parse_choice, parse_rating
+from srlm_utils import chat, evaluate, mt_bench, retry
+from srlm_utils.api import Api, compare, p_first, parse_choice, parse_rating
 from srlm_utils.errors import DataError, ModelError, ParamError
 from srlm_utils.metrics import outcomes
 from tests.endpoints import SECRET, completion
@@ -361,13 +361,13 @@ def test_a_rating_is_in_double_brackets(text, score):
     assert parse_rating(text) == score
 
 
-def test_grades(endpoint):
-    server = endpoint(lambda body, nth: completion(f"Fair. Rating: [[{body['messages'][0]['content'][-1]}]]"))
-    rows = [
-        r for batch in grade(Api("judge", server.url), [("q7", chat.user("7")), ("q0", chat.user("0"))]) for r in batch
-    ]
-    assert {r["id"]: r["score"] for r in rows} == {"q7": 7.0, "q0": None}
-    assert rows[0]["text"].startswith("Fair.") and "logprobs" not in server.bodies[0]
+def test_mt_bench_ratings_are_the_judges_last_word(endpoint):
+    replies = {True: "Fair. [[2]] Rating: [[7]]", False: "no rating"}
+    server = endpoint(lambda body, nth: completion(replies["number two" in body["messages"][-1]["content"]]))
+    q = {"question_id": 81, "category": "writing", "turns": ["the first", "number two"]}
+    rated = mt_bench.ratings(Api("judge", server.url), [q], {mt_bench.key(q, t): "an answer" for t in (1, 2)})
+    assert rated == {mt_bench.key(q, 1): None, mt_bench.key(q, 2): 7.0}
+    assert "logprobs" not in server.bodies[0]
 
 
 def test_it_works_in_a_running_event_loop_and_stops_when_the_reader_does(endpoint):

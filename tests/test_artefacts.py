@@ -105,12 +105,22 @@ def test_what_is_no_number_is_in_no_row(tmp_path, bad):
 
 
 def test_a_folder_appears_whole(tmp_path):
+    (tmp_path / ".model.tmp").mkdir()
+    (tmp_path / ".model.tmp/left by a kill").touch()
     for text in ("old", "new"):
-        (tmp_path / ".tmp/sub").mkdir(parents=True)
-        (tmp_path / ".tmp/sub/f").write_text(text)
-        artefacts.replace_folder(tmp_path / ".tmp", tmp_path / "model")
+        with artefacts.new_folder(tmp_path / "model") as folder:
+            (folder / "sub").mkdir()
+            (folder / "sub/f").write_text(text)
+            assert not (tmp_path / "model/sub/f").exists() or (tmp_path / "model/sub/f").read_text() == "old"
         assert (tmp_path / "model/sub/f").read_text() == text
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    with pytest.raises(DataError, match="half-way"), artefacts.new_folder(tmp_path / "model") as folder:
+        (folder / "f").touch()
+        raise DataError("half-way")
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == [
+        "model",
+        "model/sub",
+        "model/sub/f",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def test_the_preferred_step_is_saved(tiny, tmp_path, judge, kind, lora_r, kept):
     trainer.model.eval()
     with torch.no_grad():
         trained = trainer.model(ids).logits
-        train.save(trainer, trainer.processing_class, tmp_path / "model", p, "# card\n")
+        train.save(trainer.model, trainer.processing_class, tmp_path / "model", p, card="# card\n")
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)(ids).logits
     assert torch.allclose(saved, trained, atol=1e-4)
 
@@ -210,7 +210,7 @@ def test_the_model_in_training_answers_as_its_saved_copy(tiny, tmp_path):
     answers too."""
     p = params(select_steps=5)
     _, trainer, selection = run(tiny, tmp_path, p)
-    train.save(trainer, trainer.processing_class, tmp_path / "model", p, "# card\n")
+    train.save(trainer.model, trainer.processing_class, tmp_path / "model", p, card="# card\n")
     selection.step.params.batch_size = 0
     saved = Engine(str(tmp_path / "model"), device="cpu", dtype="float32")
     (tmp_path / "selection/5-answers.jsonl").rename(tmp_path / "answers.jsonl")

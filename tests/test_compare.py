@@ -109,7 +109,7 @@ def test_the_example_and_itself_do_not_differ(tmp_path):
 
 def test_an_error_half_way_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_, **__):
-        (tmp_path / ".out.tmp").mkdir()
+        assert (tmp_path / ".out.tmp").is_dir()
         raise DataError("a figure that cannot be drawn")
 
     monkeypatch.setattr(compare, "parameters", fail)

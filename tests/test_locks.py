@@ -11,21 +11,18 @@ import time
 import pytest
 from filelock import FileLock
 
-from srlm_utils import step
+from srlm_utils import locks, step, sweep
 from srlm_utils.artefacts import write_json, write_jsonl
 from srlm_utils.errors import LockedError
-from srlm_utils.params import BuildPairs
-from srlm_utils.step import begin_step, drop_lock
+from srlm_utils.params import BuildPairs, Experiment
+from srlm_utils.step import begin_step
 from tests.conftest import ROOT, srlm
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from filelock import FileLock
-from srlm_utils.step import sign_lock
-lock = FileLock(sys.argv[1])
-lock.acquire()
-sign_lock(Path(sys.argv[1]))
+from srlm_utils import locks
+lock = locks.take(Path(sys.argv[1]), "")
 print("held", flush=True)
 time.sleep(60)
 """
@@ -68,7 +65,7 @@ def test_a_step_that_another_kernel_writes_says_which(tmp_path, holder):
     kernel.wait()
     begin(tmp_path)  # a dead one holds nothing, whatever its file says
     assert f"process {os.getpid()} " in lock.with_suffix(".owner").read_text()
-    drop_lock(step._held.pop(str(lock)))
+    locks.drop(step._held.pop(str(lock)))
     assert not lock.exists() and not lock.with_suffix(".owner").exists()
 
 
@@ -84,6 +81,13 @@ def test_a_run_that_another_process_runs_says_which(holder):
         shutil.rmtree(run, ignore_errors=True)
 
 
+def test_a_sweep_that_another_process_runs_says_which(tmp_path, holder, monkeypatch):
+    monkeypatch.setattr(sweep, "RESULTS", tmp_path)
+    other = holder(tmp_path / "sweep-x/.lock")
+    with pytest.raises(LockedError, match=rf"sweep-x is being run by process {other.pid} on .+ since 20"):
+        sweep.run(Experiment.load([ROOT / "params/smoke.yaml"]), ["default"], 1, "x", "srlm sweep")
+
+
 def test_a_lock_is_never_dropped_under_another_holder(tmp_path, monkeypatch):
     """Its file goes while it is held: once it is released, the file may be the lock of another."""
     path, there, release = tmp_path / "a.lock", [], FileLock.release
@@ -93,10 +97,9 @@ def test_a_lock_is_never_dropped_under_another_holder(tmp_path, monkeypatch):
         release(self, *args, **kw)
 
     monkeypatch.setattr(FileLock, "release", watched)
-    lock = FileLock(path)
-    lock.acquire(timeout=0)
+    lock = locks.take(path, "a run")
     assert path.exists()
-    drop_lock(lock)
+    locks.drop(lock)
     assert there[:1] == [False] and not lock.is_locked
 
 

@@ -86,14 +86,17 @@ def made(monkeypatch, tmp_path):
             self.clear()
             self.reports = []
             base = Experiment.load([SMOKE], sets)
-            return sweep.run(base, variants, n_seeds, "x", "srlm sweep", report=self.report, execute=self.execute)
+            return sweep.run(base, variants, n_seeds, "x", "srlm sweep")
 
         def report(self, folder):
             self.reports.append(sorted(p.name for p in folder.iterdir()))
             return folder / "report.html"
 
+    made = Made()
     monkeypatch.setattr(sweep, "RESULTS", tmp_path)
-    return Made()
+    monkeypatch.setattr(sweep.runner, "execute", made.execute)
+    monkeypatch.setattr(sweep.sweep_report, "write", made.report)
+    return made
 
 
 def test_what_cells_share_is_made_once_a_seed(made, tmp_path, capsys):
@@ -159,7 +162,7 @@ def test_a_report_that_cannot_be_written_fails_no_cell(made, tmp_path, monkeypat
     def report(folder):
         raise DataError("blind_reading.csv: row 2 has no reader")
 
-    monkeypatch.setattr(made, "report", report, raising=False)
+    monkeypatch.setattr(sweep.sweep_report, "write", report)
     assert made.run(["default", "random_pairs"], 1) == []
     out = capsys.readouterr().out
     assert out.count("  report: not written (DataError: blind_reading.csv: row 2 has no reader)\n") == 2

@@ -135,7 +135,7 @@ def m1(tiny, tmp_path_factory):
     rows, _ = train.sft_rows(tok, [{"prompt": q, "response": a} for q, a in ANSWERS], 512)
     trainer = train.sft_trainer(net, tok, rows, p, folder.parent)
     train.train(trainer, FakeStep())
-    train.save(trainer, tok, folder, p, "# M1\n")
+    train.save(trainer.model, tok, folder, p, card="# M1\n")
     return folder
 
 
@@ -171,7 +171,7 @@ def test_saved_weights_are_the_trained_ones(tiny, tmp_path, lora_r, dtype):
     with torch.no_grad():
         before = start(ids).logits
         trained = trainer.model.float()(ids).logits
-        train.save(trainer, tok, tmp_path / "model", p, "# card\n")
+        train.save(trainer.model, tok, tmp_path / "model", p, card="# card\n")
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)(ids).logits
     change = float((trained - before).norm())
     assert change > 0.1
@@ -202,7 +202,7 @@ def test_adapters_on_the_last_layers_leave_the_first_alone(tiny, tmp_path):
     rows, _ = train.sft_rows(tok, [{"prompt": q, "response": a} for q, a in ANSWERS], 512)
     trainer = train.sft_trainer(net, tok, rows, p, tmp_path)
     train.train(trainer, FakeStep())
-    plain = train.plain(trainer.model, "float32", 0)
+    plain = train.merged(trainer.model, "float32", 0)
     changed = {n for n, x in plain.named_parameters() if not torch.equal(x, start[n])}
     last = net.config.num_hidden_layers - 1
     assert changed and all(f".layers.{last}." in n for n in changed)
@@ -244,7 +244,7 @@ def test_a_model_is_rounded_weight_by_weight_and_ties_stay(tiny, monkeypatch, lo
         return of_one(w, generator)
 
     monkeypatch.setattr(train, "round_to_bfloat16", counted)
-    plain = train.plain(net, "bfloat16", 7)
+    plain = train.merged(net, "bfloat16", 7)
     assert to_do == list(range(len(expected), 0, -1))
     assert plain.lm_head.weight is plain.get_input_embeddings().weight
     found = dict(plain.named_parameters())
