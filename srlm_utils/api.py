@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from srlm_utils import chat, paths, retry, verdicts
+from srlm_utils import chat, paths, retry, units, verdicts
 from srlm_utils.artefacts import RowLog
 from srlm_utils.errors import DataError, ModelError, ParamError
 from srlm_utils.printable import without_secret
@@ -128,7 +128,7 @@ class Api:
                     continue
                 if n == self.parallel < len(todo) and not made:
                     left = (time.time() - started) / n * (len(todo) - n)
-                    print(f"{self.model}: {n} of {len(todo):,} calls timed, about {_duration(left)} left")
+                    print(f"{self.model}: {n} of {len(todo):,} calls timed, about {units.duration(left)} left")
                 for key in keys[futures[future]]:
                     yield key, reply
         except _Unanswered as e:
@@ -163,9 +163,10 @@ class Api:
         chars = sum(len(m["content"]) for body in todo.values() for m in body["messages"])
         tokens_in, tokens_out = math.ceil(chars / CHARS_A_TOKEN), calls * max_tokens
         cost = (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
+        lasts = units.duration(math.ceil(calls / self.parallel) * each)
         print(
             f"{self.model}: {calls:,} calls for {n:,} requests, about {tokens_in:,} tokens in and at most "
-            f"{tokens_out:,} out, about {_duration(math.ceil(calls / self.parallel) * each)} ({self.parallel} at once, "
+            f"{tokens_out:,} out, about {lasts} ({self.parallel} at once, "
             f"{f'{each:.1f} s a call so far' if timed else f'if a call takes {each:.0f} s'})"
             + (f", about {cost:.2f} at the given prices at most" if cost else "")
         )
@@ -228,7 +229,7 @@ class Api:
                 if not retry.may_pass(e.status_code):
                     raise _Unanswered(self._refusal(e.status_code, key, why)) from None
                 if asked_for > MAX_RETRY_AFTER_S:
-                    why += f"; it asks to wait {_duration(asked_for)}"
+                    why += f"; it asks to wait {units.duration(asked_for)}"
                     tries = retry.RETRIES
             except openai.APITimeoutError:
                 why = f"no answer within {self.timeout_s:g} s"
@@ -337,16 +338,6 @@ def _retry_after(headers) -> float:
             return 0.0
         seconds = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
     return max(seconds, 0.0) if not math.isnan(seconds) else 0.0
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.0f} h"
-    )
 
 
 # ---- verdicts

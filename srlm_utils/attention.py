@@ -22,7 +22,7 @@ def use(model) -> None:
         model.set_attn_implementation("grouped")
 
 
-def plain(config, length: int) -> bool:
+def is_full(config, length: int) -> bool:
     """Whether every layer attends to all of up to `length` tokens, so that rows may be packed and keys be moved.
 
     A tree's mask means nothing to linear attention, convolutions or state spaces, and knows no window. Models that

@@ -63,7 +63,7 @@ def is_plain(tokenizer) -> bool:
     return tokenizer.chat_template.endswith(PLAIN_TEMPLATE)
 
 
-def inert(tokenizer, text: str) -> str:
+def escape_turns(tokenizer, text: str) -> str:
     """`text` as a message shows it: under `plain`, no line of it begins a turn (``Assistant:`` is ``Assistant\\:``)."""
     return _PLAIN_TURN.sub(r"\1\\:", text) if is_plain(tokenizer) else text
 
@@ -76,7 +76,7 @@ def prompt_ids(tokenizer, messages: list[dict], prefill: str = "") -> list[int]:
     content can end its own turn. A model's own template whose turns are marked by plain words (Llama
     2's ``[INST]``) is not known here: there it can.
     """
-    messages = [m | {"content": inert(tokenizer, m["content"])} for m in messages]
+    messages = [m | {"content": escape_turns(tokenizer, m["content"])} for m in messages]
     ids = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=True, **SAID
     )["input_ids"]

@@ -37,7 +37,7 @@ class Selection:
         p, self.step, self.folder = step.params, step, step.work / "selection"
         evaluate.check_judges([p.select_judge], p)
         self.judge, self.mode = plan.select_judge(step.declared.stage, p.model, vars(p))
-        self.rubric = outside.rubric() if self.judge == outside.NAME else None
+        self.rubric = outside.rubric() if self.judge == lineage.OUTSIDE else None
         if self.mode == "score" and not self.rubric:
             self.rubric = judge.Rubric(p.select_rubric)
         # one endpoint, whose limit holds for all comparisons

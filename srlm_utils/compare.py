@@ -31,14 +31,6 @@ OVERLAID = {
     "repeated_4grams": ("Repetition in the test answers", "repeated 4-grams, %", 100),
     "list_rate": ("Answers that hold a list", "%", 100),
 }
-_COUNTS = {  # figures of reward agreement that are ratios of counts over prompts
-    "pairwise_accuracy": (lambda c: c["right"], lambda c: c["n"] - c["ties"]),
-    "tie_rate": (lambda c: c["ties"], lambda c: c["n"]),
-    "pairwise_accuracy_half_ties": (lambda c: c["right"] + c["ties"] / 2, lambda c: c["n"]),
-    "exact_match": (lambda c: c["exact"], lambda c: 1),
-    "spearman": (lambda c: c["spearman"], lambda c: c["scored"]),
-    "kendall": (lambda c: c["kendall"], lambda c: c["scored"]),
-}
 
 
 @dataclass
@@ -215,8 +207,8 @@ def _agreement_rows(model: str, ranked: list[dict], folder: Path) -> dict[tuple,
             part = rankings.judged_by_all(part, judged)
             counts = metrics.agreement_counts(rankings.scored_prompts(part, judged))
             same = {"ranked replies": _digest(part)}
-            for metric, (num, den) in _COUNTS.items():
-                parts = {i: (num(c[0]), den(c[0])) if c else (0, 0) for i, c in counts.items()}
+            for metric, of in (metrics.RATIOS | {"exact_match": lambda c: (c["exact"], 1)}).items():
+                parts = {i: of(c[0]) if c else (0, 0) for i, c in counts.items()}
                 out[metric, name, model, mode, model, ""] = Rows(parts, same)
     return out
 

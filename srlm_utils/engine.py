@@ -142,7 +142,7 @@ class Engine:
                     bad = [key for key, is_bad in zip(keys, bad, strict=True) if is_bad]
                     raise no_numbers("logits", bad) from None
 
-            if attention.plain(self.model.config, longest):
+            if attention.is_full(self.model.config, longest):
                 made = self._continuous(jobs, width, at_once // width * width, texts, draw)
             else:
                 most = max(width, 32 // width * width)
@@ -359,7 +359,7 @@ class Engine:
         def begin(numbers):
             self._at_work = {requests[i][0]: len(requests[i][1]) for i in numbers}
 
-        if attention.plain(self.model.config, max(len(ids) for _, ids in requests)):
+        if attention.is_full(self.model.config, max(len(ids) for _, ids in requests)):
             for reading in read(self.model, [ids for _, ids in requests], most, begin, choices):
                 yield reading.prompts, reading.logits
             return

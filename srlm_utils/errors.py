@@ -49,7 +49,7 @@ def first_line(e: Exception) -> str:
     return (str(e).splitlines() or [""])[0]
 
 
-def short(value) -> str:
+def cut(value) -> str:
     """A value as a message shows it, 80 characters at most."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

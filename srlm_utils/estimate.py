@@ -14,15 +14,14 @@ import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from srlm_utils import resources, tokens
+from srlm_utils import resources, tokens, units
 from srlm_utils.errors import ParamError
 from srlm_utils.lineage import OUTSIDE, is_model_name
 from srlm_utils.params import Experiment, stage_key
 from srlm_utils.paths import resolve
 from srlm_utils.plan import Step, list_steps, parse_win_judge
 from srlm_utils.resources import Size
-
-GB = resources.GB
+from srlm_utils.units import GB, gb
 
 SIZES = {  # of the models' own config.json
     "tiny-random": Size(205_120, 2, 64, 128, 1024, 64),
@@ -271,7 +270,7 @@ def headline(costs: list[Cost], on_disk: float, n_devices: int, device: Device) 
         time += f", {hours * n_devices:.0f} GPU hours"
     memory = max(c.memory for c in costs)
     a_device = "" if device is CPU else " a device"
-    return f"{where}: {time}; {_gb(memory)}{a_device}; {_gb(on_disk)} of disk"
+    return f"{where}: {time}; {gb(memory)}{a_device}; {gb(on_disk)} of disk"
 
 
 def report(experiment: Experiment, n_devices: int, device: Device) -> str:
@@ -279,7 +278,7 @@ def report(experiment: Experiment, n_devices: int, device: Device) -> str:
     costs, on_disk = estimate(experiment, n_devices, device)
     lines = [f"{'step':<22}{'generated':>11}{'judged':>11}{'trained':>11}{'devices':>9}{'minutes':>9}{'GB each':>9}"]
     for c in costs:
-        made = "".join(f"{tokens.short(v):>11}" for v in c.tokens.values())
+        made = "".join(f"{units.tokens(v):>11}" for v in c.tokens.values())
         lines.append(
             f"{c.step.name:<22}{made}{c.devices or '-':>9}{c.seconds / 60:>9.1f}{c.memory / GB:>9.1f}".rstrip()
         )
@@ -289,7 +288,7 @@ def report(experiment: Experiment, n_devices: int, device: Device) -> str:
     if large:
         worst = max(large, key=lambda c: c.memory)
         lines.append(
-            f"WARNING: {worst.step.name} needs {_gb(worst.memory)} a device and there are {_gb(room)}; "
+            f"WARNING: {worst.step.name} needs {gb(worst.memory)} a device and there are {gb(room)}; "
             f"{len(large)} steps do not fit. {_advice(worst, experiment)}"
         )
     idle = sum((n_devices - max(c.devices, 1)) * c.seconds for c in costs) / 3600
@@ -310,7 +309,3 @@ def _advice(cost: Cost, experiment: Experiment) -> str:
     if not p["lora_r"]:
         return f"Take more devices with {key}.launch, or set {key}.lora_r to train adapters."
     return f"Lower {key}.micro_batch_size or {key}.max_length, or set {key}.gradient_checkpointing."
-
-
-def _gb(n: float) -> str:
-    return f"{n / GB:.1f} GB" if n < 10 * GB else f"{n / GB:.0f} GB"

@@ -2,6 +2,7 @@
 
 from srlm_utils import api, judge, metrics, outside, rankings, verdicts, winrates
 from srlm_utils.errors import DataError
+from srlm_utils.lineage import OUTSIDE
 from srlm_utils.paths import resolve
 from srlm_utils.plan import parse_win_judge
 
@@ -27,7 +28,7 @@ def agreement_rows(model: str, ranked: list[dict], judged: list[dict], mode: str
     judged = [r for r in judged if r["id"] in ids]
     figures = metrics.agreement(rankings.scored_prompts(ranked, judged))
     valid = [r["score"] for r in judged if r["score"] is not None]
-    figures["score_std"] = metrics.plain(metrics.std(valid), len(valid))
+    figures["score_std"] = metrics.no_interval(metrics.std(valid), len(valid))
     if mode != "expected":
         tries = {r["id"]: [s["score"] is not None for s in r["samples"]] for r in judged}
         figures["parse_rate"] = metrics.ratio(*rankings.of_prompts(ranked, tries))
@@ -69,7 +70,7 @@ def gain_rows(
 
 def score_answers(step, engine, rubric: judge.Rubric, name: str, answers: list[dict]) -> list[dict]:
     """Expected scores of test answers by one scoring win judge; the outside judge has a rubric of its own."""
-    rubric = outside.rubric() if name == outside.NAME else rubric
+    rubric = outside.rubric() if name == OUTSIDE else rubric
     items = [{"id": a["prompt_id"], "prompt": a["prompt"], "response": a["text"]} for a in answers]
     batches = judge.expected_scores(engine, rubric, items, max_response_tokens=step.params.max_response_tokens)
     rows = sorted((r for batch in batches for r in batch), key=lambda r: r["id"])
@@ -98,7 +99,7 @@ def pairwise_judge(step, name: str, mode: str):
 def exam_rows(step, engine) -> list[dict]:
     """Metric rows of the outside judge's own exam on the bundled ranked sets."""
     figures = outside.exam(step, engine)
-    where = {"model": outside.NAME, "judge": outside.NAME, "judge_mode": "expected"}
+    where = {"model": OUTSIDE, "judge": OUTSIDE, "judge_mode": "expected"}
     return [r for name, figs in figures.items() for r in metrics.metric_rows(figs, set=name, **where)]
 
 

@@ -135,7 +135,8 @@ class Run:
 
     def verdicts(self, model: str, opponent: str, **filters) -> pd.DataFrame:
         """Who won, a row a prompt and judge: judge, judge_mode, result (1 `model`, 0.5 tie, 0 `opponent`)."""
-        self._check(model), self._check(opponent)
+        self._check(model)
+        self._check(opponent)
         for a, b in ((model, opponent), (opponent, model)):
             path = self.folder / a / f"eval/verdicts/{a}_vs_{b}.jsonl"
             if is_there(path):
@@ -293,10 +294,8 @@ class Cards:
     """
 
     def __init__(self, cards: list[dict], n_found: int, unit: str):
-        self.cards, self.note = (
-            cards,
-            f"{len(cards)} of {n_found} {unit}" + ("; n=... shows more" * (n_found > len(cards))),
-        )
+        self.cards = cards
+        self.note = f"{len(cards)} of {n_found} {unit}" + "; n=... shows more" * (n_found > len(cards))
 
     def __len__(self) -> int:
         return len(self.cards)

@@ -5,7 +5,7 @@ from collections import Counter
 
 from srlm_utils.judge import rounded
 from srlm_utils.lineage import is_draft
-from srlm_utils.metrics import mean, metric_rows, plain, ratio, std
+from srlm_utils.metrics import mean, metric_rows, no_interval, ratio, std
 from srlm_utils.pairs import by_a_draft, by_the_model, consistency, scored_candidates
 
 OF_A_DRAFT = ("pair_yield", "draft_chosen_rate", "chosen_chars", "rejected_chars")
@@ -66,12 +66,12 @@ def _of_scores(scored: list[list[dict]]) -> dict[str, dict]:
     constant = len(set(flat)) < 2 or len(set(lengths)) < 2
     rho = None if constant else float(stats.spearmanr(flat, lengths).statistic)
     figures = {
-        "candidate_score_std": plain(std(flat), len(flat)),
-        "within_prompt_score_std": mean(within, share=False) if within else plain(None, 0),
+        "candidate_score_std": no_interval(std(flat), len(flat)),
+        "within_prompt_score_std": mean(within, share=False) if within else no_interval(None, 0),
         "candidate_tie_rate": ratio([t for t, _ in ties], [n for _, n in ties]),
-        "modal_share": plain(max(shares, default=None), len(flat)),
-        "score_entropy": plain(-sum(p * math.log2(p) for p in shares) if shares else None, len(flat)),
-        "score_length_correlation": plain(rho, len(flat)),
+        "modal_share": no_interval(max(shares, default=None), len(flat)),
+        "score_entropy": no_interval(-sum(p * math.log2(p) for p in shares) if shares else None, len(flat)),
+        "score_length_correlation": no_interval(rho, len(flat)),
     }
     if any(c["implicit"] is not None for cs in scored for c in cs):
         found = [consistency(cs) for cs in scored]

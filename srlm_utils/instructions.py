@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 
-from srlm_utils.errors import DataError, short
+from srlm_utils.errors import DataError, cut
 
 RELATIONS = ("at least", "less than")
 OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
@@ -186,13 +186,13 @@ def check_instructions(ids: list[str], kwargs: list[dict]) -> None:
             hint = (
                 f"did you mean {near[0]!r}?" if near else "srlm_utils/instructions.py lists those that can be checked."
             )
-            raise DataError(f"instruction {short(name)} is unknown; {hint}")
+            raise DataError(f"instruction {cut(name)} is unknown; {hint}")
         wanted, given = INSTRUCTIONS[name][0], _given(given)
         if given.keys() != wanted.keys():
-            raise DataError(f"instruction {name!r}: found kwargs {short(sorted(given))}, expected {sorted(wanted)}.")
+            raise DataError(f"instruction {name!r}: found kwargs {cut(sorted(given))}, expected {sorted(wanted)}.")
         for key, kind in wanted.items():
             if not _fits(given[key], kind):
-                raise DataError(f"instruction {name!r}: {key}: found {short(given[key])}, expected {_KINDS[kind]}.")
+                raise DataError(f"instruction {name!r}: {key}: found {cut(given[key])}, expected {_KINDS[kind]}.")
 
 
 _KINDS = {

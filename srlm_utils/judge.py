@@ -68,12 +68,12 @@ class Rubric:
 
     def render(self, prompt: str, response: str, format: str) -> str:
         try:
-            return self._template.render(prompt=inert(prompt), response=inert(response), format=format)
+            return self._template.render(prompt=escape_tags(prompt), response=escape_tags(response), format=format)
         except Exception as e:  # a template is the user's code
             raise ParamError(f"rubric {self.name}: {e}.") from e
 
 
-def inert(text: str) -> str:
+def escape_tags(text: str) -> str:
     """`text` with the tags that close or open a block of our templates made harmless."""
     return _BLOCK_TAG.sub(r"<\\", text)
 
@@ -82,11 +82,11 @@ def guards(tokenizer, response: str) -> list[str]:
     """What in a candidate was made harmless or could have been mistaken for the judge's own words."""
     found = {
         "score line": parse_score(response)[1] != "no_score",
-        "block tag": inert(response) != response,
+        "block tag": escape_tags(response) != response,
         "control token": any(
             token.special and token.content in response for token in tokenizer.added_tokens_decoder.values()
         ),
-        "chat turn": chat.inert(tokenizer, response) != response,
+        "chat turn": chat.escape_turns(tokenizer, response) != response,
         "template expression": "{{" in response or "{%" in response,
     }
     return [name for name, fired in found.items() if fired]
@@ -280,7 +280,7 @@ def _summary(samples: list[dict]) -> dict:
     }
 
 
-def spread(row: dict) -> float:
+def uncertainty(row: dict) -> float:
     """How unsure a judgement is: the variance of its digits (expected) or of its samples' scores, 0 for fewer than two;
     in points squared."""
     if row["judge_mode"] == "expected":

@@ -12,7 +12,7 @@ from functools import lru_cache
 from srlm_utils import chat
 from srlm_utils.errors import DataError
 from srlm_utils.instructions import followed
-from srlm_utils.metrics import mean, plain, ratio
+from srlm_utils.metrics import mean, no_interval, ratio
 from srlm_utils.self_instruct import rouge_l, words
 
 OF_AN_ANSWER = {  # what one answer is like by itself, whatever its prompt
@@ -119,7 +119,7 @@ def distinct(texts: list[str], n: int) -> dict:
     give values that are too low.
     """
     grams = [g for text in texts for g in ngrams(text, n)]
-    return plain(len(set(grams)) / len(grams) if grams else None, len(grams))
+    return no_interval(len(set(grams)) / len(grams) if grams else None, len(grams))
 
 
 # ---- refusals

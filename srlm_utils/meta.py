@@ -11,7 +11,7 @@ from itertools import permutations
 import numpy as np
 
 from srlm_utils import chat
-from srlm_utils.judge import Rubric, as_written, fit, inert, load_template
+from srlm_utils.judge import Rubric, as_written, escape_tags, fit, load_template
 from srlm_utils.pairs import by_the_model
 from srlm_utils.paths import PROMPTS
 from srlm_utils.verdicts import choice_ids
@@ -57,10 +57,9 @@ def compare(step, engine, tasks: dict[str, str], judgements: dict[str, list[str]
         for start in range(0, len(keys), CANDIDATES_AT_ONCE):
             requests, asked = [], []
             for key in keys[start : start + CANDIDATES_AT_ONCE]:
-                texts = judgements[key]
+                texts = [escape_tags(text) for text in judgements[key]]
                 questions = [
-                    chat.user(template.render(task=tasks[key], first=inert(texts[i]), second=inert(texts[j])))
-                    for i, j in todo[key]
+                    chat.user(template.render(task=tasks[key], first=texts[i], second=texts[j])) for i, j in todo[key]
                 ]
                 ids = [chat.prompt_ids(engine.tokenizer, question) for question in questions]
                 if engine.context and max(map(len, ids)) >= engine.context:

@@ -128,11 +128,11 @@ def ratio(num, den, *, share: bool = True) -> dict:
     num, den = np.asarray(num, float), np.asarray(den, float)
     num, den = num[den > 0], den[den > 0]
     if not len(den):
-        return plain(None, 0)
+        return no_interval(None, 0)
     total = den.sum()
     value, n = float(num.sum() / total), int(round(total))
     if len(num) < 2:
-        return plain(value, n)
+        return no_interval(value, n)
     if share and (num >= 0).all() and (num <= den).all():
         low, high = resample.share_interval(num, den)
     else:
@@ -145,8 +145,8 @@ def ratio_difference(ours: tuple, theirs: tuple) -> dict:
     """`ratio` of ours minus that of theirs, each (num, den) over the same prompts: a paired bootstrap (BCa)."""
     (a, b), (c, d) = ([np.asarray(x, float) for x in side] for side in (ours, theirs))
     if not (b.sum() and d.sum()):
-        return plain(None, 0)
-    out = plain(float(a.sum() / b.sum() - c.sum() / d.sum()), len(a))
+        return no_interval(None, 0)
+    out = no_interval(float(a.sum() / b.sum() - c.sum() / d.sum()), len(a))
     if len(a) < 2:
         return out
     sums = resample.totals(np.stack([a, b, c, d], 1), N_BOOTSTRAP).T
@@ -166,10 +166,10 @@ def ratio_over_seeds(num, den, *, share: bool = True) -> dict:
     seeds, prompts = den.sum(1) > 0, den.sum(0) > 0
     num, den = num[seeds][:, prompts], den[seeds][:, prompts]
     if len(num) < 2:
-        return ratio(num[0], den[0], share=share) if len(num) else plain(None, 0)
+        return ratio(num[0], den[0], share=share) if len(num) else no_interval(None, 0)
     value, n = float((num.sum(1) / den.sum(1)).mean()), int(round(den.sum()))
     if num.shape[1] < 2:
-        return plain(value, n)
+        return no_interval(value, n)
     low, high = resample.seeds_interval(num, den, share=share)
     return {"value": value, "low": low, "high": high, "n": n}
 
@@ -179,7 +179,7 @@ def mean(values, *, share: bool = True) -> dict:
     return ratio(values, np.ones(len(values)), share=share)
 
 
-def plain(value: float | None, n: int) -> dict:
+def no_interval(value: float | None, n: int) -> dict:
     """A figure without an interval, such as a standard deviation."""
     return {"value": value, "low": None, "high": None, "n": n}
 
@@ -187,7 +187,7 @@ def plain(value: float | None, n: int) -> dict:
 def normal(value: float, error: float | None, n: int) -> dict:
     """A share that another program measured: 95 % interval of the normal distribution, within 0 and 1."""
     if error is None:
-        return plain(value, n)
+        return no_interval(value, n)
     return {"value": value, "low": max(value - 1.96 * error, 0.0), "high": min(value + 1.96 * error, 1.0), "n": n}
 
 
@@ -209,6 +209,18 @@ AGREEMENT = (
 
 # ---- reward agreement (Yuan et al. 2024, section 3.1.2 and Table 4)
 
+RATIOS = {  # figures of agreement that are ratios of `agreement_counts`: (numerator, denominator) of a prompt
+    "pairwise_accuracy": lambda c: (c["right"], c["n"] - c["ties"]),
+    "tie_rate": lambda c: (c["ties"], c["n"]),
+    "pairwise_accuracy_half_ties": lambda c: (c["right"] + c["ties"] / 2, c["n"]),
+    "longer_baseline": lambda c: (c["longer"], c["n"]),
+    "similar_length_accuracy": lambda c: (c["near_right"], c["near"]),
+    "five_best": lambda c: (c["fives_best"], c["fives"]),
+    "spearman": lambda c: (c["spearman"], c["scored"]),
+    "kendall": lambda c: (c["kendall"], c["scored"]),
+    "unscored_rate": lambda c: (c["unscored"], c["replies"]),
+}
+
 
 def ordered_pairs(ranks) -> list[tuple[int, int]]:
     """Index pairs (better, worse) by rank; equal ranks make no pair."""
@@ -226,23 +238,14 @@ def agreement(prompts: list[dict]) -> dict[str, dict]:
     tie_rate and half credit stand beside it. five_best is over the replies scored 5, alone with a score or not.
     """
     counted = [c for c in agreement_counts(prompts).values() if c]
+    if not counted:
+        return dict.fromkeys(AGREEMENT, no_interval(None, 0))
     rows, gaps_of = [c[0] for c in counted], [c[1] for c in counted]
-    col = {k: np.array([r[k] for r in rows], float) for k in (rows[0] if rows else {})}
-    if not rows:
-        return dict.fromkeys(AGREEMENT, plain(None, 0))
-    return {
-        "pairwise_accuracy": ratio(col["right"], col["n"] - col["ties"]),
-        "tie_rate": ratio(col["ties"], col["n"]),
-        "pairwise_accuracy_half_ties": ratio(col["right"] + col["ties"] / 2, col["n"]),
-        "longer_baseline": ratio(col["longer"], col["n"]),
-        "similar_length_accuracy": ratio(col["near_right"], col["near"]),
-        "score_beyond_length": beyond_length([gaps for gaps in gaps_of if gaps]),
-        "five_best": ratio(col["fives_best"], col["fives"]),
-        "exact_match": mean(col["exact"]),
-        "spearman": ratio(col["spearman"], col["scored"], share=False),
-        "kendall": ratio(col["kendall"], col["scored"], share=False),
-        "unscored_rate": ratio(col["unscored"], col["replies"]),
-    }
+    col = {k: np.array([r[k] for r in rows], float) for k in rows[0]}
+    figures = {k: ratio(*of(col), share=k not in ("spearman", "kendall")) for k, of in RATIOS.items()}
+    figures["score_beyond_length"] = beyond_length([gaps for gaps in gaps_of if gaps])
+    figures["exact_match"] = mean(col["exact"])
+    return {k: figures[k] for k in AGREEMENT}
 
 
 def agreement_counts(prompts: list[dict]) -> dict[str, tuple[dict, list] | None]:
@@ -308,7 +311,7 @@ def beyond_length(prompts: list[list[tuple[float, float]]], *, n_draws: int = 10
     gaps = np.array([pair for pairs in prompts for pair in pairs], float).reshape(-1, 2)
     spread = np.sqrt((gaps**2).mean(0)) if len(gaps) else np.zeros(2)
     if len(prompts) < 2 or not spread.all():
-        return plain(None, len(gaps))
+        return no_interval(None, len(gaps))
     x, owner = gaps / spread, np.repeat(np.arange(len(prompts)), [len(pairs) for pairs in prompts])
     rows = resample.weights(len(prompts), n_draws, width=len(x))
     a = np.vstack([resample.logistic(x, 1, weights[:, owner], ridge=0.01) for weights in rows])

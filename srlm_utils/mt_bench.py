@@ -130,7 +130,7 @@ def ratings(endpoint: api.Api, questions: list[dict], answers: dict[str, str]) -
     for q in questions:
         for t in TURNS:
             said = [*dialogue(q, answers, t), {"role": "assistant", "content": answers[key(q, t)]}]
-            said = [m | {"content": judge.inert(m["content"])} for m in said]
+            said = [m | {"content": judge.escape_tags(m["content"])} for m in said]
             reference = "".join(q.get("reference", [])[t - 1 : t])
             items.append((key(q, t), chat.user(template.render(dialogue=said, reference=reference))))
     return {k: api.parse_rating(reply["text"]) for k, reply in endpoint.ask(items, max_tokens=api.GRADE_TOKENS)}

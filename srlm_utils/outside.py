@@ -22,7 +22,6 @@ from srlm_utils.lineage import OUTSIDE
 from srlm_utils.paths import PROMPTS, SEED_DATA, cache_dir, seed_path
 from srlm_utils.plan import OUTSIDE_LESSONS
 
-NAME = OUTSIDE
 BASE = "gemma-3-270m"
 RUBRIC = "short"
 LESSONS = [seed_path(name) for name in OUTSIDE_LESSONS]
@@ -73,14 +72,14 @@ def fetch(step) -> str:
 
         step.release()
         print("the outside judge is made once: on a CPU from several minutes to most of an hour", flush=True)
-        work = cache_dir() / "models" / f".{NAME}-{version()}.work"
+        work = cache_dir() / "models" / f".{OUTSIDE}-{version()}.work"
         ranked = [row for path in LESSONS for row in read_jsonl(path)]
         train_judge(step, seed_model.fetch(BASE)["path"], ranked, work, folder)
         gc.collect()  # trainer and model hold each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    return str(seed_model.cached(NAME, version(), make))
+    return str(seed_model.cached(OUTSIDE, version(), make))
 
 
 def train_judge(step, base: str, ranked: list[dict], work: Path, folder: Path, **recipe) -> None:
@@ -142,7 +141,7 @@ def exam(step, engine) -> dict[str, dict]:
     """The outside judge's exam on the bundled ranked sets, {set: figures} of `examine`; sat once, then cached."""
     asked = [*((SEED_DATA / f"{name}.jsonl").read_text(encoding="utf-8") for name in EXAMS), MAX_RESPONSE_TOKENS]
     of_exam = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
-    path = cache_dir() / "models" / f"{NAME}-{step.model_revision(NAME)}-exam-{of_exam}.json"
+    path = cache_dir() / "models" / f"{OUTSIDE}-{step.model_revision(OUTSIDE)}-exam-{of_exam}.json"
     if not path.is_file():
         print("the outside judge sits its exam, once: some minutes on a CPU", flush=True)
         sets = {name: read_jsonl(SEED_DATA / f"{name}.jsonl") for name in EXAMS}

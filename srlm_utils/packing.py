@@ -85,7 +85,7 @@ def pack(rows: list[dict]) -> dict:
 def sequences(rows: list[dict], size: int, *, share: bool = True) -> list[dict]:
     """Pack rows of one ``group`` together, at most `size` to a sequence; adds "kind", "n_rows" and their "ids".
 
-    Rows without a group stand alone. `share` False packs nothing (see `attention.plain`).
+    Rows without a group stand alone. `share` False packs nothing (see `attention.is_full`).
     """
     groups: dict = {}
     for i, row in enumerate(rows):

@@ -34,7 +34,7 @@ def read(
     begin: Callable[[list[int]], None] = lambda numbers: None,
     choices: Sequence[int] = (),
 ) -> Iterator[Reading]:
-    """Read `prompts` (token ids) with a model of plain attention (`attention.plain`), batch by batch of at most `most`
+    """Read `prompts` (token ids) with a model of full attention (`attention.is_full`), in batches of at most `most`
     (0: what `BATCH_TOKENS` holds). `begin` is told the numbers of those that are about to be read; the logits of the
     token ids `choices` are `vocabulary.unrounded`.
 

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from srlm_utils.errors import ParamError
 
 
-def spread(batches: list, accumulation: int, world: int) -> tuple[list, list[float]]:
+def fill_steps(batches: list, accumulation: int, world: int) -> tuple[list, list[float]]:
     """(micro-batches, weights of their losses) for `world` processes and `accumulation` micro-batches a step in all.
 
     Raises `ParamError` where a step's micro-batches do not divide among the processes.

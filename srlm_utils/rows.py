@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from srlm_utils.artefacts import is_there, read_jsonl
-from srlm_utils.errors import DataError, MissingInputError, short
+from srlm_utils.errors import DataError, MissingInputError, cut
 from srlm_utils.instructions import check_instructions
 
 
@@ -97,7 +97,7 @@ def check_rows(rows: list[dict], shape: type[BaseModel], name: str) -> list[dict
     for i, row in enumerate(rows, 1):
         id = row.get(id_field, f"no {id_field}")
         # a number alone would not say what it is
-        where = f"{name}: row {i} ({id[:80] if isinstance(id, str) else f'{id_field} {short(id)}'})"
+        where = f"{name}: row {i} ({id[:80] if isinstance(id, str) else f'{id_field} {cut(id)}'})"
         try:
             shape.model_validate(row)
         except ValidationError as e:
@@ -111,4 +111,4 @@ def check_rows(rows: list[dict], shape: type[BaseModel], name: str) -> list[dict
 def first_fault(e: ValidationError) -> str:
     """Field, what is wrong with it, and what was found there."""
     err = e.errors()[0]
-    return f"{'.'.join(map(str, err['loc'])) or 'row'}: {err['msg']}; found {short(err['input'])}"
+    return f"{'.'.join(map(str, err['loc'])) or 'row'}: {err['msg']}; found {cut(err['input'])}"

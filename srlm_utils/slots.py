@@ -61,7 +61,7 @@ class _Layer(CacheLayerMixin):
 
 
 class Slots(Cache):
-    """`n` slots of at most `longest` tokens, for a model with plain attention (`attention.plain`). `lengths`: tokens in
+    """`n` slots of at most `longest` tokens, for a model of full attention (`attention.is_full`). `lengths`: tokens in
     each, (n,)."""
 
     def __init__(self, model, n: int, longest: int):

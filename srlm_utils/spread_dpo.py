@@ -121,11 +121,11 @@ def trainer(
 
     The file `reference` gets [[log-probability of the chosen answer, of the rejected one], ...] by row.
     """
-    ids, rows, lengths = train.unnamed(rows, params)
+    ids, rows, lengths = train.split_ids(rows, params)
     order = train.batch_order(lengths, params.train_batch_size, params.epochs, params.seed)
     micro, accumulation = training_params.batch_sizes(vars(params))
     batches = [order[i : i + micro] for i in range(0, len(order), micro)]
-    batches, weights = ranks.spread(batches, accumulation, world)
+    batches, weights = ranks.fill_steps(batches, accumulation, world)
     how = train.common_args(
         params, work, per_device=1, accumulation=accumulation, n_items=len(batches), world=world
     ) | {"remove_unused_columns": False}

@@ -11,7 +11,7 @@ import shutil
 import time
 from pathlib import Path
 
-from srlm_utils import cells, locks, runner, sweep_report
+from srlm_utils import cells, locks, runner, sweep_report, units
 from srlm_utils.artefacts import is_there, link_or_copy, stored
 from srlm_utils.cells import DEFAULT
 from srlm_utils.errors import Interrupted, ParamError, SrlmError
@@ -76,7 +76,7 @@ def _run(queue: dict, todo: list, work: Path, kept: Path, command: str) -> list[
     costs, failed, spent, made = new_costs(queue, todo, work), [], 0.0, 0.0
     for i, key in enumerate(todo):
         left = sum(costs[k] for k in todo[i:])
-        estimate = f" · about {runner.minutes(spent / made * left)} left" if made else ""
+        estimate = f" · about {units.duration(spent / made * left)} left" if made else ""
         print(f"cell {i + 1}/{len(todo)}: {key[0]}, seed {key[1]}{estimate}", flush=True)
         folder, started = work / cell_name(*key), time.monotonic()
         try:

@@ -7,6 +7,7 @@ report. The work of a step adds its tokens, weighted by how long each kind took 
 
 import math
 
+from srlm_utils import units
 from srlm_utils.lineage import init_model, models_before
 from srlm_utils.params import Experiment, stage_key
 from srlm_utils.plan import Step, list_steps, parse_win_judge
@@ -210,15 +211,8 @@ def token_table(experiment: Experiment) -> str:
             row[k] += v
     lines = [f"{'stage':<18}{'generated':>14}{'judged':>14}{'trained':>14}"]
     lines += [
-        f"{stage:<18}" + "".join(f"{short(v):>14}" for v in row.values())
+        f"{stage:<18}" + "".join(f"{units.tokens(v):>14}" for v in row.values())
         for stage, row in sorted(total.items())
         if any(row.values())
     ]
     return "\n".join(lines)
-
-
-def short(n: int) -> str:
-    """A number of tokens as tables show it."""
-    if n < 1e6:
-        return "-" if not n else "< 1 k" if n < 500 else f"{n / 1e3:.0f} k"
-    return f"{n / 1e9:.2f} G" if n >= 1e9 else f"{n / 1e6:.2f} M"

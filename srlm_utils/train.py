@@ -224,7 +224,7 @@ def base_of(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def some_rows(rows: list[dict], params) -> None:
+def require_rows(rows: list[dict], params) -> None:
     """Raise `DataError` where there is nothing to learn from."""
     if not rows:
         raise DataError(
@@ -247,7 +247,7 @@ def less_memory(params, least: int, longest: int) -> str:
     return "; or ".join(ways)
 
 
-def in_parts() -> bool:
+def is_sharded() -> bool:
     """Whether the accelerate config that launched this process divides weights among processes by FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
@@ -278,7 +278,7 @@ def common_args(params, work: Path, *, per_device: int, accumulation: int, n_ite
         logging_steps=1,
         logging_nan_inf_filter=False,  # or a loss that is no number would be logged as the mean of those before it
         # else each card keeps whole gradients, in float32, from a step's first micro-batch to its last
-        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if in_parts() else None,
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if is_sharded() else None,
         **tracking.arguments(params, work),
         disable_tqdm=True,
         seed=params.seed,
@@ -433,8 +433,8 @@ def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path, world: i
     Replies share what they have in common, and are compared, within a micro-batch. So with `rank_weight` a
     micro-batch must hold all judgements of a prompt: its replies times the EFT formats.
     """
-    some_rows(rows, params)
-    share = attention.plain(model.config, params.max_length)
+    require_rows(rows, params)
+    share = attention.is_full(model.config, params.max_length)
     micro, accumulation = training_params.batch_sizes(vars(params))
     if params.rank_weight:
         _check_ranking(rows, micro, share, params.rank_weight)
@@ -444,7 +444,7 @@ def sft_trainer(model, tokenizer, rows: list[dict], params, work: Path, world: i
     answers = packing.micro_batches(packed, micro, last, params.seed, ("ift",))
     restart = len(batches) // accumulation if answers else 0
     batches += answers
-    batches, weights = ranks.spread(batches, accumulation, world)
+    batches, weights = ranks.fill_steps(batches, accumulation, world)
     args = SFTConfig(
         **common_args(params, work, per_device=1, accumulation=accumulation, n_items=len(batches), world=world),
         remove_unused_columns=False,
@@ -514,9 +514,9 @@ def weighed_losses(consistency: float, nll_weight: float) -> dict:
     return {"loss_type": list(losses), "loss_weights": list(losses.values()), "label_smoothing": 0.25}
 
 
-def unnamed(rows: list[dict], params) -> tuple[list[str], list[dict], list[int]]:
+def split_ids(rows: list[dict], params) -> tuple[list[str], list[dict], list[int]]:
     """(ids, rows without them, tokens of each with its longer answer) of `dpo_rows`; `DataError` where none came."""
-    some_rows(rows, params)
+    require_rows(rows, params)
     ids, rows = [r.get("id", "?") for r in rows], [{k: r[k] for k in r if k != "id"} for r in rows]
     return ids, rows, [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
 
@@ -536,7 +536,7 @@ def dpo_parts(model, tokenizer, params, ids: list[str], lengths: list[int], cons
         "args": args,
         "processing_class": tokenizer,
         "peft_config": lora_config(model, params),
-        "share": attention.plain(model.config, 2 * params.max_length),
+        "share": attention.is_full(model.config, 2 * params.max_length),
         "ids": ids,
         "lengths": dict(zip(ids, lengths, strict=True)),
         "less_memory": partial(less_memory, params, 1),
@@ -555,7 +555,7 @@ def dpo_trainer(model, tokenizer, rows: list[dict], params, work: Path, consiste
     takes the mean over the tokens of a micro-batch, the paper over those of each answer. `consistency` says how far
     the pairs' order is trusted (`weighed_losses`); 1 is DPO.
     """
-    ids, rows, lengths = unnamed(rows, params)
+    ids, rows, lengths = split_ids(rows, params)
     n_tokens = sum(len(ids) for r in rows for ids in r.values())
     order = batch_order(lengths, params.train_batch_size, params.epochs, params.seed)
     micro, accumulation = training_params.batch_sizes(vars(params))

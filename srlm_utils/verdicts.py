@@ -8,8 +8,8 @@ from pathlib import Path
 
 from srlm_utils import chat
 from srlm_utils.artefacts import read_jsonl
-from srlm_utils.errors import DataError, ModelError, short
-from srlm_utils.judge import inert, load_template
+from srlm_utils.errors import DataError, ModelError, cut
+from srlm_utils.judge import escape_tags, load_template
 from srlm_utils.lineage import OUTSIDE, is_model_name
 from srlm_utils.paths import PROMPTS
 
@@ -40,8 +40,8 @@ def _template():
 
 
 def question(prompt: str, first: str, second: str) -> str:
-    """What a pairwise judge is asked; control text in any of the three is made inert."""
-    return _template().render(prompt=inert(prompt), first=inert(first), second=inert(second))
+    """What a pairwise judge is asked; tags in any of the three are escaped."""
+    return _template().render(prompt=escape_tags(prompt), first=escape_tags(first), second=escape_tags(second))
 
 
 def questions(prompts: dict[str, str], a: dict[str, str], b: dict[str, str]) -> Iterator[tuple[str, str]]:
@@ -93,11 +93,11 @@ def read_votes(path: Path) -> list[dict]:
         wrong = (
             f"it has no {missing[0]}"
             if missing
-            else f"{no_text[0]} is {short(row[no_text[0]])}, expected a text"
+            else f"{no_text[0]} is {cut(row[no_text[0]])}, expected a text"
             if no_text
-            else f"order is {short(row['order'])}, expected AB, BA or none"
+            else f"order is {cut(row['order'])}, expected AB, BA or none"
             if row["order"] not in ("AB", "BA", "none")
-            else f"p_first is {short(row['p_first'])}, expected 1 (first wins), 0.5 (tie) or 0"
+            else f"p_first is {cut(row['p_first'])}, expected 1 (first wins), 0.5 (tie) or 0"
             if row["p_first"] not in (0, 0.5, 1)
             else ""
         )

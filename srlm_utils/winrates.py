@@ -11,7 +11,7 @@ import numpy as np
 
 from srlm_utils import resample
 from srlm_utils.errors import DataError
-from srlm_utils.metrics import SIMILAR, mean, plain
+from srlm_utils.metrics import SIMILAR, mean, no_interval
 
 ELO = 400 / math.log(10)  # Elo points a logit
 _RIDGE = 1e-3  # prior precision of coefficients: keeps them finite where everything is won
@@ -27,8 +27,8 @@ def sign_test(results) -> dict:
     results = np.asarray(results, float)
     wins, losses = int((results == 1).sum()), int((results == 0).sum())
     if not wins + losses:
-        return plain(None, 0)
-    return plain(float(binomtest(wins, wins + losses).pvalue), wins + losses)
+        return no_interval(None, 0)
+    return no_interval(float(binomtest(wins, wins + losses).pvalue), wins + losses)
 
 
 def similar_length(results, lengths_a, lengths_b) -> dict:
@@ -146,7 +146,7 @@ def kappa(a: dict[Hashable, float], b: dict[Hashable, float], *, n_draws: int = 
     shared = [k for k in a if k in b]
     prompts = list(dict.fromkeys(k[-1] if isinstance(k, tuple) else k for k in shared))
     if len(prompts) < 2:
-        return plain(None, len(shared))
+        return no_interval(None, len(shared))
     where = {pid: i for i, pid in enumerate(prompts)}
     counts = np.zeros((len(prompts), 3, 3))
     for k in shared:
@@ -157,9 +157,9 @@ def kappa(a: dict[Hashable, float], b: dict[Hashable, float], *, n_draws: int = 
     with np.errstate(invalid="ignore", divide="ignore"):
         values = np.where(chance < 1 - 1e-12, (agree - chance) / (1 - chance), np.nan)
     if np.isnan(values[0]):
-        return plain(None, len(shared))
+        return no_interval(None, len(shared))
     if (tables[0].sum(1) > 0).sum() == 1 or (tables[0].sum(0) > 0).sum() == 1:
-        return plain(float(values[0]), len(shared))
+        return no_interval(float(values[0]), len(shared))
     figure = _figure(values, len(prompts), len(shared))
     if agree[0] > 1 - 1e-12:  # no draw shows doubt
         figure["low"] = float(1 - resample.unseen_share(counts.sum((1, 2))) / (1 - chance[0]))

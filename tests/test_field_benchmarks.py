@@ -373,7 +373,7 @@ def test_the_table_has_a_column_a_model():
     import pandas as pd
 
     rows = [r for m in ("M1", "M0") for r in harness.metric_rows(RESULTS, m)]
-    rows += metrics.metric_rows({"win_rate": metrics.plain(0.5, 3)}, model="M0", set="test_prompts")
+    rows += metrics.metric_rows({"win_rate": metrics.no_interval(0.5, 3)}, model="M0", set="test_prompts")
     table = benchmark_table(pd.DataFrame(rows))
     assert list(table.columns) == ["M0", "M1"] and len(table) == 5
     assert table.loc[("lm_eval/gsm8k", "", "lm_eval_exact_match", "strict-match"), "M0"] == "25.0 %, n=8"

@@ -131,9 +131,9 @@ def test_sampled_judgements_keep_their_mean_and_variance(engine):
 
 def test_a_judgement_is_as_unsure_as_its_digits_or_samples_differ():
     even = {"judge_mode": "expected", "probs": [0.5, 0, 0, 0, 0.5, 0], "score": 2.0}
-    assert judge.spread(even) == 4 and judge.spread(even | {"probs": [0, 0, 1, 0, 0, 0]}) == 0
-    assert judge.spread({"judge_mode": "sampled", "variance": 4.5}) == 4.5
-    assert judge.spread({"judge_mode": "sampled", "variance": None}) == 0
+    assert judge.uncertainty(even) == 4 and judge.uncertainty(even | {"probs": [0, 0, 1, 0, 0, 0]}) == 0
+    assert judge.uncertainty({"judge_mode": "sampled", "variance": 4.5}) == 4.5
+    assert judge.uncertainty({"judge_mode": "sampled", "variance": None}) == 0
 
 
 def test_digits_are_read_where_the_judge_wrote_its_score(engine):

@@ -33,7 +33,7 @@ CONFIGS = sorted((PARAMS / "accelerate").glob("*.yaml"))
 )
 def test_a_steps_loss_is_the_mean_of_its_micro_batches_whoever_has_them(n, accumulation, world):
     losses = [float(i * i) for i in range(n)]
-    items, weights = ranks.spread(list(range(n)), accumulation, world)
+    items, weights = ranks.fill_steps(list(range(n)), accumulation, world)
     assert len(items) % world == 0 and items[:n] == list(range(n)) and (world > 1 or len(items) == n)
     for step in range(0, len(items), accumulation):
         own = [items[step : step + accumulation][r::world] for r in range(world)]
@@ -46,7 +46,7 @@ def test_a_steps_loss_is_the_mean_of_its_micro_batches_whoever_has_them(n, accum
 
 def test_micro_batches_that_do_not_divide_are_refused():
     with pytest.raises(ParamError, match="make train_batch_size a multiple of 2 times"):
-        ranks.spread([1, 2, 3], 3, 2)
+        ranks.fill_steps([1, 2, 3], 3, 2)
 
 
 def test_figures_are_means_over_the_micro_batches_of_all_processes(monkeypatch):

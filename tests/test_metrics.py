@@ -122,7 +122,7 @@ def test_nothing_to_measure_is_none_not_zero():
     missed, lost = found.pop("exact_match"), found.pop("unscored_rate")
     assert (missed["value"], missed["n"], lost["value"], lost["n"]) == (0, 1, 1, 2)
     assert all(v["value"] is None and v["n"] == 0 for v in found.values())
-    assert metrics.agreement([]) == dict.fromkeys(metrics.AGREEMENT, metrics.plain(None, 0))
+    assert metrics.agreement([]) == dict.fromkeys(metrics.AGREEMENT, metrics.no_interval(None, 0))
 
 
 def test_what_could_not_be_read_makes_no_judge_better():
@@ -385,12 +385,12 @@ def test_agreement_rows_of_an_evaluation(mode):
 
 
 def test_columns_of_metric_rows():
-    (row,) = metrics.metric_rows({"score_std": metrics.plain(0.5, 7)}, model="M2", set="test_prompts")
+    (row,) = metrics.metric_rows({"score_std": metrics.no_interval(0.5, 7)}, model="M2", set="test_prompts")
     assert row == {
         "model": "M2", "opponent": "", "set": "test_prompts", "judge": "", "judge_mode": "", "metric": "score_std",
         "value": 0.5, "low": None, "high": None, "n": 7, "unit": "points"}  # fmt: skip
     with pytest.raises(KeyError):
-        metrics.metric_rows({"no_such_metric": metrics.plain(1, 1)})
+        metrics.metric_rows({"no_such_metric": metrics.no_interval(1, 1)})
 
 
 def test_agreement_gain_by_hand():

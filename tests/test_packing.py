@@ -217,7 +217,7 @@ def test_kernels_use_one_gpu_at_most():
 )
 def test_only_plain_attention_shares(config, shares):
     text = SimpleNamespace(**{"_attn_implementation": "grouped"} | config)
-    assert attention.plain(SimpleNamespace(get_text_config=lambda: text), 2048) is shares
+    assert attention.is_full(SimpleNamespace(get_text_config=lambda: text), 2048) is shares
 
 
 def test_rows_of_an_older_version_are_named(tiny):

@@ -98,7 +98,7 @@ def test_a_seed_counts_once_however_much_it_measured():
     assert (figure["value"], figure["n"]) == (pytest.approx((1 + 1 / 4) / 2), 10)  # the third measured nothing
     one = metrics.ratio_over_seeds([[1, 0, 1], [0, 0, 0]], [[1, 1, 1], [0, 0, 0]])
     assert one == metrics.ratio([1, 0, 1], [1, 1, 1])
-    assert metrics.ratio_over_seeds([[0], [0]], [[0], [0]]) == metrics.plain(None, 0)
+    assert metrics.ratio_over_seeds([[0], [0]], [[0], [0]]) == metrics.no_interval(None, 0)
 
 
 @pytest.mark.slow

@@ -123,7 +123,7 @@ def test_a_model_that_fails_without_words_is_named_too(tiny, monkeypatch, what):
 
 def test_a_conversion_that_was_killed_is_named(monkeypatch, tmp_path):
     (tmp_path / "none").touch()
-    spec = seed_model.Embedded((), seed_model.sha256(tmp_path / "none"), "x.gguf", "", "", "")
+    spec = seed_model.Embedded((), seed_model.sha256(tmp_path / "none"), "", "", "")
     monkeypatch.setattr(seed_model.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=-9, stderr=" \n"))
     with pytest.raises(ModelError, match="x: conversion failed: exit code -9"):
         seed_model._convert("x", spec, tmp_path / "out")
