@@ -184,7 +184,7 @@ def _learned(manifest: dict) -> dict[str, int]:
 
 
 def lineage(pointer: dict, manifests: list[dict]) -> list[str]:
-    """One line a model, from the seed model on; `manifests` of the training steps in their order."""
+    """One line per model, from the seed model on; `manifests` of the training steps in their order."""
     revision = f" at revision {pointer['revision']}" if pointer.get("revision") else ""
     lines = [f"M0 is {pointer['name']}{revision} ({pointer['kind']}, license {pointer.get('license') or 'unknown'})."]
     for m in manifests:

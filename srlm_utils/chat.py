@@ -102,7 +102,7 @@ def end_of_turn(tokenizer) -> int:
     if not whole.startswith(start) or not said or before.strip():
         raise ModelError(
             f"the chat template of this model asks for an answer with {start[-40:]!r} and shows one as "
-            f"{whole[-60:]!r}: what it writes first is no answer, so it can neither be trained nor asked to judge. "
+            f"{whole[-60:]!r}: something comes before the answer, so it can neither be trained nor judge. "
             "Take a model that answers without thinking first; for a base model set common.chat_template: plain."
         )
     ids = tokenizer(tail, add_special_tokens=False)["input_ids"]

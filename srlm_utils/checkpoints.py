@@ -101,7 +101,7 @@ class Selection:
     # ---- what is shown and written
 
     def table(self) -> pd.DataFrame:
-        """selection.csv: one row a comparison (`COLUMNS`)."""
+        """selection.csv: one row per comparison (`COLUMNS`)."""
         return pd.DataFrame([r | {"kept": r["step"] == self.kept} for r in self.rows], columns=COLUMNS)
 
     def answers(self) -> list[dict]:

@@ -138,7 +138,7 @@ def _written(value) -> str:
 
 
 def differences(runs: list[Path], names: list[str], tables: list[pd.DataFrame]) -> pd.DataFrame:
-    """One row a figure and run after the first: both values, the difference, its interval, whether it is paired."""
+    """One row per figure and run after the first: both values, the difference, its interval, whether it is paired."""
     first, *others = (_by_key(t) for t in tables)
     rows_of, out = [rows_behind(run) for run in runs], []
     for i, other in enumerate(others, 1):

@@ -1,9 +1,9 @@
 """``srlm estimate``: hours, memory and disk that a run will take, before it takes them.
 
 A step takes its tokens (`tokens.step_tokens`) at a device's rates, and what starting it takes. On a CPU the rates are
-those measured here, with bfloat16 instructions or without, as the machine has them that is asked. On a GPU they are its
-peak times the share of it that others measured and published, each with its source below: nothing of it was run on a
-GPU here, so take hours for a factor of two either way. Tokens are counted as `tokens` counts them, answers of at most
+those measured with and without bfloat16 instructions, whichever this machine has. On a GPU they are its peak times the
+share of it that others measured and published, each with its source below: nothing was run on a GPU here, so hours may
+be off by a factor of two either way. Tokens are counted as `tokens` counts them, answers of at most
 300 tokens; a model that writes longer ones takes longer.
 
 Of the models only their size counts. Judges and a prompt model from outside the run are taken for as large as the seed.
@@ -274,7 +274,7 @@ def headline(costs: list[Cost], on_disk: float, n_devices: int, device: Device) 
 
 
 def report(experiment: Experiment, n_devices: int, device: Device) -> str:
-    """The table that ``srlm estimate`` prints: a row a step, then the headline and what does not fit or stands idle."""
+    """The table that ``srlm estimate`` prints: one row per step, the headline, and what does not fit or is idle."""
     costs, on_disk = estimate(experiment, n_devices, device)
     lines = [f"{'step':<22}{'generated':>11}{'judged':>11}{'trained':>11}{'devices':>9}{'minutes':>9}{'GB each':>9}"]
     for c in costs:

@@ -1,7 +1,7 @@
 """A run folder to read: ``run = srlm_utils.open_run("results/example")``. No model is loaded, nothing is written.
 
-Tables are plain DataFrames, a row a thing, with the files' own ids and the texts exactly as they were written. Cards
-are for the eye: whatever a model wrote is text there, never markup, and control characters are spelt out.
+Tables are plain DataFrames, one row per thing, with the files' own ids and the texts exactly as they were written.
+Cards are for the eye: whatever a model wrote is text there, never markup, and control characters are spelt out.
 """
 
 import textwrap
@@ -51,7 +51,7 @@ class Run:
 
     @cached_property
     def models(self) -> pd.DataFrame:
-        """A row a model: what it was made from, and how many rows of each kind it has."""
+        """One row per model: what it was made from, and how many rows of each kind it has."""
         found = [p.name for p in self.folder.iterdir() if p.is_dir() and is_model_name(p.name)]
         found.sort(key=lambda m: (m != "M0", m != "SFT", int(m[1:]) if m != "SFT" else 0))
         rows = [
@@ -134,7 +134,7 @@ class Run:
         return where(table[columns], **filters)
 
     def verdicts(self, model: str, opponent: str, **filters) -> pd.DataFrame:
-        """Who won, a row a prompt and judge: judge, judge_mode, result (1 `model`, 0.5 tie, 0 `opponent`)."""
+        """Who won, one row per prompt and judge: judge, judge_mode, result (1 `model`, 0.5 tie, 0 `opponent`)."""
         self._check(model)
         self._check(opponent)
         for a, b in ((model, opponent), (opponent, model)):
@@ -214,7 +214,7 @@ class Run:
     # ---- reading
 
     def _check(self, model: str) -> None:
-        """A draft is no model of the table, and its rows can be read."""
+        """Raise if there is no such model. Drafts are not in the table of models, but have rows to read."""
         if model not in self.models.index and not (is_draft(model) and (self.folder / model).is_dir()):
             raise MissingInputError(f"{self.name} has no model {model!r}; it has {', '.join(self.models.index)}.")
 

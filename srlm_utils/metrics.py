@@ -114,11 +114,12 @@ FIELD = [name for name in METRICS if name.startswith(("alpaca_eval", "mt_bench",
 
 
 def ratio(num, den, *, share: bool = True) -> dict:
-    """sum(num) / sum(den) with a 95 % interval over the entries (one entry a prompt).
+    """sum(num) / sum(den) with a 95 % interval over the entries (one entry per prompt).
 
     Returns {"value", "low", "high", "n"}; n is sum(den) rounded. value is None where the denominator is 0, the interval
-    is None for fewer than two prompts with a denominator. A share, 0 <= num <= den in each prompt, has a score interval
-    and 12 of 12 a bound; all other numbers, and those that only look like one (`share=False`), 10,000 draws and BCa.
+    is None for fewer than two prompts with a denominator. A share, 0 <= num <= den in each prompt, gets a score
+    interval (12 of 12 an exact bound); all other numbers, and those that only look like a share (`share=False`), BCa
+    over 10,000 draws.
 
     In simulations 95 % intervals covered win rates of 0.5 to 0.9 over 20 to 200 prompts in 94 to 97.5 %, pairwise
     accuracy over 10 to 200 prompts of 1 to 6 pairs in 94 to 97, means of numbers that are no shares in 93 to 96. A rate

@@ -406,9 +406,9 @@ def merge(*trees: dict) -> dict:
 
 
 def shadowed(tree: dict, asked: dict) -> list[str]:
-    """What `asked`, laid over a file to make `tree`, does not reach: the file has it closer, by section or by model.
+    """Values of `asked` that have no effect in `tree`: the file sets the name more closely, by section or by model.
 
-    ``sft.rank_weight = 0.0 does not change by_model.M1.sft.rank_weight = 4.0``, one line a parameter.
+    ``sft.rank_weight = 0.0 does not change by_model.M1.sft.rank_weight = 4.0``, one line per parameter.
     """
     models = tree.get("by_model", {})
     found = []

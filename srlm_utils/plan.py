@@ -232,8 +232,8 @@ def list_steps(experiment: Experiment) -> list[Step]:
     for step in steps:  # a name that fits no other check would be found when hours of steps before it are done
         if lost := [path for path in step.reads if path not in made]:
             raise ParamError(
-                f"{step.name} would read {lost[0]}, which no step before it makes: look at the parameters that name a "
-                f"model or a number of rounds for it alone ({stage_key(step.stage)}, by_model)."
+                f"{step.name} would read {lost[0]}, which no step before it makes: check what names a "
+                f"model or a number of rounds for this step alone ({stage_key(step.stage)}, by_model)."
             )
         made |= {*step.writes}
     return steps
@@ -411,7 +411,7 @@ def fingerprint(step: Step, params: dict, run: Path) -> dict:
 def status(step: Step, params: dict, run: Path) -> tuple[bool, str]:
     """(done, why): whether a step can be skipped, and the reason in a few words.
 
-    A parameter that is newer than a manifest had its default then: what comes new is off until it is asked for.
+    A parameter added after a manifest was written had its default then: new ones are off until they are asked for.
     """
     path = run / "steps" / f"{step.name}.json"
     work = run / "steps" / f"{step.name}.work"

@@ -90,7 +90,7 @@ def _numbers(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def agreement(metrics: pd.DataFrame):
-    """Pairwise accuracy on held-out rankings: a row of panels a set, a column a judge mode.
+    """Pairwise accuracy on held-out rankings: one row of panels per set, one column per judge mode.
 
     Beside chance, beside "longer wins" and, in points, beside M0 on the same pairs. Models with fewer
     than `MIN_PAIRS` scored pairs (a judge that can hardly be parsed) are named, not drawn.
@@ -147,7 +147,7 @@ def _agreement_panel(ax, metrics: pd.DataFrame) -> None:
 
 
 def calibration(table: pd.DataFrame, model: str):
-    """Mean place of replies by their score (`evaluate.calibration`); a panel a set, a line a judge mode."""
+    """Mean place of replies by their score (`evaluate.calibration`); one panel per set, one line per judge mode."""
     table = _numbers(table)
     sets, modes = sorted(table.set.unique()), sorted(table.judge_mode.unique())
     fig, axes = plt.subplots(1, len(sets), figsize=(1 + 3.4 * len(sets), 3.4), sharey=True, squeeze=False)
@@ -175,7 +175,7 @@ def calibration(table: pd.DataFrame, model: str):
 
 
 def win_rates(metrics: pd.DataFrame):
-    """Win, tie and loss of each model against those before it; one panel a judge."""
+    """Win, tie and loss of each model against those before it; one panel per judge."""
     metrics = _numbers(metrics)
     h2h = metrics[metrics.metric.isin(["win", "tie", "loss", "win_rate"])]
     judges = list(h2h[["judge", "judge_mode"]].drop_duplicates().itertuples(index=False))
@@ -220,7 +220,7 @@ def win_rates(metrics: pd.DataFrame):
 
 
 def overlay(rows: pd.DataFrame, runs: list[str], label: str, factor: float):
-    """One metric of several runs: a panel a set, judge and judge mode, runs side by side at each model or duel.
+    """One metric of several runs: one panel per set, judge and judge mode, runs side by side at each model or duel.
 
     `rows` have `run` and the columns of metrics.csv. A run has a colour and a marker; intervals where there are any.
     """
@@ -301,7 +301,7 @@ def mean_scores(metrics: pd.DataFrame):
 
 
 def score_histogram(scores: pd.DataFrame, title: str = "What each model thought of its own candidates"):
-    """Scores of the candidates, a panel a model that wrote them; `scores` has columns model and score."""
+    """Scores of the candidates, one panel per model that wrote them; `scores` has columns model and score."""
     models = [m for m in scores.model.unique() if is_of_run(m)]
     fig, axes = plt.subplots(
         1, max(len(models), 1), figsize=(4.2 * max(len(models), 1), 2.9), sharex=True, sharey=True, squeeze=False
@@ -317,7 +317,7 @@ def score_histogram(scores: pd.DataFrame, title: str = "What each model thought 
 
 
 def funnel(steps: pd.DataFrame):
-    """From attempts to pairs: what is left and what was dropped, a panel a round.
+    """From attempts to pairs: what is left and what was dropped, one panel per round.
 
     `steps` has columns model, stage, n, and drop ("" for what is kept, else the reason).
     """
@@ -417,7 +417,7 @@ def selection(table: pd.DataFrame, model: str, judge: str):
 
 
 def length_control(metrics: pd.DataFrame):
-    """Win rates as judged, with the effect of length taken out, among answers of similar length; a panel a judge."""
+    """Win rates as judged, without the effect of length, among answers of similar length; one panel per judge."""
     kinds = {
         "win_rate": ("as judged", "o"),
         "win_rate_length_controlled": ("length-controlled", "D"),
@@ -459,7 +459,7 @@ def length_control(metrics: pd.DataFrame):
 
 
 def ratings(table: pd.DataFrame):
-    """Bradley-Terry ratings on the Elo scale, a panel a judge.
+    """Bradley-Terry ratings on the Elo scale, one panel per judge.
 
     `table` has judge, judge_mode, model, value, low, high, n.
     """

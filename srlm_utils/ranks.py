@@ -44,7 +44,7 @@ def fill_steps(batches: list, accumulation: int, world: int) -> tuple[list, list
 
 
 class AcrossRanks:
-    """A trl trainer whose figures are lists with one number a micro-batch, of this process's micro-batches alone."""
+    """A trl trainer whose figures are lists with one number per micro-batch, of this process's micro-batches alone."""
 
     def create_accelerator_and_postprocess(self) -> None:
         # without a GPU accelerate would train whole copies of a model that it was asked to shard, and not say so

@@ -1,6 +1,6 @@
 """Blind readers of a sweep: whose answer each row goes to, by more of their votes.
 
-`blind_reading.csv` beside a sweep's cells has a row a reader and pair of answers: seed, prompt_id, model, opponent,
+`blind_reading.csv` beside a sweep's cells has one row per reader and pair of answers: seed, prompt_id, model, opponent,
 reader and `preferred`, which is model, opponent or tie. Names are free: ``M3``, or ``M3 of random_pairs`` for that of
 another variant.
 """
@@ -52,7 +52,7 @@ def read(sweep: Path) -> pd.DataFrame:
 
 
 def results(votes: pd.DataFrame) -> pd.DataFrame:
-    """A row a pair of answers: model, opponent, seed, prompt_id, `result`: 1 where more votes are model's, 0.5 or 0."""
+    """One row per pair of answers: model, opponent, seed, prompt_id, `result` (1 if most votes are model's, 0.5, 0)."""
     for_model = (votes.preferred == votes.model).astype(int) - (votes.preferred == votes.opponent).astype(int)
     keys = ["model", "opponent", "seed", "prompt_id"]
     more = votes.assign(more=for_model).groupby(keys, sort=False).more.sum()
@@ -60,7 +60,7 @@ def results(votes: pd.DataFrame) -> pd.DataFrame:
 
 
 def table(votes: pd.DataFrame) -> pd.DataFrame:
-    """A row a model and opponent: votes, and how often model is preferred, ties half; over prompts, and seeds, too."""
+    """One row per model and opponent: votes, and how often model is preferred (half ties), over prompts and seeds."""
     out = []
     for (model, opponent), rows in results(votes).groupby(["model", "opponent"], sort=False):
         grid = rows.pivot(index="seed", columns="prompt_id", values="result")

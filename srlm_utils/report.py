@@ -62,7 +62,7 @@ ANSWERS = [
 
 
 def metrics_table(step) -> pd.DataFrame:
-    """metrics.csv: one row a figure, from every model's metrics.json and every round's health.json."""
+    """metrics.csv: one row per figure, from every model's metrics.json and every round's health.json."""
     p, rows = step.params, []
     names = model_names(p.iterations)
     for m in names:
@@ -183,7 +183,7 @@ def rate(row) -> str:
 
 
 def wide(table: pd.DataFrame, names: list[str], **where) -> pd.DataFrame:
-    """Chosen metrics as a table: a row a metric, a column a model, cells with interval and n."""
+    """Chosen metrics as a table: one row per metric, one column per model, cells with interval and n."""
     rows = table[table.metric.isin(names)]
     for column, value in where.items():
         rows = rows[rows[column] == value]
@@ -262,7 +262,7 @@ def duels(step) -> pd.DataFrame:
 
 
 def ratings_table(duels: pd.DataFrame) -> pd.DataFrame:
-    """Bradley-Terry ratings by each judge, M0 at 0; a row a judge and model.
+    """Bradley-Terry ratings by each judge, M0 at 0; one row per judge and model.
 
     A judge rates the models that its comparisons tie to M0: people, who vote on few, may rate none.
     """
@@ -318,7 +318,7 @@ def judges_table(duels: pd.DataFrame) -> pd.DataFrame:
 
 
 def benchmark_table(table: pd.DataFrame) -> pd.DataFrame:
-    """The field's benchmarks: a row a figure of one set and judge, a column a model, cells with interval and n."""
+    """The field's benchmarks: one row per figure, set and judge, one column per model, cells with interval, n."""
     rows = table[table.metric.isin(metrics.FIELD)]
     rows = rows.assign(cell=[rate(r) for r in rows.to_dict("records")])
     out = rows.pivot_table(

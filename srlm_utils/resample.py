@@ -10,7 +10,7 @@ import numpy as np
 
 
 def share_interval(num: np.ndarray, den: np.ndarray) -> tuple[float, float]:
-    """Interval of sum(num) / sum(den), a share in 0 to 1; one entry a prompt, 0 <= num <= den, two prompts at least.
+    """Interval of sum(num) / sum(den), a share in 0 to 1; one entry per prompt, 0 <= num <= den, two prompts at least.
 
     Wilson's score interval (1927), n being the number of independent trials that has the variance found between prompts
     (as Korn and Graubard 1998) and Student's t in place of the normal quantile. Where all prompts are alike nothing
@@ -76,12 +76,12 @@ AT_ONCE = 4_000_000  # numbers held in memory at a time, about
 
 
 def n_left_out(n: int) -> int:
-    """How many times some of n prompts are left out: each by itself, or as many groups as there are at most."""
+    """How many times some of n prompts are left out: each prompt by itself, or `GROUPS` groups where n is larger."""
     return min(n, GROUPS)
 
 
 def weights(n: int, n_draws: int, seed: int = 0, width: int = 0) -> Iterator[np.ndarray]:
-    """How often each of n prompts counts: in the sample, without some of them, in each draw; (rows, n) at a time.
+    """How often each of n prompts counts, some (rows, n) at a time: the sample, it without some prompts, the draws.
 
     1 + `n_left_out` + n_draws rows in all; `width` is how many numbers a caller makes of a row, if not n. Memory hardly
     grows with n, and time as n does. Left out are at most `GROUPS` random groups: they measure a statistic's skewness

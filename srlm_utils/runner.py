@@ -263,7 +263,7 @@ _STATUS = {"step": str, "started": str, "seconds": int | float, "peak_memory_gb"
 
 
 def status_rows(run: Path) -> tuple[list[dict], list[str]]:
-    """What the manifests of a run folder say: one row a finished step; and the steps whose manifest is damaged."""
+    """What the manifests of a run folder say: one row per finished step; and the steps whose manifest is damaged."""
     rows, damaged = [], []
     for path in (run / "steps").glob("*.json"):
         try:

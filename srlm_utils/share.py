@@ -136,7 +136,7 @@ def _write(run: Path, notebooks: list[Path], to: Path) -> None:
 
 
 def _steps_table(names: list[str], stats: dict[str, dict]) -> pages.Markup:
-    """A row a notebook: link, minutes, memory, the first figures of its manifest. Names are escaped here."""
+    """One row per notebook: link, minutes, memory, the first figures of its manifest. Names are escaped here."""
     rows = []
     for name in names:
         s, text = stats.get(name), str(pages.escape(name))

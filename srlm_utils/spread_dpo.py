@@ -22,7 +22,7 @@ from srlm_utils.pair_forward import share_prompts
 
 
 class _NoSecondModel(TrainerCallback):
-    """Between the two halves of trl's constructor: what it asks of FSDP there is whether to load a reference model."""
+    """Hides FSDP from the second half of trl's constructor, which asks for it only to load a reference model."""
 
     def __init__(self, trainer):
         self.trainer = trainer

@@ -64,13 +64,13 @@ class StepRun:
     # ---- files
 
     def input(self, path: str) -> Path:
-        """Where an input is. A scratch run borrows what it has not made itself from results/example, but to its own
-        candidates no scores, nor may older ones of its own be theirs: the ids are the same, the texts are not."""
+        """Where an input is. A scratch run borrows from results/example what it has not made itself. Its own
+        candidates never get the example's scores, nor older ones of its own: the ids are equal, the texts are not."""
         here, candidates = self.run / path, (self.run / path).with_name("candidates.jsonl")
         written, scored = (p.stat().st_mtime_ns if p.exists() else 0 for p in map(stored, (candidates, here)))
         if self.scratch and path.endswith("aift/judgements.jsonl") and written > scored:
             raise MissingInputError(
-                f"{shown(candidates)} is newer than any scores, which are of other candidates: run 05_judge first, "
+                f"{shown(candidates)} is newer than the scores, which belong to other candidates: run 05_judge first, "
                 f"or delete {shown(self.run)} to begin with the example."
             )
         if is_there(here):
@@ -257,8 +257,8 @@ class StepRun:
             began = read_json(self.work / "fingerprint.json")["inputs"]
             if changed := [name for name, info in inputs.items() if began.get(name) != info["sha256"]]:
                 raise DataError(
-                    f"{self.name}: {changed[0]} changed while the step ran, and what was made of it is of neither "
-                    "state. Run the step again."
+                    f"{self.name}: {changed[0]} changed while the step ran, so what was made of it matches "
+                    "neither version. Run the step again."
                 )
         vllm = sorted({e.version for e in self._engines} - {""})
         write_json(

@@ -163,7 +163,7 @@ def over(n_seeds: int) -> str:
 
 
 def verdicts_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Who is better, plainly: a row a comparison and judge; where no judge can say, a row says so."""
+    """Who is better, plainly: one row per comparison and judge; where no judge can say, a row says so."""
     out, whole = [], table[table.seed == ""]
     for (variant, *_), rows in whole.groupby(["variant", "against", "model", "opponent"], sort=False):
         first = rows.iloc[0]
@@ -180,8 +180,8 @@ def verdicts_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def figures_table(table: pd.DataFrame, metric_names: list[str]) -> pd.DataFrame:
-    """A row a comparison, a column a metric, cells with interval, n and what they show; `whom` is what a variant's last
-    model was set against."""
+    """One row per comparison, one column per metric, cells with interval, n and what they show; `whom` is what a
+    variant's last model was set against."""
     rows = table[(table.seed == "") & table.metric.isin(metric_names)]
     if not len(rows):
         return pd.DataFrame()
@@ -234,7 +234,7 @@ def drawn(table: pd.DataFrame, metric_names: list[str], *, inside: bool):
 
 
 def differences(found: list[Cell]) -> pd.DataFrame:
-    """Parameters in which the variants differ: a row each, a column a variant; – where a variant leaves the default."""
+    """Parameters in which the variants differ: one row each, one column per variant; – where a variant sets nothing."""
     trees = {n: cells.flat_params(next(iter(of_seed.values())).params) for n, of_seed in by_variant(found).items()}
     names = dict.fromkeys(k for tree in trees.values() for k in tree)
     rows = {
@@ -245,7 +245,7 @@ def differences(found: list[Cell]) -> pd.DataFrame:
 
 
 def rounds(found: list[Cell]) -> pd.DataFrame:
-    """How each round went: a row a variant, seed and judging model, a column a measure of its health."""
+    """How each round went: one row per variant, seed and judging model, one column per measure of its health."""
     frames = [
         c.metrics[c.metrics.metric.isin(ROUND + ROUND_OF_SOME)].assign(variant=c.variant, seed=c.seed) for c in found
     ]

@@ -203,7 +203,7 @@ def step_work(step: Step, experiment: Experiment) -> float:
 
 
 def token_table(experiment: Experiment) -> str:
-    """The table of a params file's header, one line a stage, all models together."""
+    """The table of a params file's header, one line per stage, all models together."""
     total: dict[str, dict[str, int]] = {}
     for step in list_steps(experiment):
         row = total.setdefault(step.stage, {"generated": 0, "judged": 0, "trained": 0})

@@ -196,9 +196,9 @@ def batch_order(lengths: list[int], batch_size: int, epochs: int, seed: int) -> 
 def as_it_comes(trainer, on: bool = True) -> None:
     """Have adapters take their input as it is, where autocast rounds it to bfloat16 anyway.
 
-    peft turns it into float32 first, as their weights are: two copies of each input forth and back, for the same bits
-    (but behind dropout, which keeps its copies). Without autocast they cannot do without: `on` False is for that. FSDP
-    has adapters of its own dtype and no autocast.
+    peft turns it into float32 first, as their weights are: two copies of each input for the same bits. (Behind
+    dropout they stay.) Without autocast the conversion is needed, and `on` False brings it back. FSDP has adapters of
+    its own dtype and no autocast.
     """
     if getattr(trainer.accelerator.state, "fsdp_plugin", None) or not trainer.accelerator.native_amp:
         return
@@ -615,7 +615,7 @@ def train(trainer, step, selection=None) -> pd.DataFrame:
     """Run a trainer to its end, from the last checkpoint of an interrupted attempt if there is one.
 
     Raises `ResourceError`, which names the rows and what to lower, where memory runs out.
-    Returns the log, one row an optimizer step. With a `checkpoints.Selection` the trainer's model has the weights of
+    Returns the log, one row per optimizer step. With a `checkpoints.Selection` the trainer's model has the weights of
     the step that it kept, else those of the last.
     """
     from transformers.trainer_callback import PrinterCallback

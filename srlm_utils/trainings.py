@@ -55,11 +55,11 @@ class Here:
             self.trainer = train.dpo_trainer(model, tokenizer, rows, p, step.work, consistency)
 
     def reference(self) -> pd.DataFrame:
-        """DPO's reference: log-probabilities of the answers, one row a pair and pass, in the order of training."""
+        """DPO's reference: log-probabilities of the answers, one row per pair and pass, in the order of training."""
         return pd.DataFrame(self.trainer.train_dataset.select_columns(REFERENCE).to_list())
 
     def run(self, selection=None) -> pd.DataFrame:
-        """Train, or go on from the last checkpoint; the log, one row an optimizer step (`train.train`)."""
+        """Train, or go on from the last checkpoint; the log, one row per optimizer step (`train.train`)."""
         return train.train(self.trainer, self.step, selection)
 
     def save(self, folder: Path, card: str) -> None:

@@ -127,7 +127,7 @@ def check_answers(votes: list[dict], model: str, opponent: str, ours: dict, thei
 
 
 def from_votes(votes: list[dict], model: str, opponent: str, prompt_ids) -> list[dict]:
-    """Verdicts of people (`read_votes`) on `model` against `opponent`, one row a prompt: the majority of its readers.
+    """Verdicts of people (`read_votes`) on `model` against `opponent`, one row per prompt: the majority of its readers.
 
     The two models may stand in either place; without a majority it is a tie. (`readers.results` gives a pair to whoever
     has more votes: a tie of one reader leaves it to the others there.)

@@ -18,7 +18,7 @@ _RIDGE = 1e-3  # prior precision of coefficients: keeps them finite where everyt
 
 
 def sign_test(results) -> dict:
-    """Two-sided p of as many wins or more among the prompts that are no tie, were both models alike.
+    """Two-sided p: how likely a split at least as uneven is, ties left out, if both models are alike.
 
     The exact binomial test; n is the number of prompts that are no tie.
     """
