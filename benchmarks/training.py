@@ -21,7 +21,7 @@ N_PROMPTS, N_ANSWERS, N_PAIRS = 4, 8, 8
 
 def _params(stage: str, model: str) -> SimpleNamespace:
     """The quickstart's parameters, one pass, nothing saved on the way."""
-    flat = Experiment.load([PROJ_ROOT / "params" / "quickstart.yaml"]).flat(stage, model, "")
+    flat = Experiment.load([PROJ_ROOT / "params" / "quickstart.yaml"]).flat(stage, model)
     return SimpleNamespace(**flat | {"epochs": 1, "save_steps": 0})
 
 

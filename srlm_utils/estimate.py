@@ -127,7 +127,7 @@ def size_of(name: str) -> Size:
 
 def step_cost(step: Step, experiment: Experiment, n_devices: int, device: Device) -> Cost:
     """Time and memory of one step, on as many of `n_devices` as its parameters make work."""
-    p, size = experiment.flat(step.stage, step.model, ""), size_of(_seed_model(experiment))
+    p, size = experiment.flat(step.stage, step.model), size_of(_seed_model(experiment))
     made, key = tokens.step_tokens(step, experiment), stage_key(step.stage)
     if not any(made.values()):
         return Cost(step, made, 0, device.start, resources.PYTHON)
@@ -151,7 +151,7 @@ def step_cost(step: Step, experiment: Experiment, n_devices: int, device: Device
 
 
 def _seed_model(experiment: Experiment) -> str:
-    return experiment.flat("01_seed_data", "run", "")["seed_model"]
+    return experiment.flat("01_seed_data", "run")["seed_model"]
 
 
 def _flop(kind: str, size: Size, p: dict, device: Device) -> float:
@@ -232,7 +232,7 @@ def disk(experiment: Experiment, costs: list[Cost]) -> float:
     size, outside = size_of(_seed_model(experiment)), {_seed_model(experiment)}
     item, checkpoints, models = 2 * size.parameters, 0.0, 0
     for cost in costs:
-        p, key = experiment.flat(cost.step.stage, cost.step.model, ""), stage_key(cost.step.stage)
+        p, key = experiment.flat(cost.step.stage, cost.step.model), stage_key(cost.step.stage)
         named = [p.get("prompt_model", ""), p.get("judge_model", "")]
         if key in ("sft", "dpo"):
             models += 1
@@ -301,7 +301,7 @@ def report(experiment: Experiment, n_devices: int, device: Device) -> str:
 
 
 def _advice(cost: Cost, experiment: Experiment) -> str:
-    p, key = experiment.flat(cost.step.stage, cost.step.model, ""), stage_key(cost.step.stage)
+    p, key = experiment.flat(cost.step.stage, cost.step.model), stage_key(cost.step.stage)
     if key not in ("sft", "dpo"):
         return "Share the model among devices (tensor_parallel_size)."
     if p["select_steps"] and p.get("launch"):

@@ -498,16 +498,16 @@ class Experiment:
 
     def benchmarked(self) -> list[str]:
         """Models whose 10_benchmarks step is part of this experiment."""
-        return [m for m in model_names(self.run.iterations) if asks_benchmarks(self.flat("10_benchmarks", m, ""))]
+        return [m for m in model_names(self.run.iterations) if asks_benchmarks(self.flat("10_benchmarks", m))]
 
     def drafts(self) -> list[str]:
         """F2, F3 ...: drafts of the models that learn from what their drafts wrote."""
         if self.run.learn_from != "pairs":
             return []
         numbers = range(2, self.run.iterations + 1)
-        return [f"F{i}" for i in numbers if self.flat("07_dpo", f"M{i}", "")["future_chosen"]]
+        return [f"F{i}" for i in numbers if self.flat("07_dpo", f"M{i}")["future_chosen"]]
 
-    def flat(self, stage: str, model: str, run_dir: str) -> dict:
+    def flat(self, stage: str, model: str, run_dir: str = "") -> dict:
         """Parameters of one step: plain types, names equal to the notebook's `parameters` cell."""
         key = stage_key(stage)
         cls = STAGES[key]
@@ -524,7 +524,7 @@ class Experiment:
 
     def _of_round(self, model: str, cls: type[Step]) -> dict:
         """How the answers to a round's prompts are written and judged, by the names of `Future`."""
-        writing, judging = self.flat("04_self_instruct", model, ""), self.flat("05_judge", model, "")
+        writing, judging = self.flat("04_self_instruct", model), self.flat("05_judge", model)
         as_judge = ("temperature", "top_p", "max_new_tokens")
         # a judge's max_rows are candidates, a draft's prompts
         found = {k: v for k, v in judging.items() if k not in (*as_judge, "max_rows")} | writing

@@ -206,7 +206,7 @@ def list_steps(experiment: Experiment) -> list[Step]:
     """
     run = experiment.run
     order = [("01_seed_data", "run"), ("02_sft", "SFT"), ("03_build_eft", "SFT"), ("02_sft", "M1")]
-    if not experiment.flat("02_sft", "M1", "")["use_eft"]:
+    if not experiment.flat("02_sft", "M1")["use_eft"]:
         order.remove(("03_build_eft", "SFT"))
     _check_win_judges(experiment)
     order += [("08_evaluate", m) for m in ("M0", "SFT", "M1")]
@@ -220,7 +220,7 @@ def list_steps(experiment: Experiment) -> list[Step]:
             order += [(stage, draft_of(new)) for stage in ("07_dpo", "13_future", "06_build_pairs")]
         order += [(how, new), ("08_evaluate", new)]
     for model in experiment.benchmarked():
-        judge = experiment.flat("10_benchmarks", model, "")["mt_bench_judge"]
+        judge = experiment.flat("10_benchmarks", model)["mt_bench_judge"]
         if is_model_name(judge) and judge not in ("M0", "SFT", "M1", *models_before(model), model):
             raise ParamError(
                 f"benchmarks.mt_bench_judge: {judge} would judge {model}, which exists before it does; "
@@ -228,7 +228,7 @@ def list_steps(experiment: Experiment) -> list[Step]:
             )
         order.insert(order.index(("08_evaluate", model)) + 1, ("10_benchmarks", model))
     order.append(("09_report", "run"))
-    steps, made = [make_step(stage, m, experiment.flat(stage, m, "")) for stage, m in order], set()
+    steps, made = [make_step(stage, m, experiment.flat(stage, m)) for stage, m in order], set()
     for step in steps:  # a name that fits no other check would be found when hours of steps before it are done
         if lost := [path for path in step.reads if path not in made]:
             raise ParamError(
@@ -246,7 +246,7 @@ def _check_win_judges(experiment: Experiment) -> None:
     """
     names, scored = model_names(experiment.run.iterations), {}
     for model in names:
-        judges = [parse_win_judge(j) for j in experiment.flat("08_evaluate", model, "")["win_judges"]]
+        judges = [parse_win_judge(j) for j in experiment.flat("08_evaluate", model)["win_judges"]]
         there = names[: max(names.index(model), names.index("M1")) + 1]
         for judge, _ in judges:
             if is_model_name(judge) and judge not in there:
@@ -266,7 +266,7 @@ def _check_win_judges(experiment: Experiment) -> None:
 def _check_drafts(experiment: Experiment) -> None:
     """Refuse drafts whose answers nobody learns from, or that a later round would learn from and that are not made."""
     models = [f"M{i}" for i in range(2, experiment.run.iterations + 1)]
-    training = {m: experiment.flat("07_dpo", m, "") for m in models}
+    training = {m: experiment.flat("07_dpo", m) for m in models}
     asked = [m for m in models if training[m]["future_chosen"]]
     if asked and experiment.run.learn_from != "pairs":
         raise ParamError("dpo.future_chosen needs pairs: it does nothing with learn_from: positives.")
@@ -276,23 +276,23 @@ def _check_drafts(experiment: Experiment) -> None:
             "rounds: set it for all models or for none."
         )
     for start in (init_model(m) for m in asked):
-        writing, judging = (experiment.flat(stage, start, "") for stage in ("04_self_instruct", "05_judge"))
+        writing, judging = (experiment.flat(stage, start) for stage in ("04_self_instruct", "05_judge"))
         for name in ("device", "dtype", "trust_remote_code", "engine", *PLACE):
             if writing[name] != judging[name]:
                 raise ParamError(
                     f"self_instruct.{name} = {writing[name]!r} and judge.{name} = {judging[name]!r}: with "
                     f"dpo.future_chosen one step writes and judges. Set common.{name}."
                 )
-        if experiment.flat("06_build_pairs", start, "")["implicit_rule"] == "agree":
+        if experiment.flat("06_build_pairs", start)["implicit_rule"] == "agree":
             raise ParamError("build_pairs.implicit_rule: agree drops what a draft wrote, which has no implicit reward.")
 
 
 def _check_round(experiment: Experiment, model: str) -> None:
     """Refuse models that do not exist when they are asked about `model`'s prompts, and rewards that nobody gives."""
     before = models_before(model)
-    judging = experiment.flat("05_judge", model, "")
+    judging = experiment.flat("05_judge", model)
     judge, reference = judging["judge_model"], judging["implicit_reference"]
-    writing = experiment.flat("04_self_instruct", model, "")
+    writing = experiment.flat("04_self_instruct", model)
     anchor = writing["anchor_model"]
     if writing["n_candidates"] < 2 and not anchor and experiment.run.learn_from == "pairs":
         raise ParamError("self_instruct.n_candidates: found 1, and a pair is made of two: set it to 2 or more.")
@@ -301,7 +301,7 @@ def _check_round(experiment: Experiment, model: str) -> None:
             raise ParamError(
                 f"{name}: found {value!r}, expected a model that was there before {model}: {', '.join(before)}."
             )
-    rule = experiment.flat("06_build_pairs", model, "")["implicit_rule"]
+    rule = experiment.flat("06_build_pairs", model)["implicit_rule"]
     if rule and not reference:
         raise ParamError("build_pairs.implicit_rule needs judge.implicit_reference, an earlier model such as M0.")
     if rule == "weigh" and writing["n_candidates"] < 2 and experiment.run.learn_from == "pairs":
@@ -319,7 +319,7 @@ def _check_round(experiment: Experiment, model: str) -> None:
             f"judge.meta_judge compares judgements of one answer: found judge.n_samples: {judging['n_samples']}, "
             "expected 2 or more."
         )
-    share = experiment.flat("07_dpo", next_model(model), "")["judge_share"]
+    share = experiment.flat("07_dpo", next_model(model))["judge_share"]
     if share and not judging["meta_judge"]:
         raise ParamError("dpo.judge_share needs judge.meta_judge: without it there are no pairs of judgements.")
     if share and rule == "weigh":

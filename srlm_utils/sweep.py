@@ -35,7 +35,7 @@ def experiments(base: Experiment, variants: list[str], n_seeds: int) -> dict[tup
             raise ParamError(f"--variants {name}: no such overlay. Known: {', '.join((DEFAULT, *known))}.")
     if len({*variants}) < len(variants) or n_seeds < 1:
         raise ParamError("expected --variants that differ and at least one of --seeds.")
-    first = base.flat("01_seed_data", "run", "")["seed"]
+    first = base.flat("01_seed_data", "run")["seed"]
     return {(name, seed): _cell(base, name, seed) for seed in range(first, first + n_seeds) for name in variants}
 
 
@@ -190,7 +190,7 @@ def recipes(experiment: Experiment) -> dict[str, str]:
     made: dict[str, str] = {}
     of_file: dict[str, str] = {}
     for step in list_steps(experiment):
-        params = experiment.flat(step.stage, step.model, "")
+        params = experiment.flat(step.stage, step.model)
         parts = [step.name, params, sorted({of_file[p] for p in step.reads if p in of_file})]
         digest = made[step.name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         of_file |= dict.fromkeys(step.writes, digest)

@@ -37,7 +37,7 @@ def _rows(experiment: Experiment, name: str, *, unscored: bool = False) -> int:
 
     A file of one's own counts as its limit, or 1,000 rows without one.
     """
-    p = experiment.flat("01_seed_data", "run", "")
+    p = experiment.flat("01_seed_data", "run")
     limit, n = p[f"n_{name}"], 0
     for file in p[f"{name}_files"] if f"{name}_files" in p else [p[f"{name}_file"]]:
         has = SEED_ROWS.get(file, limit or 1000)
@@ -49,7 +49,7 @@ def step_tokens(step: Step, experiment: Experiment) -> dict[str, int]:
     """{"generated", "judged" (read in one pass), "trained" (rows x epochs)} of one step."""
     n = {"generated": 0.0, "judged": 0.0, "trained": 0.0}
     if count := _COUNTED.get(stage_key(step.stage)):
-        count(n, step, experiment, experiment.flat(step.stage, step.model, ""))
+        count(n, step, experiment, experiment.flat(step.stage, step.model))
     return {k: int(v) for k, v in n.items()}
 
 
@@ -57,7 +57,7 @@ def _sft(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
     n_rows = _rows(experiment, "ift")
     answers, judgements = n_rows * (CHAT + PROMPT + ANSWER), 0.0
     if "SFT/eft/train.jsonl" in step.reads:
-        eft = experiment.flat("03_build_eft", "SFT", "")
+        eft = experiment.flat("03_build_eft", "SFT")
         shared = _frame(eft["rubric"]) - TAIL  # read once for a prompt's judgements
         n_formats, size = len({*eft["formats"]}), min(p["micro_batch_size"], p["train_batch_size"])
         parts = math.ceil(REPLIES * n_formats / size)  # sequences a prompt's judgements are packed into
@@ -67,7 +67,7 @@ def _sft(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
         n_rows += _rows(experiment, "ranked_train") * REPLIES * n_formats
     for path in step.reads:
         if path.endswith("/aift/positives.jsonl"):
-            source = experiment.flat("04_self_instruct", path.partition("/")[0], "")
+            source = experiment.flat("04_self_instruct", path.partition("/")[0])
             answer = min(ANSWER, _written(source))  # it has ended
             answers += source["n_prompts"] * (CHAT + PROMPT + answer)
             n_rows += source["n_prompts"]
@@ -89,7 +89,7 @@ def _self_instruct(n: dict, step: Step, experiment: Experiment, p: dict) -> None
 
 
 def _judge(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
-    source = experiment.flat("04_self_instruct", step.model, "")
+    source = experiment.flat("04_self_instruct", step.model)
     items = source["n_prompts"] * _candidates(source)
     n["judged"] = items * (_frame(p["rubric"]) + _written(source))
     if p["implicit_reference"]:
@@ -101,7 +101,7 @@ def _judge(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
 
 
 def _future(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
-    items = experiment.flat("04_self_instruct", init_model(step.model), "")["n_prompts"] * p["n_candidates"]
+    items = experiment.flat("04_self_instruct", init_model(step.model))["n_prompts"] * p["n_candidates"]
     n["generated"], n["judged"] = items * _written(p), items * (_frame(p["rubric"]) + _written(p))
     _add_judgements(n, p, items, p["judge_max_new_tokens"])
 
@@ -109,9 +109,9 @@ def _future(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
 def _dpo(n: dict, step: Step, experiment: Experiment, p: dict) -> None:
     tokens, n_rows, new = 0, 0, int(step.model[1:]) - 1
     for i in range(1 if p["replay"] else new, new + 1):
-        source = experiment.flat("04_self_instruct", f"M{i}", "")
+        source = experiment.flat("04_self_instruct", f"M{i}")
         share = 1 if i == new else p["replay"]
-        ended = experiment.flat("06_build_pairs", f"M{i}", "")["chosen_ended"]
+        ended = experiment.flat("06_build_pairs", f"M{i}")["chosen_ended"]
         chosen = min(ANSWER, _written(source)) if ended else _written(source)
         pair = CHAT + PROMPT + chosen + _written(source)  # the prompt is read once
         tokens += share * source["n_prompts"] * pair

@@ -449,7 +449,7 @@ def test_what_changes_while_a_step_runs_is_not_done(tmp_path):
 )
 def test_a_model_in_a_folder_is_an_input(tiny, tmp_path, stage, model, values):
     shutil.copytree(tiny, folder := tmp_path / "mine")
-    params = Experiment({stage_key(stage): values(str(folder))}).flat(stage, model, "")
+    params = Experiment({stage_key(stage): values(str(folder))}).flat(stage, model)
     (name,) = [n for n, path in external_inputs(params).items() if path == folder]
     before = sha256(folder)
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
@@ -460,7 +460,7 @@ def test_a_model_that_is_a_name_is_no_input():
     common = {"select_steps": 2, "select_judge": "gpt-4o:api"}
     e = Experiment({"common": common, "benchmarks": {"mt_bench_judge": "owner/name"}})
     for stage, model in (("01_seed_data", "run"), ("07_dpo", "M2"), ("10_benchmarks", "M1")):
-        names = {name.split(":")[0] for name in external_inputs(e.flat(stage, model, ""))}
+        names = {name.split(":")[0] for name in external_inputs(e.flat(stage, model))}
         assert not names & {"seed_model", "select_judge", "mt_bench_judge"}
 
 
@@ -484,7 +484,7 @@ def test_several_judges_in_one_text_are_refused():
 
 def test_a_manifest_with_another_kind_of_outputs_is_damaged(tmp_path):
     shutil.copytree(EXAMPLE, run := tmp_path / "run", ignore=shutil.ignore_patterns("notebooks", "report"))
-    step = make_step("06_build_pairs", "M1", Experiment({}).flat("06_build_pairs", "M1", ""))
+    step = make_step("06_build_pairs", "M1", Experiment({}).flat("06_build_pairs", "M1"))
     path = run / "steps/06_build_pairs@M1.json"
     for outputs in ([], {"M1/aift/pairs.jsonl": {}}):
         artefacts.write_json(path, artefacts.read_json(path) | {"outputs": outputs})

@@ -305,7 +305,7 @@ def test_a_judge_that_is_not_there_is_refused(stage, model, judge_name, says):
     name = {"sft": "02_sft", "dpo": "07_dpo"}[stage]
     p = {"select_steps": 2, "select_judge": judge_name}
     with pytest.raises(ParamError, match=says):
-        plan.make_step(name, model, Experiment({stage: p}).flat(name, model, ""))
+        plan.make_step(name, model, Experiment({stage: p}).flat(name, model))
     with pytest.raises(ParamError):
         plan.list_steps(Experiment({stage: p}))
     plan.list_steps(Experiment({stage: p | {"select_steps": 0}}))  # nobody is asked
@@ -351,11 +351,11 @@ def test_an_answer_that_did_not_change_is_a_tie(tmp_path):
 def test_what_a_step_reads_and_writes():
     on = {"select_steps": 2, "select_judge": "SFT:score"}
     e = Experiment({"dpo": on})
-    off, step = (plan.make_step("07_dpo", "M2", x.flat("07_dpo", "M2", "")) for x in (Experiment({}), e))
+    off, step = (plan.make_step("07_dpo", "M2", x.flat("07_dpo", "M2")) for x in (Experiment({}), e))
     assert off.reads == ("M1/model", "M1/aift/pairs.jsonl") and off.writes == ("M2/model", "M2/training_log.csv")
     assert step.reads == (*off.reads, "seed/valid_prompts.jsonl", "SFT/model")
     assert step.writes == (*off.writes, "M2/selection.csv", "M2/selection_answers.jsonl")
-    outside = e.flat("07_dpo", "M2", "")
+    outside = e.flat("07_dpo", "M2")
     assert [*plan.external_inputs(outside)] == ["select_rubric:short"]
     files = plan.external_inputs(outside | {"select_judge": "outside:score"})
     assert [*files] == ["select_judge:outside:judge_train", "select_judge:outside:judge_onpolicy"]

@@ -45,7 +45,7 @@ def test_the_quickstart_takes_what_it_took(monkeypatch):
 def test_headers_say_what_is_estimated(path):
     said = re.findall(r"^# estimate  ((\d+) x (\w+): .*)$", path.read_text(), re.M)
     experiment = Experiment.load([path])
-    on_gpu = experiment.flat("05_judge", "M1", "")["device"] == "cuda"
+    on_gpu = experiment.flat("05_judge", "M1")["device"] == "cuda"
     assert len(said) == on_gpu
     for line, n, gpu in said:
         device = DEVICES[gpu]
@@ -125,7 +125,7 @@ def test_all_weights_take_16_bytes_each_and_devices_share_them():
     assert 16 * 8.03e9 < one.memory < 16 * 8.03e9 + 6e9 and one.devices == 1
     adapters = costs(BIG | {"sft": {"micro_batch_size": 1, "gradient_checkpointing": True}})[0]["02_sft@M1"]
     assert 2 * 8.03e9 < adapters.memory < 24e9
-    size, p = SIZES["meta-llama/Llama-3.1-8B"], Experiment(tree).flat("02_sft", "M1", "")
+    size, p = SIZES["meta-llama/Llama-3.1-8B"], Experiment(tree).flat("02_sft", "M1")
     eight = estimate._training_memory(size, p, 8, 2)
     gathered = estimate._gathered(size, p, 2)
     assert eight == pytest.approx(one.memory - estimate.CUDA - 14 * 8.03e9 + gathered, rel=0.01)

@@ -47,7 +47,7 @@ def test_the_report_reads_the_benchmarks_that_the_run_has():
     tree = {"by_model": {"M2": {"benchmarks": ASKED}}}
     report = list_steps(Experiment(tree))[-1]
     assert [p for p in report.reads if "benchmarks" in p] == ["M2/benchmarks/metrics.json"]
-    assert Experiment(tree).flat("09_report", "run", "")["benchmarked"] == ["M2"]
+    assert Experiment(tree).flat("09_report", "run")["benchmarked"] == ["M2"]
     assert not [p for p in list_steps(Experiment({}))[-1].reads if "benchmarks" in p]
 
 
@@ -153,7 +153,7 @@ def test_bad_instructions_are_named(tmp_path, content, says):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    params = Experiment({}).flat("10_benchmarks", "M1", "")
+    params = Experiment({}).flat("10_benchmarks", "M1")
     for name in ("alpaca_eval_file", "mt_bench_file"):
         with pytest.raises(MissingInputError, match=f"{name}: .*none.json: no such file. Expected"):
             field_benchmarks.load(params | {name: str(tmp_path / "none.json")})
@@ -328,7 +328,7 @@ def test_the_harness_results_become_metric_rows():
 
 def test_without_the_harness_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    params = Experiment({"benchmarks": {"lm_eval_tasks": ["arc_easy"]}}).flat("10_benchmarks", "M1", "")
+    params = Experiment({"benchmarks": {"lm_eval_tasks": ["arc_easy"]}}).flat("10_benchmarks", "M1")
     with pytest.raises(ParamError, match=r"lm_eval is not installed.*\[benchmarks\]"):
         field_benchmarks.load(params)
 
@@ -402,7 +402,7 @@ def test_ratings_come_from_an_endpoint(endpoint):
 
 def test_a_rating_endpoint_without_key_stops_before_a_model_loads(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    params = Experiment({"benchmarks": ASKED | {"mt_bench_judge": "big:api"}}).flat("10_benchmarks", "M1", "")
+    params = Experiment({"benchmarks": ASKED | {"mt_bench_judge": "big:api"}}).flat("10_benchmarks", "M1")
     with pytest.raises(ParamError, match="OPENAI_API_KEY"):
         field_benchmarks.load(params)
     assert len(field_benchmarks.load(params | {"judge_base_url": "http://localhost:1/v1"})[1]) == 2

@@ -160,9 +160,7 @@ def test_every_variant_lies_over_the_presets(path, preset):
         for mode in {*flat.get("judge_modes", [])} - {"expected"}:  # in one mode all models write as many judgements
             assert judging.setdefault(mode, flat["n_samples"]) == flat["n_samples"], (step.name, mode)
     assert token_table(experiment)
-    changed = [
-        s for s in list_steps(experiment) if experiment.flat(s.stage, s.model, "") != plain.flat(s.stage, s.model, "")
-    ]
+    changed = [s for s in list_steps(experiment) if experiment.flat(s.stage, s.model) != plain.flat(s.stage, s.model)]
     assert changed or list_steps(experiment) != list_steps(plain)
 
 
@@ -178,8 +176,8 @@ def test_headers_say_hardware_time_command_and_tokens(path):
 
 def test_the_papers_hyper_parameters():
     e = Experiment.load([ROOT / "params/paper_llama2_70b.yaml"])
-    sft, dpo = e.flat("02_sft", "M1", ""), e.flat("07_dpo", "M2", "")
-    write, judge = e.flat("04_self_instruct", "M1", ""), e.flat("05_judge", "M1", "")
+    sft, dpo = e.flat("02_sft", "M1"), e.flat("07_dpo", "M2")
+    write, judge = e.flat("04_self_instruct", "M1"), e.flat("05_judge", "M1")
     assert (sft["learning_rate"], sft["final_learning_rate"], sft["train_batch_size"], sft["dropout"]) == (
         5.5e-6,
         1.1e-6,

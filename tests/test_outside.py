@@ -211,7 +211,7 @@ def test_a_file_of_verdicts_is_an_input(tmp_path):
 
 
 def asks_api(base_url):
-    flat = Experiment({}).flat("08_evaluate", "M1", "")
+    flat = Experiment({}).flat("08_evaluate", "M1")
     return SimpleNamespace(**flat | {"judge_base_url": base_url})
 
 

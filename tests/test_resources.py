@@ -109,7 +109,7 @@ def test_what_is_estimated_is_what_a_step_is_warned_of(smollm2, machine, capsys,
     step = next(s for s in list_steps(experiment) if s.name == name)
     expected = estimate.step_cost(step, experiment, 1, estimate.CPU).memory
     machine(memory=expected - 0.2e9, bfloat16=bfloat16)
-    resources.check(name, stage, experiment.flat(stage, model, ""), smollm2 / "run", smollm2)
+    resources.check(name, stage, experiment.flat(stage, model), smollm2 / "run", smollm2)
     said = re.search(rf"WARNING: {name} may need (\d+\.\d) GB", capsys.readouterr().out)
     # adapters, and what AdamW keeps of them, are estimated alone
     assert float(said.group(1)) == pytest.approx(expected / 1e9, abs=0.15)

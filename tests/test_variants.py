@@ -57,14 +57,14 @@ def test_what_presets_and_their_controls_may_choose(preset, overlay, chosen):
     prompts, cands, judged = case([5.0, 4.0, 1.0, 3.0], TEXTS)  # p-3 alone ended by itself
     cands = [c | {"ended": c["cand_id"] == "p-3"} for c in cands]
     files = [PARAMS / f"{preset}.yaml", *([PARAMS / "variants" / f"{overlay}.yaml"] if overlay else [])]
-    p = Experiment.load(files).flat("06_build_pairs", "M1", "")
+    p = Experiment.load(files).flat("06_build_pairs", "M1")
     (pair,), _ = pairs.build_pairs(prompts, cands, judged, rule=p["pair_rule"], chosen_ended=p["chosen_ended"])
     assert pair["chosen_id"] == chosen
 
 
 def test_the_random_control_chooses_among_all():
     p = Experiment.load([PARAMS / "quickstart.yaml", PARAMS / "variants" / "random_pairs.yaml"])
-    p = p.flat("06_build_pairs", "M1", "")
+    p = p.flat("06_build_pairs", "M1")
     assert (p["pair_rule"], p["chosen_ended"]) == ("random", False)
 
 
@@ -167,7 +167,7 @@ def test_a_frozen_judge_is_what_the_judging_step_reads():
 
 def test_a_judges_folder_counts_by_its_contents(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    params = Experiment({"judge": {"judge_model": str(tmp_path)}}).flat("05_judge", "M1", "")
+    params = Experiment({"judge": {"judge_model": str(tmp_path)}}).flat("05_judge", "M1")
     step = make_step("05_judge", "M1", params)
     run = tmp_path / "run"
     for path in step.reads:
@@ -311,12 +311,12 @@ def test_a_draft_comes_before_its_model_and_is_made_as_it_is():
     assert found["06_build_pairs@F3"].reads == found["13_future@F3"].writes
     assert found["07_dpo@M3"].reads == ("M2/model", "F3/aift/pairs.jsonl", "F2/aift/pairs.jsonl")
     assert "F4/aift/health.json" in found["09_report@run"].reads
-    draft, own = (experiment.flat("07_dpo", model, "") for model in ("F3", "M3"))
+    draft, own = (experiment.flat("07_dpo", model) for model in ("F3", "M3"))
     assert draft | {"model": "M3"} == own and own["learning_rate"] == 3e-5
-    assert experiment.flat("06_build_pairs", "F3", "")["min_margin"] == 0.5
-    flat, judging = experiment.flat("13_future", "F3", ""), experiment.flat("05_judge", "M2", "")
+    assert experiment.flat("06_build_pairs", "F3")["min_margin"] == 0.5
+    flat, judging = experiment.flat("13_future", "F3"), experiment.flat("05_judge", "M2")
     assert flat["rubric"] == "additive" == judging["rubric"] and flat["judge_top_p"] == 0.5 == judging["top_p"]
-    assert flat["top_p"] == experiment.flat("04_self_instruct", "M2", "")["top_p"] == 0.9
+    assert flat["top_p"] == experiment.flat("04_self_instruct", "M2")["top_p"] == 0.9
     assert not any("F" in name.replace("SFT", "") for name in steps({}))
     costs = [step_tokens(found[name], experiment) for name in ("13_future@F3", "04_self_instruct@M2")]
     assert 0 < costs[0]["generated"] < costs[1]["generated"] and costs[0]["judged"] > 0
