@@ -115,7 +115,7 @@ class _Train(_Judged):
     report_to: Tracker = "none"  # the log is in training_log.csv, whatever is chosen
     select_steps: int = Field(0, ge=0)  # between compared checkpoints, of which the best is kept; 0 keeps the last step
     select_judge: str = "M0:score"  # as in evaluate.win_judges; a model of the run must exist before the trained one
-    select_rubric: str = "short"  # of a select_judge that scores
+    select_rubric: str = "short"  # of a select_judge that scores; common.rubric where it is not set
     select_prompts: int = Field(0, ge=0)  # validation prompts, 0 takes all
     select_max_new_tokens: int = Field(160, ge=1)
 
@@ -511,8 +511,10 @@ class Experiment:
         """Parameters of one step: plain types, names equal to the notebook's `parameters` cell."""
         key = stage_key(stage)
         cls = STAGES[key]
-        values = {k: v for k, v in self.tree.get("common", {}).items() if k in cls.model_fields}
-        values |= self.tree.get(key, {})
+        common = self.tree.get("common", {})
+        # checkpoints are scored by the question that the judge among them was taught, if nothing else is said
+        common = {"select_rubric": common["rubric"]} | common if "rubric" in common else common
+        values = {k: v for k, v in common.items() if k in cls.model_fields} | self.tree.get(key, {})
         # a draft is trained as the model that it is a draft of, in the round of the one before
         of_model = f"M{int(model[1:]) - (key != 'dpo')}" if is_draft(model) else model
         values |= self.tree.get("by_model", {}).get(of_model, {}).get(key, {})

@@ -5,7 +5,7 @@ from srlm_utils import params
 from srlm_utils.artefacts import write_json
 from srlm_utils.cli import main
 from srlm_utils.errors import ParamError
-from srlm_utils.params import STAGES, Experiment, merge, parse_set, read_yaml
+from srlm_utils.params import STAGES, Experiment, merge, parse_set, read_yaml, stage_key
 from srlm_utils.paths import PARAMS
 from srlm_utils.plan import fingerprint, idle_sections, make_step, status
 
@@ -110,6 +110,16 @@ def test_set_is_typed_by_the_field(text, tree):
 def test_bad_sets(text):
     with pytest.raises(ParamError, match="--set"):
         parse_set(text)
+
+
+@pytest.mark.parametrize("stage", ["02_sft", "07_dpo"])
+def test_checkpoints_are_scored_by_the_rubric_that_is_taught(stage):
+    def rubric(**tree):
+        return Experiment(tree).flat(stage, "M2")["select_rubric"]
+
+    assert (rubric(), rubric(common={"rubric": "additive"})) == ("short", "additive")
+    assert rubric(common={"rubric": "additive"}, **{stage_key(stage): {"select_rubric": "short"}}) == "short"
+    assert rubric(common={"rubric": "additive", "select_rubric": "multiple_choice"}) == "multiple_choice"
 
 
 def test_later_wins_from_common_to_overlay():
