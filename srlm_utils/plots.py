@@ -150,8 +150,8 @@ def calibration(table: pd.DataFrame, model: str):
     """Mean place of replies by their score (`evaluate.calibration`); one panel per set, one line per judge mode."""
     table = _numbers(table)
     sets, modes = sorted(table.set.unique()), sorted(table.judge_mode.unique())
-    fig, axes = plt.subplots(1, len(sets), figsize=(1 + 3.4 * len(sets), 3.4), sharey=True, squeeze=False)
-    for ax, name in zip(axes[0], sets, strict=True):
+    fig, axes = _grid(len(sets), len(sets), 3.4, 3.4, (1, 0), sharey=True)
+    for ax, name in zip(axes, sets, strict=True):
         for i, mode in enumerate(modes):
             rows = table[(table.set == name) & (table.judge_mode == mode)]
             x = rows.score + 0.2 * (i - (len(modes) - 1) / 2)
@@ -166,10 +166,10 @@ def calibration(table: pd.DataFrame, model: str):
         ax.set_title(name)
         ax.set_xlim(-0.4, 5.4)
         ax.set_ylim(1.05, -0.05)
-    axes[0][0].set_ylabel("mean place in the ranking\n(0 best, 1 worst of its prompt)")
+    axes[0].set_ylabel("mean place in the ranking\n(0 best, 1 worst of its prompt)")
     fig.supxlabel(f"score, rounded; below it n replies ({', '.join(modes)})", fontsize=9)
     if len(modes) > 1:
-        fig.legend(*axes[0][0].get_legend_handles_labels(), title="judge mode", fontsize=8, loc="outside right center")
+        fig.legend(*axes[0].get_legend_handles_labels(), title="judge mode", fontsize=8, loc="outside right center")
     fig.suptitle(f"Does a higher score of {model} mean a better rank? (95 % intervals over prompts)", fontsize=11)
     return fig, table
 
@@ -178,12 +178,9 @@ def win_rates(metrics: pd.DataFrame):
     """Win, tie and loss of each model against those before it; one panel per judge."""
     metrics = _numbers(metrics)
     h2h = metrics[metrics.metric.isin(["win", "tie", "loss", "win_rate"])]
-    judges = list(h2h[["judge", "judge_mode"]].drop_duplicates().itertuples(index=False))
-    pairs = list(h2h[["model", "opponent"]].drop_duplicates().itertuples(index=False))[::-1]
-    fig, axes = plt.subplots(
-        1, max(len(judges), 1), figsize=(5.6 * max(len(judges), 1), 1.4 + 0.34 * len(pairs)), sharey=True, squeeze=False
-    )
-    for ax, (judge, mode) in zip(axes[0], judges, strict=False):
+    judges, pairs = _judges(h2h), _duels(h2h)
+    fig, axes = _panels(len(judges), 5.6, 1.4 + 0.34 * len(pairs))
+    for ax, (judge, mode) in zip(axes, judges, strict=False):
         table = h2h[(h2h.judge == judge) & (h2h.judge_mode == mode)].set_index(["model", "opponent", "metric"])
         for y, (m, o) in enumerate(pairs):
             if (m, o, "win") not in table.index:
@@ -227,13 +224,8 @@ def overlay(rows: pd.DataFrame, runs: list[str], label: str, factor: float):
     rows = _numbers(rows)
     who = rows.judge.where(rows.set == "test_prompts", "itself")  # on ranked sets each model is the judge
     keys = rows.assign(who=who).groupby(["judge_mode", "set", "who"])
-    width = min(len(keys), 3)
-    height = -(-len(keys) // width)
-    size = (1 + 3.8 * width, 0.3 + 3.2 * height)
-    fig, axes = plt.subplots(height, width, figsize=size, sharey=True, squeeze=False)
-    for ax in axes.flat[len(keys) :]:
-        ax.set_visible(False)
-    for ax, ((mode, set_name, judge), part) in zip(axes.flat, keys, strict=False):
+    fig, axes = _grid(len(keys), 3, 3.8, 3.2, (1, 0.3), sharey=True)
+    for ax, ((mode, set_name, judge), part) in zip(axes, keys, strict=True):
         names = part.model.where(part.opponent == "", part.model + "\nvs " + part.opponent)
         places = {name: x for x, name in enumerate(dict.fromkeys(names))}
         for i, run in enumerate(runs):
@@ -252,9 +244,9 @@ def overlay(rows: pd.DataFrame, runs: list[str], label: str, factor: float):
         ax.set_title(", ".join(filter(None, (set_name, judge and f"judge: {judge}", mode))), fontsize=9)
         if label.startswith("win rate"):
             ax.axhline(50, color="#555555", lw=1, ls="--")
-    for row in axes:
-        row[0].set_ylabel(label)
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    for ax in axes[::3]:
+        ax.set_ylabel(label)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     return fig
 
 
@@ -268,8 +260,7 @@ def answers(metrics: pd.DataFrame):
     ]
     data = metrics[metrics.metric.isin([p[0] for p in panels])]
     panels = [p for p in panels if p[0] in {*data.metric}] or panels[:1]  # runs of before have no list_rate
-    fig, axes = plt.subplots(1, len(panels), figsize=(2.8 * len(panels), 3.1), squeeze=False)
-    axes = axes[0]
+    fig, axes = _grid(len(panels), len(panels), 2.8, 3.1)
     for ax, (name, label, scale) in zip(axes, panels, strict=True):
         rows = data[data.metric == name].reset_index(drop=True)
         for x, r in rows.iterrows():
@@ -285,10 +276,8 @@ def mean_scores(metrics: pd.DataFrame):
     """Mean score of the test answers by each scoring judge."""
     data = metrics[(metrics.metric == "mean_score") & metrics.value.notna()]
     judges = sorted(data.judge.unique(), key=is_of_run)  # those from outside first
-    fig, axes = plt.subplots(
-        1, max(len(judges), 1), figsize=(4.4 * max(len(judges), 1), 3.1), squeeze=False, sharey=True
-    )
-    for ax, judge in zip(axes[0], judges, strict=False):
+    fig, axes = _panels(len(judges), 4.4, 3.1)
+    for ax, judge in zip(axes, judges, strict=False):
         rows = data[data.judge == judge].reset_index(drop=True)
         for x, r in rows.iterrows():
             _interval(ax, r, x, upright=True, **_look(r.model))
@@ -303,15 +292,13 @@ def mean_scores(metrics: pd.DataFrame):
 def score_histogram(scores: pd.DataFrame, title: str = "What each model thought of its own candidates"):
     """Scores of the candidates, one panel per model that wrote them; `scores` has columns model and score."""
     models = [m for m in scores.model.unique() if is_of_run(m)]
-    fig, axes = plt.subplots(
-        1, max(len(models), 1), figsize=(4.2 * max(len(models), 1), 2.9), sharex=True, sharey=True, squeeze=False
-    )
-    for ax, m in zip(axes[0], models, strict=False):
+    fig, axes = _panels(len(models), 4.2, 2.9)
+    for ax, m in zip(axes, models, strict=False):
         values = scores[scores.model == m].score.dropna()
         ax.hist(values, bins=[i / 4 for i in range(21)], color=color(m), edgecolor="white")
         ax.set_title(f"{m}: mean {values.mean():.2f}, std {values.std():.2f}, n={len(values)}", fontsize=9)
         ax.set_xlabel("score, 0 to 5")
-    axes[0][0].set_ylabel("candidates")
+    axes[0].set_ylabel("candidates")
     fig.suptitle(title, fontsize=11)
     return fig, scores
 
@@ -327,8 +314,8 @@ def funnel(steps: pd.DataFrame):
         for m in models
     }
     height = 1 + 0.27 * max((len(v) for v in labels.values()), default=1)
-    fig, axes = plt.subplots(1, max(len(models), 1), figsize=(5.0 * max(len(models), 1), height), squeeze=False)
-    for ax, m in zip(axes[0], models, strict=False):
+    fig, axes = _grid(max(len(models), 1), max(len(models), 1), 5.0, height)
+    for ax, m in zip(axes, models, strict=False):
         rows = steps[steps.model == m].reset_index(drop=True)
         shades = [color(m) if not d else "#c9c9c9" for d in rows["drop"]]
         ax.barh(range(len(rows)), rows.n, color=shades)
@@ -424,8 +411,7 @@ def length_control(metrics: pd.DataFrame):
         "win_rate_similar_length": ("similar lengths only", "s"),
     }
     data = metrics[metrics.metric.isin(kinds) & metrics.value.notna()]
-    judges = list(data[["judge", "judge_mode"]].drop_duplicates().itertuples(index=False))
-    pairs = list(data[["model", "opponent"]].drop_duplicates().itertuples(index=False))[::-1]
+    judges, pairs = _judges(data), _duels(data)
     fig, axes = _panels(len(judges), 4.8, 1.5 + 0.42 * len(pairs))
     for ax, (judge, mode) in zip(axes, judges, strict=False):
         table = data[(data.judge == judge) & (data.judge_mode == mode)].set_index(["model", "opponent", "metric"])
@@ -463,7 +449,7 @@ def ratings(table: pd.DataFrame):
 
     `table` has judge, judge_mode, model, value, low, high, n.
     """
-    judges = list(table[["judge", "judge_mode"]].drop_duplicates().itertuples(index=False))
+    judges = _judges(table)
     fig, axes = _panels(len(judges), 4.4, 3.1)
     for ax, (judge, mode) in zip(axes, judges, strict=False):
         rows = table[(table.judge == judge) & (table.judge_mode == mode)].reset_index(drop=True)
@@ -483,7 +469,7 @@ def categories(table: pd.DataFrame):
 
     `table` has judge, judge_mode, model, opponent, by ("category" or "length"), group, value, low, high, n.
     """
-    judges = list(table[["judge", "judge_mode"]].drop_duplicates().itertuples(index=False))
+    judges = _judges(table)
     groups = list(dict.fromkeys(table.group))[::-1]
     n_lengths = table[table.by == "length"].group.nunique()
     fig, axes = _panels(len(judges), 4.6, 1.3 + 0.26 * len(groups))
@@ -585,8 +571,17 @@ def variants(table: pd.DataFrame, title: str):
     return fig, table
 
 
+def _judges(table: pd.DataFrame) -> list[tuple[str, str]]:
+    return list(table[["judge", "judge_mode"]].drop_duplicates().itertuples(index=False))
+
+
+def _duels(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """(model, opponent), the first of the table last: drawn from below, it stands on top."""
+    return list(table[["model", "opponent"]].drop_duplicates().itertuples(index=False))[::-1]
+
+
 def _panels(n: int, width: float, height: float):
-    """A row of `n` panels, one a judge, that share their y axis where they have the same rows."""
+    """A row of `n` panels with one y axis, at least one of them."""
     return _grid(max(n, 1), max(n, 1), width, height, (0.8, 0), sharey=True)
 
 

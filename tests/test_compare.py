@@ -100,6 +100,8 @@ def test_the_example_and_itself_do_not_differ(tmp_path):
     assert result.returncode == 0, result.stderr
     table = pd.read_csv(tmp_path / "out/differences.csv")
     assert (table.difference == 0).all() and (table.low.dropna() == 0).all()
+    agreement = table[table.metric.isin(metrics.RATIOS)]
+    assert {*agreement.metric} == {*metrics.RATIOS} and (agreement.paired == "yes").all()
     html = (tmp_path / "out/index.html").read_text()
     assert "n=44" in html and not re.search(r"n=\d+\.\d", html)
     assert "example (1)" in html and "None: the steps of these runs had the same parameters" in html
