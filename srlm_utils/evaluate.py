@@ -107,16 +107,18 @@ def compare_answers(
     step,
     name: str,
     mode: str,
-    compare,
     model: str,
     answers: list[dict],
-    scores: list[dict],
     opponent: str,
     opponent_answers: list[dict],
+    *,
+    scores: list[dict] = (),
+    compare=None,
 ) -> list[dict]:
     """Verdict rows of one win judge on `model` against `opponent`, over the prompts both answered.
 
-    `compare` is `pairwise_judge`'s; modes `score` and `human` need none.
+    Mode `score` needs the judge's `scores` of `model`'s answers, a judge that sees both answers the `compare` of
+    `pairwise_judge`.
     """
     theirs = {a["prompt_id"]: a["text"] for a in opponent_answers}
     ours = {a["prompt_id"]: a["text"] for a in answers if a["prompt_id"] in theirs}
@@ -125,23 +127,7 @@ def compare_answers(
         verdicts.check_answers(votes, model, opponent, ours, theirs, name)
         rows = verdicts.from_votes(votes, model, opponent, ours)
     elif mode == "score":
-        known = scores, step.rows(f"{opponent}/eval/answer_scores.jsonl")
-        sides = [[r for r in table if r["judge"] == name and r["prompt_id"] in ours] for table in known]
-        differ = len({r["judge_rev"] for side in sides for r in side}) > 1
-        if differ and step.scratch:  # its opponent stands in the example
-            print(f"scratch run: another {name} scored the answers of {opponent}: this win rate means nothing")
-        elif differ:
-            raise DataError(
-                f"{opponent}/eval/answer_scores.jsonl is by other weights of {name} than the present ones (another "
-                f"machine, or an emptied cache). Score its answers again: --only 08_evaluate@{opponent} --force."
-            )
-        if missing := sorted(ours.keys() - {r["prompt_id"] for r in sides[1]}):
-            raise DataError(
-                f"{opponent}/eval/answer_scores.jsonl has no score of {name} for {missing[0]}: it was evaluated "
-                f"without this win judge. Score its answers, too: --only 08_evaluate@{opponent} --force."
-            )
-        same = {pid for pid, text in ours.items() if text == theirs[pid]}
-        rows = verdicts.from_scores(*({r["prompt_id"]: r["score"] for r in side} for side in sides), same)
+        rows = _by_scores(step, name, scores, opponent, ours, theirs)
     else:
         prompts = {a["prompt_id"]: a["prompt"] for a in answers}
         rows = [v for batch in compare(prompts, ours, {pid: theirs[pid] for pid in ours}) for v in batch]
@@ -152,6 +138,27 @@ def compare_answers(
     who = {"model_a": model, "model_b": opponent, "judge": name, "judge_mode": mode}
     who |= {"judge_rev": step.model_revision(name)}
     return [who | r for r in sorted(rows, key=lambda r: (r["prompt_id"], r["order"]))]
+
+
+def _by_scores(step, name: str, scores: list[dict], opponent: str, ours: dict, theirs: dict) -> list[dict]:
+    """`verdicts.from_scores` of one judge's scores of both; `DataError` where they are not by the same weights."""
+    known = scores, step.rows(f"{opponent}/eval/answer_scores.jsonl")
+    sides = [[r for r in table if r["judge"] == name and r["prompt_id"] in ours] for table in known]
+    differ = len({r["judge_rev"] for side in sides for r in side}) > 1
+    if differ and step.scratch:  # its opponent stands in the example
+        print(f"scratch run: another {name} scored the answers of {opponent}: this win rate means nothing")
+    elif differ:
+        raise DataError(
+            f"{opponent}/eval/answer_scores.jsonl is by other weights of {name} than the present ones (another "
+            f"machine, or an emptied cache). Score its answers again: --only 08_evaluate@{opponent} --force."
+        )
+    if missing := sorted(ours.keys() - {r["prompt_id"] for r in sides[1]}):
+        raise DataError(
+            f"{opponent}/eval/answer_scores.jsonl has no score of {name} for {missing[0]}: it was evaluated "
+            f"without this win judge. Score its answers, too: --only 08_evaluate@{opponent} --force."
+        )
+    same = {pid for pid, text in ours.items() if text == theirs[pid]}
+    return verdicts.from_scores(*({r["prompt_id"]: r["score"] for r in side} for side in sides), same)
 
 
 def duel_rows(verdict_rows: list[dict], answers: list[dict], theirs: list[dict], **where) -> list[dict]:

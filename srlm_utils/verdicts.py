@@ -87,23 +87,22 @@ def read_votes(path: Path) -> list[dict]:
     """
     rows = read_jsonl(path)
     for i, row in enumerate(rows, 1):
-        missing = sorted({"prompt_id", "model_a", "model_b", "order", "p_first"} - row.keys())
-        # a number names no prompt of any run: its votes would be lost without a word
-        no_text = [name for name in ("prompt_id", "model_a", "model_b") if not isinstance(row.get(name), str)]
-        wrong = (
-            f"it has no {missing[0]}"
-            if missing
-            else f"{no_text[0]} is {cut(row[no_text[0]])}, expected a text"
-            if no_text
-            else f"order is {cut(row['order'])}, expected AB, BA or none"
-            if row["order"] not in ("AB", "BA", "none")
-            else f"p_first is {cut(row['p_first'])}, expected 1 (first wins), 0.5 (tie) or 0"
-            if row["p_first"] not in (0, 0.5, 1)
-            else ""
-        )
-        if wrong:
+        if wrong := _wrong_with(row):
             raise DataError(f"{path}: row {i} is no verdict: {wrong}.")
     return rows
+
+
+def _wrong_with(row: dict) -> str:
+    if missing := sorted({"prompt_id", "model_a", "model_b", "order", "p_first"} - row.keys()):
+        return f"it has no {missing[0]}"
+    for name in ("prompt_id", "model_a", "model_b"):
+        if not isinstance(row[name], str):  # a number names no prompt of any run: its votes would be lost
+            return f"{name} is {cut(row[name])}, expected a text"
+    if row["order"] not in ("AB", "BA", "none"):
+        return f"order is {cut(row['order'])}, expected AB, BA or none"
+    if row["p_first"] not in (0, 0.5, 1):
+        return f"p_first is {cut(row['p_first'])}, expected 1 (first wins), 0.5 (tie) or 0"
+    return ""
 
 
 def answers_digest(a: str, b: str) -> str:

@@ -310,7 +310,7 @@ def test_a_judge_that_mostly_says_nothing_is_an_error():
     def decide(n_unread):
         rows = [{"prompt_id": p, "order": o, "p_first": 0.5} for p in PROMPTS for o in ("AB", "BA")]
         said = [row | {"unread": True} for row in rows[: 2 * n_unread]] + rows[2 * n_unread :]
-        return evaluate.compare_answers(step, "judge", "api", lambda *a: [said], "M1", ours, [], "M0", theirs)
+        return evaluate.compare_answers(step, "judge", "api", "M1", ours, "M0", theirs, compare=lambda *a: [said])
 
     assert len(outcomes(decide(6))) == 6
     with pytest.raises(DataError, match="judge: what it says of 7 of 12 prompts is no verdict. Take another"):

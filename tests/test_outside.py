@@ -269,7 +269,7 @@ def test_votes_on_other_answers_do_not_count_here(tmp_path):
     def decide(text):
         write_jsonl(path, [vote("p", "M2", "M1", "AB", 1) | {"answers": verdicts.answers_digest("theirs", text)}])
         theirs = [{"prompt_id": "p", "text": "theirs"}]
-        return evaluate.compare_answers(step, str(path), "human", None, "M2", answers, [], "M1", theirs)
+        return evaluate.compare_answers(step, str(path), "human", "M2", answers, "M1", theirs)
 
     assert metrics.outcomes(decide("ours")) == {"p": 1.0}
     with pytest.raises(DataError, match="votes.jsonl has verdicts on other answers of M2 and M1"):
@@ -287,7 +287,7 @@ def test_votes_on_other_models_or_prompts_are_no_fault_of_this_comparison(tmp_pa
     write_jsonl(path, votes)
     step = SimpleNamespace(model_revision=lambda name: name)
     answers, theirs = ([{"prompt_id": "p", "prompt": "Q?", "text": text}] for text in ("ours", "theirs"))
-    rows = evaluate.compare_answers(step, str(path), "human", None, "M2", answers, [], "M1", theirs)
+    rows = evaluate.compare_answers(step, str(path), "human", "M2", answers, "M1", theirs)
     assert metrics.outcomes(rows) == {"p": 1.0}
     assert [(r["model_a"], r["model_b"], r["judge"], r["judge_mode"]) for r in rows] == [
         ("M2", "M1", str(path), "human")
@@ -301,7 +301,7 @@ def test_scores_of_two_judges_of_one_name_are_not_set_against_each_other(capsys)
         )
         step = SimpleNamespace(rows=lambda path: theirs, model_revision=lambda name: "a", scratch=scratch)
         answers, others = ([{"prompt_id": "p", "prompt": "Q?", "text": text}] for text in ("t", theirs_say))
-        return evaluate.compare_answers(step, "outside", "score", None, "M2", answers, ours, "M1", others)
+        return evaluate.compare_answers(step, "outside", "score", "M2", answers, "M1", others, scores=ours)
 
     assert metrics.outcomes(decide(("a", 2))) == {"p": 1.0}
     with pytest.raises(DataError, match="M1/eval/answer_scores.jsonl is by other weights of outside"):
@@ -318,7 +318,7 @@ def test_an_opponent_that_the_judge_did_not_score_is_named():
     answers = [{"prompt_id": "p", "prompt": "Q?", "text": "t"}]
     ours = [{"prompt_id": "p", "judge": "M1", "judge_rev": "b", "score": 3}]
     with pytest.raises(DataError, match="M0/eval/answer_scores.jsonl has no score of M1 for p.*08_evaluate@M0 --force"):
-        evaluate.compare_answers(step, "M1", "score", None, "M2", answers, ours, "M0", answers)
+        evaluate.compare_answers(step, "M1", "score", "M2", answers, "M0", answers, scores=ours)
 
 
 @pytest.mark.parametrize(
