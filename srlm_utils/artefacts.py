@@ -50,6 +50,18 @@ def link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+def replace_folder(made: Path, folder: Path) -> None:
+    """Move a finished folder into place, its files flushed to disk first; what stood there is removed."""
+    with named_faults(folder):
+        for path in made.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as f:
+                    os.fsync(f.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(made, folder)
+        _sync_folder(folder.parent)
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """An empty folder to fill, which takes the place of `folder` when the block ends; an error in it leaves nothing of
@@ -60,14 +72,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         with named_faults(folder):
             tmp.mkdir(parents=True)
         yield tmp
-        with named_faults(folder):
-            for path in tmp.rglob("*"):
-                if path.is_file():
-                    with open(path, "rb") as f:
-                        os.fsync(f.fileno())
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(tmp, folder)
-            _sync_folder(folder.parent)
+        replace_folder(tmp, folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
