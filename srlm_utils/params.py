@@ -513,7 +513,7 @@ class Experiment:
         cls = STAGES[key]
         common = self.tree.get("common", {})
         # checkpoints are scored by the question that the judge among them was taught, if nothing else is said
-        common = {"select_rubric": common["rubric"]} | common if "rubric" in common else common
+        common = {"select_rubric": r} | common if isinstance(r := common.get("rubric"), str) else common
         values = {k: v for k, v in common.items() if k in cls.model_fields} | self.tree.get(key, {})
         # a draft is trained as the model that it is a draft of, in the round of the one before
         of_model = f"M{int(model[1:]) - (key != 'dpo')}" if is_draft(model) else model

@@ -120,6 +120,8 @@ def test_checkpoints_are_scored_by_the_rubric_that_is_taught(stage):
     assert (rubric(), rubric(common={"rubric": "additive"})) == ("short", "additive")
     assert rubric(common={"rubric": "additive"}, **{stage_key(stage): {"select_rubric": "short"}}) == "short"
     assert rubric(common={"rubric": "additive", "select_rubric": "multiple_choice"}) == "multiple_choice"
+    with pytest.raises(ParamError, match=r"build_eft: rubric = 5"):
+        rubric(common={"rubric": 5})
 
 
 def test_later_wins_from_common_to_overlay():
