@@ -118,7 +118,7 @@ def test_choice_probs_are_the_softmax_at_the_last_position(engine):
 @pytest.mark.parametrize("plain", [True, False])  # prompts that share a beginning, or whole ones
 def test_in_bfloat16_choices_are_computed_from_the_last_state_in_float32(tiny, plain, monkeypatch):
     half, choices = Engine(tiny, dtype="bfloat16", device="cpu"), [5, 6, 7]
-    monkeypatch.setattr(attention, "plain", lambda config, length: plain)
+    monkeypatch.setattr(attention, "is_full", lambda config, length: plain)
     states, head = [], half.model.lm_head
     hook = head.register_forward_pre_hook(lambda head, args: states.append(args[0].float()))
     ((_, shares, mass),) = [row for batch in half.choice_probs(requests(half)[:1], choices) for row in batch]
@@ -212,7 +212,7 @@ def test_an_answer_to_learn_is_the_one_that_would_be_written(tiny, name):
 def test_a_template_whose_answers_stand_elsewhere_is_refused(tiny, name):
     tok = chat.load_tokenizer(tiny)
     tok.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
-    with pytest.raises(ModelError, match="what it writes first is no answer.*chat_template: plain"):
+    with pytest.raises(ModelError, match="something comes before the answer.*chat_template: plain"):
         chat.end_of_turn(tok)
 
 

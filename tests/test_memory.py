@@ -72,7 +72,7 @@ def measured(ask, tiny, batch_size):
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, MemoryError])
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(tiny, monkeypatch, capsys, plain, error):
     if not plain:
-        monkeypatch.setattr(attention, "plain", lambda *_: False)
+        monkeypatch.setattr(attention, "is_full", lambda *_: False)
     expected, enough = measured(sampled, tiny, 4)
     engine, machine = small(tiny, 20), Allocator(enough, error)
     with machine:
@@ -104,7 +104,7 @@ def test_answers_of_one_prompt_are_parted_where_they_do_not_fit_together(tiny):
 @pytest.mark.parametrize("ask", [chosen, likely])
 def test_prompts_that_are_read_are_halved_too(tiny, monkeypatch, capsys, plain, ask):
     if not plain:
-        monkeypatch.setattr(attention, "plain", lambda *_: False)
+        monkeypatch.setattr(attention, "is_full", lambda *_: False)
     expected, enough = measured(ask, tiny, 1)
     engine = small(tiny)
     with Allocator(enough) as machine:

@@ -19,7 +19,7 @@ PAIRS = [
 
 
 def one_step(tiny, folder, monkeypatch, share, lora_r, **more):
-    monkeypatch.setattr(attention, "plain", lambda *_: share)
+    monkeypatch.setattr(attention, "is_full", lambda *_: share)
     p = params(lora_r=lora_r, train_batch_size=3, micro_batch_size=3, **more)
     torch.manual_seed(0)
     net, tok = train.load(tiny, p)

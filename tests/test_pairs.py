@@ -74,7 +74,7 @@ def test_a_scratch_run_gives_its_own_candidates_no_scores_of_the_example(tmp_pat
     assert step.input("M1/aift/judgements.jsonl") == EXAMPLE / "M1/aift/judgements.jsonl"
     write_jsonl(run / "M1/aift/candidates.jsonl", [])
     for _ in range(2):
-        with pytest.raises(MissingInputError, match="which are of other candidates: run 05_judge first"):
+        with pytest.raises(MissingInputError, match="which belong to other candidates: run 05_judge first"):
             step.input("M1/aift/judgements.jsonl")
         write_jsonl(run / "M1/aift/judgements.jsonl", [])  # of candidates that were there before
         os.utime(run / "M1/aift/judgements.jsonl", (1, 1))

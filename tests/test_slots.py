@@ -52,7 +52,7 @@ def test_a_seed_gives_the_same_texts_for_any_batch_size(tiny, engine, batch_size
 def test_models_that_are_not_plain_give_the_same_in_whole_batches(engine, monkeypatch):
     reqs, kw = requests(engine, MORE[:7]), {"n": 2, "temperature": 0.8, "top_p": 0.9, "max_new_tokens": 9}
     plain = generate(engine, reqs, **kw), sorted(r for b in engine.choice_probs(reqs, [5, 6, 7]) for r in b)
-    monkeypatch.setattr(attention, "plain", lambda *_: False)
+    monkeypatch.setattr(attention, "is_full", lambda *_: False)
     other = generate(engine, reqs, **kw), sorted(r for b in engine.choice_probs(reqs, [5, 6, 7]) for r in b)
     assert plain[0] == other[0]
     for (key, probs, mass), (other_key, other_probs, other_mass) in zip(plain[1], other[1], strict=True):
