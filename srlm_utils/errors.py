@@ -33,7 +33,7 @@ class ResourceError(SrlmError, MemoryError):
 
 
 class LockedError(SrlmError, RuntimeError):
-    """Another process is writing this step."""
+    """Another process writes this step, or runs this run or sweep."""
 
 
 class StepFailed(SrlmError, RuntimeError):

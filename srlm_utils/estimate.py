@@ -20,8 +20,7 @@ from srlm_utils.lineage import OUTSIDE, is_model_name
 from srlm_utils.params import Experiment, stage_key
 from srlm_utils.paths import resolve
 from srlm_utils.plan import Step, list_steps, parse_win_judge
-from srlm_utils.resources import Size
-from srlm_utils.units import GB, gb
+from srlm_utils.resources import GB, Size
 
 SIZES = {  # of the models' own config.json
     "tiny-random": Size(205_120, 2, 64, 128, 1024, 64),
@@ -270,7 +269,7 @@ def headline(costs: list[Cost], on_disk: float, n_devices: int, device: Device) 
         time += f", {hours * n_devices:.0f} GPU hours"
     memory = max(c.memory for c in costs)
     a_device = "" if device is CPU else " a device"
-    return f"{where}: {time}; {gb(memory)}{a_device}; {gb(on_disk)} of disk"
+    return f"{where}: {time}; {_gb(memory)}{a_device}; {_gb(on_disk)} of disk"
 
 
 def report(experiment: Experiment, n_devices: int, device: Device) -> str:
@@ -288,7 +287,7 @@ def report(experiment: Experiment, n_devices: int, device: Device) -> str:
     if large:
         worst = max(large, key=lambda c: c.memory)
         lines.append(
-            f"WARNING: {worst.step.name} needs {gb(worst.memory)} a device and there are {gb(room)}; "
+            f"WARNING: {worst.step.name} needs {_gb(worst.memory)} a device and there are {_gb(room)}; "
             f"{len(large)} steps do not fit. {_advice(worst, experiment)}"
         )
     idle = sum((n_devices - max(c.devices, 1)) * c.seconds for c in costs) / 3600
@@ -309,3 +308,7 @@ def _advice(cost: Cost, experiment: Experiment) -> str:
     if not p["lora_r"]:
         return f"Take more devices with {key}.launch, or set {key}.lora_r to train adapters."
     return f"Lower {key}.micro_batch_size or {key}.max_length, or set {key}.gradient_checkpointing."
+
+
+def _gb(n: float) -> str:
+    return f"{n / GB:.1f} GB" if n < 10 * GB else f"{n / GB:.0f} GB"

@@ -1,4 +1,4 @@
-"""One writer at a time: lock files beside which it says who holds them."""
+"""One writer at a time: lock files, each with a file beside it that says who holds it."""
 
 import os
 import platform

@@ -512,12 +512,12 @@ class Experiment:
         key = stage_key(stage)
         cls = STAGES[key]
         common = self.tree.get("common", {})
-        # checkpoints are scored by the question that the judge among them was taught, if nothing else is said
-        common = {"select_rubric": r} | common if isinstance(r := common.get("rubric"), str) else common
         values = {k: v for k, v in common.items() if k in cls.model_fields} | self.tree.get(key, {})
         # a draft is trained as the model that it is a draft of, in the round of the one before
         of_model = f"M{int(model[1:]) - (key != 'dpo')}" if is_draft(model) else model
         values |= self.tree.get("by_model", {}).get(of_model, {}).get(key, {})
+        if values.get("select_steps") and isinstance(rubric := common.get("rubric"), str):
+            values = {"select_rubric": rubric} | values  # by which the judge among the models was taught
         if key == "future":
             values |= self._of_round(of_model, cls)
         if key == "report":

@@ -52,7 +52,10 @@ def read(sweep: Path) -> pd.DataFrame:
 
 
 def results(votes: pd.DataFrame) -> pd.DataFrame:
-    """One row per pair of answers: model, opponent, seed, prompt_id, `result` (1 if most votes are model's, 0.5, 0)."""
+    """One row per pair of answers: model, opponent, seed, prompt_id, `result`.
+
+    The result is 1 where model has more votes than opponent, 0.5 where it has as many, else 0.
+    """
     for_model = (votes.preferred == votes.model).astype(int) - (votes.preferred == votes.opponent).astype(int)
     keys = ["model", "opponent", "seed", "prompt_id"]
     more = votes.assign(more=for_model).groupby(keys, sort=False).more.sum()

@@ -81,7 +81,7 @@ def n_left_out(n: int) -> int:
 
 
 def weights(n: int, n_draws: int, seed: int = 0, width: int = 0) -> Iterator[np.ndarray]:
-    """How often each of n prompts counts, some (rows, n) at a time: the sample, it without some prompts, the draws.
+    """How often each of n prompts counts, some (rows, n) at a time: the sample, parts of it, the draws.
 
     1 + `n_left_out` + n_draws rows in all; `width` is how many numbers a caller makes of a row, if not n. Memory hardly
     grows with n, and time as n does. Left out are at most `GROUPS` random groups: they measure a statistic's skewness

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 from srlm_utils.errors import ModelError, ResourceError, SrlmError
 from srlm_utils.params import stage_key, yaml_section
-from srlm_utils.units import gb
 
+GB = 1e9
 MARGIN = 50e6  # bytes of disk that rows, a notebook and a manifest take
 PYTHON = 0.5e9  # bytes of memory of a kernel with torch in it
 PROMPT = 1024  # tokens of a prompt for which room is reckoned: a rubric with a long reply, or demonstrations
@@ -180,27 +180,27 @@ def check(name: str, stage: str, params: dict, run: Path, model: Path | None) ->
         disk += n * item
         memory = PYTHON + n * 4  # adapters are added to their base in float32
         if not params["lora_r"]:
-            lower = f"set {key}.lora_r to train adapters (16 takes {gb(memory)})"
+            lower = f"set {key}.lora_r to train adapters (16 takes {_gb(memory)})"
             memory = beside = PYTHON + n * 16  # float32 weights, their gradients, and the two averages of AdamW
             disk += n * 12 * 2 if params["save_steps"] else 0  # a new checkpoint is written before the old one goes
     free = free_disk(run)
     if disk > free:
         checkpoints = training and not params["lora_r"] and params["save_steps"]
-        advice = f"; or set {key}.save_steps to 0: its checkpoints take {gb(n * 24)}" if checkpoints else ""
+        advice = f"; or set {key}.save_steps to 0: its checkpoints take {_gb(n * 24)}" if checkpoints else ""
         raise ResourceError(
-            f"{name} needs {gb(disk)} of disk in {run}, and {gb(free)} are free. Free some, or move the run{advice}."
+            f"{name} needs {_gb(disk)} of disk in {run}, and {_gb(free)} are free. Free some, or move the run{advice}."
         )
     elsewhere = params.get("engine") == "server" or params.get("device") == "cuda"
     if not n or elsewhere or not on_cpu:
         return
     free = free_memory()
     if memory > free:
-        raise ResourceError(f"{name} needs at least {gb(memory)} of memory, and {gb(free)} are free: {lower}.")
+        raise ResourceError(f"{name} needs at least {_gb(memory)} of memory, and {_gb(free)} are free: {lower}.")
     batches = (activation_bytes if training else _texts)(size, params, item)
     most = max(memory, beside + batches)
     if most > free:
         by = f"{key}.micro_batch_size" if training else f"{yaml_section(stage)}.batch_size"
-        print(f"WARNING: {name} may need {gb(most)} of memory, and {gb(free)} are free: lower {by}.")
+        print(f"WARNING: {name} may need {_gb(most)} of memory, and {_gb(free)} are free: lower {by}.")
 
 
 def weight_bytes(dtype: str, on_cpu: bool) -> int:
@@ -241,3 +241,8 @@ def text_length(params: dict) -> int:
 def _texts(size: Size, params: dict, item: int) -> int:
     """Bytes that the texts sampled at once take, about; 0 where the engine takes what fits."""
     return params.get("batch_size", 0) * text_bytes(size.layers, size.kept, size.vocabulary, text_length(params), item)
+
+
+def _gb(n: float) -> str:
+    """With one decimal, however large: what is needed and what is free may differ by less than a GB."""
+    return f"{n / GB:.1f} GB"

@@ -1,6 +1,4 @@
-"""Times, sizes and counts as messages and tables show them."""
-
-GB = 1e9
+"""Times and counts as messages and tables show them."""
 
 
 def duration(seconds: float) -> str:
@@ -8,10 +6,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     hours = f"{seconds / 3600:.1f}".removesuffix(".0")
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{hours} h"
-
-
-def gb(n: float) -> str:
-    return f"{n / GB:.1f} GB" if n < 30 * GB else f"{n / GB:.0f} GB"
 
 
 def tokens(n: int) -> str:

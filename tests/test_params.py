@@ -114,14 +114,16 @@ def test_bad_sets(text):
 
 @pytest.mark.parametrize("stage", ["02_sft", "07_dpo"])
 def test_checkpoints_are_scored_by_the_rubric_that_is_taught(stage):
-    def rubric(**tree):
+    def rubric(section=(), **common):
+        tree = {"common": {"rubric": "additive"} | common, stage_key(stage): dict(section)}
         return Experiment(tree).flat(stage, "M2")["select_rubric"]
 
-    assert (rubric(), rubric(common={"rubric": "additive"})) == ("short", "additive")
-    assert rubric(common={"rubric": "additive"}, **{stage_key(stage): {"select_rubric": "short"}}) == "short"
-    assert rubric(common={"rubric": "additive", "select_rubric": "multiple_choice"}) == "multiple_choice"
+    assert (rubric(select_steps=2), rubric({"select_steps": 2})) == ("additive", "additive")
+    assert rubric({"select_rubric": "short"}, select_steps=2) == "short"
+    assert rubric(select_steps=2, select_rubric="multiple_choice") == "multiple_choice"
+    assert rubric() == "short"  # no checkpoint is scored: a training is the same as before
     with pytest.raises(ParamError, match=r"build_eft: rubric = 5"):
-        rubric(common={"rubric": 5})
+        rubric(rubric=5, select_steps=2)
 
 
 def test_later_wins_from_common_to_overlay():
